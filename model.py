@@ -1,0 +1,412 @@
+"""The decoder of Memory3: a Llama-like Transformer that writes and reads explicit memory (sec. 3).
+
+Legend, used in every file:
+    B batch              T context tokens      C chunk_len 64        R n_recall 5
+    S memory_tokens 8    P header tokens       M memories in the pool        N references
+    L n_layer            Lm n_memory_layer     H n_head              Hkv n_kv_head
+    dh head_dim          d = H*dh              W mlp_width           V vocab_size
+
+One sequence, two formats:
+    plain            context at positions 0..T-1: exactly an ordinary decoder
+    with memories    header at 0..P-1 | (references were encoded at P..P+ref_len-1) | context from
+                     P+ref_len on: all memories share one interval of positions ("parallel")
+A memory is a subset of the keys and values that this same network computes when it reads
+header + reference. It adds no parameters: any decoder of this kind can learn to use memories.
+"""
+
+import hashlib
+import json
+import math
+import pickle
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from memory import Memories, causal_attention, chunk_attention, select_tokens, token_weights
+
+# ---------------------------------------------------------------------------------------------
+# Shapes
+
+PRESETS = dict(
+    toy=dict(
+        n_layer=6, n_memory_layer=4, n_head=4, n_kv_head=4, head_dim=32, mlp_width=384,
+        chunk_len=32, ref_len=64, max_context=512, vocab_size=4096, tied=True,
+    ),
+    small=dict(n_layer=12, n_memory_layer=6, n_head=12, n_kv_head=4, head_dim=64, mlp_width=768),
+    # Fig. 3.3; the paper gives L, H, dh and "0.92B", which W = d and Hkv = 8 meet
+    **{"0.9b": dict(n_layer=40, n_memory_layer=20, n_head=32, n_kv_head=8, head_dim=64,
+                    mlp_width=2048)},
+    # sec. 3.4 and App. A
+    **{"2.4b": dict(n_layer=44, n_memory_layer=22, n_head=40, n_kv_head=8, head_dim=80,
+                    mlp_width=3200)},
+)  # fmt: skip
+
+
+@dataclass
+class Config:
+    """The shape of a model and of its memories. The defaults are the paper's (sec. 3.3, 3.4)."""
+
+    n_layer: int = 44  # L
+    n_memory_layer: int = 22  # Lm: the first Lm layers write and read memories
+    n_head: int = 40  # H
+    n_kv_head: int = 8  # Hkv
+    head_dim: int = 80  # dh
+    mlp_width: int = 3200  # W
+    vocab_size: int = 60416  # V
+    max_context: int = 2048  # longest T
+    chunk_len: int = 64  # C
+    n_recall: int = 5  # R
+    memory_tokens: int = 8  # S
+    ref_len: int = 128  # longest reference
+    header: tuple = (1, 2, 3)  # token ids of "<s>Reference:"; header[0] is the BOS
+    rope_base: float = 10000.0  # not in the paper
+    norm_eps: float = 1e-5  # RMSNorm; not in the paper
+    tied: bool = False  # input and output embeddings share weights; not in the paper
+    approximate_weights: bool = False  # sec. 3.3: exp without the normalisation
+
+    def __post_init__(self):
+        self.header = tuple(int(t) for t in self.header)
+        if self.n_memory_layer > self.n_layer:
+            raise ValueError(
+                f"n_memory_layer {self.n_memory_layer} > n_layer {self.n_layer}: memories live in "
+                "the first layers, so there cannot be more of them than layers"
+            )
+        if self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE turns pairs")
+        if len(self.header) == 0:
+            raise ValueError("header is empty; it is at least the BOS")
+
+    @staticmethod
+    def preset(name, **changes):
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return Config(**{**PRESETS[name], **changes})
+
+    @staticmethod
+    def from_dict(d):
+        known = {f.name for f in fields(Config)}
+        if unknown := set(d) - known:
+            raise ValueError(f"unknown config names {sorted(unknown)}; known are {sorted(known)}")
+        return Config(**d)
+
+    @property
+    def n_embd(self):  # d
+        return self.n_head * self.head_dim
+
+    @property
+    def memory_shape(self):
+        """(Lm, 2, Hkv, S, dh) = (22, 2, 8, 8, 80) for the paper's model (sec. 3.1)."""
+        return (
+            self.n_memory_layer, 2, self.n_kv_head, self.memory_tokens, self.head_dim
+        )  # fmt: skip
+
+    @property
+    def n_params(self):
+        """Non-embedding weights, norms aside: the "2.4B" of the paper is 2,433,024,000.
+
+        A layer has W_Q and W_O (2 d^2), W_K and W_V (2 d dh Hkv), and the gated MLP (3 d W).
+        """
+        d = self.n_embd
+        layer = 2 * d * d + 2 * d * self.head_dim * self.n_kv_head + 3 * d * self.mlp_width
+        return self.n_layer * layer
+
+
+# ---------------------------------------------------------------------------------------------
+# Layers
+
+
+def rope_table(positions, config):
+    """cos and sin (n, dh) at the given positions (n,). float32, whatever the weights are."""
+    half = config.head_dim // 2
+    freq = config.rope_base ** (-torch.arange(half, device=positions.device) / half)
+    angle = positions.float()[:, None] * freq  # (n, dh/2)
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Turns the pairs (x_i, x_{i + dh/2}) of x (..., n, dh) by their position's angles."""
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        H, Hkv, dh, d = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
+        self.qkv = nn.Linear(d, (H + 2 * Hkv) * dh, bias=False)  # W_Q, W_K, W_V in one product
+        self.out = nn.Linear(H * dh, d, bias=False)  # W_O
+
+    def project(self, x):
+        """x (B, n, d) -> q (B, H, n, dh), k v (B, Hkv, n, dh), before RoPE."""
+        c = self.config
+        x = self.qkv(x).view(*x.shape[:2], c.n_head + 2 * c.n_kv_head, c.head_dim).transpose(1, 2)
+        return x.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
+
+    def merge(self, y):  # (B, H, n, dh) -> (B, n, d)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x). The paper says "gated", without the activation."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.mlp_width, bias=False)
+        self.down = nn.Linear(config.mlp_width, config.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def finish(self, x, y):
+        """What follows the attention: W_O, the residual, the MLP. y (B, H, n, dh)."""
+        x = x + self.attn.merge(y)
+        return x + self.mlp(self.norm2(x))
+
+
+# ---------------------------------------------------------------------------------------------
+# The decoder
+
+
+class Memory3(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.apply(self._init)
+        for name, p in self.named_parameters():  # GPT-2's: keep the residual's size over depth
+            if name.endswith(("out.weight", "down.weight")):
+                nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    def fingerprint(self):
+        """A hash of the writer: whose memories these are (Remark A.1). 16 hex digits.
+
+        It covers the weights and the config, and so the selection (memory_tokens, approximate_
+        weights) and the tokenizer's header, but not what only the reader needs.
+        """
+        config = asdict(self.config)
+        for reader in ("n_recall", "chunk_len", "max_context"):
+            del config[reader]
+        h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, p in sorted(self.state_dict().items()):
+            h.update(name.encode())
+            h.update(p.detach().cpu().float().numpy().tobytes())
+        return h.hexdigest()[:16]
+
+    def _header(self, batch):
+        header = torch.tensor(self.config.header, device=self.device)
+        return header.expand(batch, -1)  # (B, P)
+
+    def forward(self, tokens, targets=None, memories=None, recall=None, cache=None):
+        """Logits of the next token, and the loss.
+
+        tokens (B, T) int64; targets (B, T), -1 = ignored.
+        memories: None = the plain decoder; a pool of Memories (even an empty one) = the format
+        with header (sec. 3.2). recall (B, ceil(T/C), R) int64: rows of the pool, -1 = none; None =
+        no chunk reads any. cache: an empty Cache, which is filled (the prefill of a prompt).
+        Returns logits (B, T, V) and the mean cross-entropy (None without targets).
+        """
+        c, (B, T) = self.config, tokens.shape
+        if T > c.max_context:
+            raise ValueError(f"{T} tokens; the context is at most max_context = {c.max_context}")
+        P = 0
+        positions = torch.arange(T, device=tokens.device)
+        if memories is not None:
+            P = len(c.header)
+            tokens = torch.cat([self._header(B), tokens], 1)
+            positions = torch.cat([positions.new_tensor(range(P)), positions + P + c.ref_len])
+        cos, sin = rope_table(positions, c)
+        x = self.embed(tokens)  # (B, P+T, d)
+        for l, block in enumerate(self.blocks):
+            q, k, v = block.attn.project(block.norm1(x))
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            if cache is not None:
+                cache.fill(l, k, v)
+            if memories is not None and l < c.n_memory_layer:
+                kv = memories.kv[:, l].to(q.dtype)  # (M, 2, Hkv, S, dh)
+                y = chunk_attention(
+                    q, k, v, kv[:, 0], kv[:, 1], memories.count, recall, c.chunk_len, P
+                )
+            else:
+                y = causal_attention(q, k, v)
+            x = block.finish(x, y)
+        if cache is not None:
+            cache.length = T
+        logits = self.head(self.norm(x[:, P:]))
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(
+            logits.float().reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-1
+        )
+        return logits, loss
+
+    def decode(self, tokens, cache):
+        """One more token a sequence: tokens (B,) -> logits (B, V). The cache holds all before it.
+
+        A memory layer's buffer is [header | memory slots | context]: with the memories in place,
+        eq. (3.1) is ordinary attention over one buffer.
+        """
+        c = self.config
+        if cache.length >= cache.max_context:
+            raise ValueError(f"the cache is full: it was made for {cache.max_context} tokens")
+        position = cache.length + (cache.P + c.ref_len if cache.P else 0)
+        cos, sin = rope_table(torch.tensor([position], device=tokens.device), c)
+        x = self.embed(tokens).unsqueeze(1)  # (B, 1, d)
+        for l, block in enumerate(self.blocks):
+            q, k, v = block.attn.project(block.norm1(x))
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            keys, values, valid = cache.append(l, k, v)  # (B, Hkv, n, dh) twice, (B, n) or None
+            q = q.unflatten(1, (c.n_kv_head, -1)).squeeze(3)  # (B, Hkv, H/Hkv, dh)
+            scores = q @ keys.mT / math.sqrt(c.head_dim)  # (B, Hkv, H/Hkv, n)
+            if valid is not None:
+                scores = scores.masked_fill(~valid[:, None, None, :], -math.inf)
+            y = scores.softmax(-1) @ values
+            x = block.finish(x, y.flatten(1, 2).unsqueeze(2))
+        cache.length += 1
+        return self.head(self.norm(x[:, 0]))
+
+    def write(self, references, return_indices=False):
+        """Encodes references into explicit memories (sec. 3.2, 3.3).
+
+        references (N, n) int64, -1 = padding at the end, 1 <= n <= ref_len.
+        Returns Memories with kv (N, Lm, 2, Hkv, S, dh), and with return_indices also which tokens
+        each head kept: (N, Lm, Hkv, S), -1 = none. Differentiable through keys and values.
+        """
+        c = self.config
+        references = references.to(self.device)
+        mask = references >= 0  # (N, n)
+        N, n = references.shape
+        if not 1 <= n <= c.ref_len:
+            raise ValueError(f"references of {n} tokens; the model takes 1 to ref_len {c.ref_len}")
+        if not torch.compiler.is_compiling() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError("padding stands before a token: references are left-aligned")
+        P, S = len(c.header), c.memory_tokens
+        tokens = torch.cat([self._header(N), references.clamp(min=0)], 1)
+        cos, sin = rope_table(torch.arange(P + n, device=tokens.device), c)
+        x = self.embed(tokens)
+        kept, chosen = [], []
+        for l in range(c.n_memory_layer):
+            block = self.blocks[l]
+            q, k, v = block.attn.project(block.norm1(x))
+            with torch.no_grad():  # which tokens is not differentiable, what they say is
+                weights = token_weights(q[:, :, P:], k[:, :, P:], mask, c.approximate_weights)
+                index = select_tokens(weights, mask, S)  # (N, Hkv, S)
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            at = (index.clamp(min=0) + P).unsqueeze(-1).expand(-1, -1, -1, c.head_dim)
+            full = (index >= 0).unsqueeze(-1)  # empty slots hold zeros
+            kept.append(torch.stack([k.gather(2, at) * full, v.gather(2, at) * full], 1))
+            chosen.append(index)
+            if l + 1 < c.n_memory_layer:  # after the last keys and values nothing is needed
+                # padding is on the right, so the causal mask already hides it from real tokens
+                y = causal_attention(q, k, v)
+                x = block.finish(x, y)
+        memories = Memories(torch.stack(kept, 1), mask.sum(1).clamp(max=S))
+        return (memories, torch.stack(chosen, 1)) if return_indices else memories
+
+
+class Cache:
+    """Keys and values of B sequences while they are generated, preallocated.
+
+    Layer l holds (2, B, Hkv, P + slots + max_context, dh), in the order [header | memory slots |
+    context]; only memory layers have slots, R*S of them. header=False: the plain format, without
+    header and slots. length: context tokens in it so far.
+    """
+
+    def __init__(self, config, batch, max_context, header=True, dtype=torch.float32, device="cpu"):
+        c = self.config = config
+        self.P, self.length, self.max_context = len(c.header) if header else 0, 0, max_context
+        slots = c.n_recall * c.memory_tokens if header else 0
+        self.slots = [slots if l < c.n_memory_layer else 0 for l in range(c.n_layer)]
+        self.kv = [
+            torch.zeros(
+                2, batch, c.n_kv_head, self.P + s + max_context, c.head_dim,
+                dtype=dtype, device=device,
+            )
+            for s in self.slots
+        ]  # fmt: skip
+        # which keys count; the header and the context so far always do
+        self.valid = torch.ones(batch, self.P + slots + max_context, dtype=bool, device=device)
+        self.valid[:, self.P : self.P + slots] = False
+
+    def fill(self, l, k, v):  # k v (B, Hkv, P+T, dh): the prefill
+        for mine, x in zip(self.kv[l], (k, v), strict=True):
+            mine[:, :, : self.P] = x[:, :, : self.P]
+            at = self.P + self.slots[l]
+            mine[:, :, at : at + x.shape[2] - self.P] = x[:, :, self.P :]
+
+    def append(self, l, k, v):
+        """Adds one token; returns all keys, values and which of them are valid (None = all)."""
+        at = self.P + self.slots[l] + self.length
+        self.kv[l][0, :, :, at], self.kv[l][1, :, :, at] = k[:, :, 0], v[:, :, 0]
+        keys, values = self.kv[l][:, :, :, : at + 1]
+        return keys, values, self.valid[:, : at + 1] if self.slots[l] else None
+
+    def recall(self, memories, table):
+        """Overwrites the memory slots in place: sequence b now reads memories table[b].
+
+        table (B, R) rows of the pool, -1 = none.
+        """
+        c, R, P = self.config, table.shape[1], self.P
+        S, slots = c.memory_tokens, R * c.memory_tokens
+        self.valid[:, P : P + max(self.slots)] = False
+        if len(memories) == 0:
+            return  # nothing was found
+        filled = torch.arange(S, device=table.device) < memories.count[table.clamp(min=0), None]
+        self.valid[:, P : P + slots] = (filled & (table >= 0).unsqueeze(-1)).flatten(1)
+        kv = memories.kv[table.clamp(min=0)]  # (B, R, Lm, 2, Hkv, S, dh)
+        kv = kv.permute(2, 3, 0, 4, 1, 5, 6).flatten(4, 5)  # (Lm, 2, B, Hkv, R*S, dh)
+        for l in range(c.n_memory_layer):
+            self.kv[l][:, :, :, P : P + slots] = kv[l].to(self.kv[l].dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def load_checkpoint(path, with_optimizer=False):
+    """-> model (on the CPU), meta (config, stage, step, tokenizer id ...) and, if asked for, the
+    optimizer's state. path: a .pt file of train.py, or a directory that holds model.pt."""
+    path = Path(path)
+    file = path / "model.pt" if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no checkpoint there; python train.py makes one")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        meta = state["meta"]
+        model = Memory3(Config.from_dict(meta["config"]))
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{file}: not a checkpoint of train.py, or cut off ({e})") from None
+    return (model, meta, state["optimizer"]) if with_optimizer else (model, meta)

@@ -1,0 +1,256 @@
+"""The vector codec: each key and each value of the explicit memories as a few bytes (sec. 3.3, B).
+
+    "OPQ20_80,Residual2x14,PQ8x10": 80 numbers, 160 bytes in bf16 -> 14 bytes, 11.4 times fewer
+        OPQ20_80        rotate, so that the pieces below become independent of one another
+        Residual2x14    the two halves, each replaced by one of 2^14 centroids: 28 bits in 4 bytes
+        PQ8x10          what is left over: eight pieces, one of 2^10 centroids each: 10 bytes
+
+FAISS trains and encodes. Decoding is not FAISS's: a vector is the sum of the 2 + 8 centroids that
+its code names, and because a rotation of a sum is the sum of the rotations, rotating back is done
+once, to the centroids. What remains is adding 10 rows of a table, one `embedding_bag`: it runs on
+the GPU after only the codes have crossed the bus, and where FAISS is not installed (sec. 3.3: the
+end-side device that holds "only the decoder of the vector quantizer").
+
+Left out: codecs that are no sum of centroids (scalar quantizers), and one codec a layer or a kind.
+As in the paper one codec serves keys and values of all layers; the coarse stage tells them apart.
+"""
+
+import os
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ITERATIONS = 10  # of each k-means; FAISS's 25 take 2.5 times as long for at most 3 % less error
+BITS = "([1-9]|1[0-6])"
+SPEC = re.compile(rf"(?:OPQ\d+(?:_\d+)?,)?Residual([1-4])x{BITS},PQ(\d+)x{BITS}")
+
+
+def default_spec(dh, n):
+    """The FAISS factory string for vectors of dh numbers, n of which are there to train on.
+
+    k-means wants 39 vectors a centroid (FAISS's rule), so few vectors get few bits:
+    >>> default_spec(80, 638_976), default_spec(80, 638_975)
+    ('OPQ20_80,Residual2x14,PQ8x10', 'Residual2x10,PQ8x10')
+    >>> default_spec(32, 10_000_000), default_spec(32, 20_000)
+    ('Residual2x10,PQ8x10', 'Residual2x8,PQ8x8')
+    """
+    pieces = 4 if dh < 32 else 8 if dh <= 80 else 16  # of 4 to 10 numbers, the paper's are of 10
+    if dh >= 64 and n >= 39 << 14:
+        return f"OPQ{dh // 4}_{dh},Residual2x14,PQ{pieces}x10"
+    # Small heads stay at 10 bits and without OPQ: on vectors shaped like keys and values of 32
+    # numbers, 12 bits encode 4 times slower for 0.01 less relative error, and OPQ gains nothing.
+    bits = max((b for b in (6, 8, 10) if n >= 39 << b), default=4)
+    return f"Residual2x{bits},PQ{pieces}x{bits}"
+
+
+def layout(spec):
+    """Where the centroid numbers lie in a code: [(first bit, bits), ...] and the bytes of a code.
+
+    FAISS packs bits from the low end of each byte on, and both stages begin with a new byte:
+    >>> layout("Residual2x10,PQ3x6")
+    ([(0, 10), (10, 10), (24, 6), (30, 6), (36, 6)], 6)
+
+    Raises ValueError for a string of another form.
+    """
+    match = SPEC.fullmatch(spec)
+    if not match:
+        raise ValueError(
+            f"codec {spec!r}: give a string like 'OPQ20_80,Residual2x14,PQ8x10', at most 16 bits "
+            "a number; OPQ may be left out"
+        )
+    halves, coarse, pieces, fine = map(int, match.groups())
+    second = 8 * -(-halves * coarse // 8)  # first bit of the second stage
+    fields = [(m * coarse, coarse) for m in range(halves)]
+    fields += [(second + m * fine, fine) for m in range(pieces)]
+    return fields, second // 8 + -(-pieces * fine // 8)
+
+
+def unpack(codes, fields):
+    """codes (n, bytes) uint8 -> the numbers at the fields' bits, (n, len(fields)) int32.
+
+    Three neighbouring bytes hold any number of at most 16 bits, wherever it begins.
+    The low two bits of the first byte, then seven bits that cross into the second:
+    >>> unpack(torch.tensor([[0b10110100, 0b00000001]], dtype=torch.uint8), [(0, 2), (2, 7)])
+    tensor([[  0, 109]], dtype=torch.int32)
+    """
+    start, bits = torch.tensor(fields, dtype=torch.int32, device=codes.device).T
+    byte = start // 8
+    codes = F.pad(codes, (0, 2)).int()  # two zero bytes, for numbers that end with the code
+    words = codes[:, byte] | codes[:, byte + 1] << 8 | codes[:, byte + 2] << 16
+    return (words >> (start % 8)) & ((1 << bits) - 1)
+
+
+class Codec:
+    """Vectors of dh numbers <-> codes of `.bytes` bytes; `.spec` says how (see the top).
+
+        codec = Codec.train(vectors)         # (n, dh), a sample of the bank's keys and values
+        codes = codec.encode(memories.kv)    # (M, Lm, 2, Hkv, S, dh) -> (M, Lm, 2, Hkv, S, bytes)
+        kv = codec.to("cuda").decode(codes)  # back, float32, on the GPU
+
+    table (rows, dh) float32: all centroids, rotated back, number after number in code order.
+    index: the FAISS index that encodes; None until needed where it comes from `file`.
+    """
+
+    def __init__(self, spec, table, index=None, file=None):
+        self.spec, self.table, self.index, self.file = spec, table, index, file
+        self.fields, self.bytes = layout(spec)
+        sizes = np.array([1 << bits for _, bits in self.fields])
+        if table.ndim != 2 or len(table) != sizes.sum():
+            raise ValueError(f"codec {spec}: {sizes.sum()} centroids needed, not {len(table)}")
+        # the row of each number's centroid 0
+        self.first = torch.from_numpy(sizes.cumsum() - sizes).int().to(table.device)
+
+    @staticmethod
+    def train(vectors, spec=None):
+        """A codec for vectors (n, dh), which are a uniform sample of the keys and values (App. B).
+
+        spec: a FAISS factory string; None: `default_spec`. On the CPU, 50,000 vectors of 32 numbers
+        take about a second. Raises ValueError for too few vectors (k-means needs one a centroid),
+        for NaN, and for a string that does not fit dh.
+        """
+        faiss, x = _faiss(), _rows(vectors)
+        n, dh = x.shape
+        spec = spec or default_spec(dh, n)
+        need = max(1 << bits for _, bits in layout(spec)[0])
+        need = max(need, 256) if spec.startswith("OPQ") else need  # OPQ's own PQ has 8 bits
+        if n < need:
+            raise ValueError(
+                f"codec {spec}: {n} vectors to train on, it needs {need} (and wants {39 * need}): "
+                "give more references or a codec of fewer bits"
+            )
+        try:
+            index = faiss.index_factory(dh, spec)
+        except RuntimeError as e:
+            raise ValueError(
+                f"codec {spec}: not for vectors of {dh} numbers, which each count of pieces must "
+                "divide: give another codec"
+            ) from e
+        rotation, *pqs = _stages(index)
+        if rotation is not None:
+            # OPQ fits the rotation to a PQ of its own, which prints a warning in every iteration
+            # where the vectors are few: it gets one that is as quiet as ours, for the training.
+            rotation.niter = rotation.niter_pq_0 = ITERATIONS
+            rotation.pq = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
+            pqs.append(rotation.pq)
+        for pq in pqs:
+            pq.cp.niter, pq.cp.min_points_per_centroid = ITERATIONS, 1  # 1: do not warn
+        index.train(x)
+        if rotation is not None:
+            rotation.pq = None
+        return Codec(spec, fold(index), index)
+
+    def encode(self, x):
+        """x (..., dh), any float type, any device -> codes (..., bytes) uint8, on the CPU."""
+        codes = self._index().sa_encode(_rows(x, self.table.shape[1]))
+        return torch.from_numpy(codes).view(*x.shape[:-1], self.bytes)
+
+    def decode(self, codes):
+        """codes (..., bytes) uint8 -> (..., dh) float32 where the table is. FAISS's `sa_decode`."""
+        if codes.dtype != torch.uint8 or codes.shape[-1] != self.bytes:
+            raise ValueError(
+                f"codec {self.spec}: codes are {self.bytes} bytes of uint8, not "
+                f"{codes.shape[-1]} of {codes.dtype}: they were made by another codec"
+            )
+        flat = codes.to(self.table.device).reshape(-1, self.bytes)
+        rows = unpack(flat, self.fields) + self.first  # (n, numbers a code)
+        x = F.embedding_bag(rows, self.table, mode="sum")  # (n, dh)
+        return x.view(*codes.shape[:-1], self.table.shape[1])
+
+    def to(self, device):
+        """Moves the table that decodes; encoding stays on the CPU."""
+        self.table, self.first = self.table.to(device), self.first.to(device)
+        return self
+
+    def save(self, path):
+        """Writes codec.faiss (encodes) and codec.npz (decodes) into the directory `path`.
+
+        Each is written beside and renamed, codec.npz last: it holds the checksum of the other.
+        """
+        base = Path(path) / "codec"
+        base.parent.mkdir(parents=True, exist_ok=True)
+        new = f"{base}.new"
+        _faiss().write_index(self._index(), new)
+        crc = zlib.crc32(Path(new).read_bytes())
+        os.replace(new, f"{base}.faiss")
+        with open(new, "wb") as f:
+            np.savez(f, spec=self.spec, table=self.table.cpu().numpy(), crc=crc)
+        os.replace(new, f"{base}.npz")
+
+    @staticmethod
+    def load(path):
+        """Opens what `save` wrote; path: the directory or either file. Needs no FAISS to decode.
+
+        codec.faiss may be absent: the codec then only decodes. Raises FileNotFoundError without a
+        codec.npz, ValueError where a file is cut off, corrupted, or not of the other's making.
+        """
+        path = Path(path)
+        base = path.with_suffix("") if path.suffix in (".npz", ".faiss") else path / "codec"
+        tables, file = base.with_suffix(".npz"), base.with_suffix(".faiss")
+        if not tables.exists():
+            raise FileNotFoundError(f"{tables}: no codec here: train one, or open its bank")
+        try:
+            with np.load(tables, allow_pickle=False) as z:
+                spec, table, crc = str(z["spec"]), torch.from_numpy(z["table"]), int(z["crc"])
+            codec = Codec(spec, table, file=file)
+        except Exception as e:  # zip, zlib, numpy and we each have errors of our own
+            raise ValueError(f"{tables}: not a whole codec ({e}): train it again") from e
+        if file.exists() and zlib.crc32(file.read_bytes()) != crc:
+            raise ValueError(f"{file}: not what {tables.name} was made with: train the codec again")
+        return codec
+
+    def _index(self):
+        if self.index is None:
+            if not self.file.exists():
+                raise FileNotFoundError(f"{self.file}: missing, so this codec can only decode")
+            self.index = _faiss().read_index(str(self.file))
+        return self.index
+
+
+def fold(index):
+    """All centroids of a trained FAISS index, rotated back: (rows, dh) float32.
+
+    FAISS decodes A^T (coarse + fine), each of them pieces laid side by side. Piece m of a centroid
+    meets only its own rows of A, so row = piece @ A[its rows] and the decoded vector is their sum.
+    """
+    faiss = _faiss()
+    rotation, coarse, fine = _stages(index)
+    A = np.eye(index.d)
+    if rotation is not None:
+        A = faiss.vector_to_array(rotation.A).reshape(rotation.d_out, rotation.d_in).astype(float)
+    rows = []
+    for pq in (coarse, fine):
+        centroids = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
+        rows += list(centroids @ A.reshape(pq.M, pq.dsub, index.d))  # (ksub, dh) each, float64
+    return torch.from_numpy(np.concatenate(rows).astype(np.float32))
+
+
+def _stages(index):
+    """(rotation or None, coarse, fine) of an index: an OPQMatrix and two ProductQuantizers."""
+    faiss = _faiss()
+    rotation, inner = None, index
+    if isinstance(index, faiss.IndexPreTransform):
+        rotation = faiss.downcast_VectorTransform(index.chain.at(0))
+        inner = faiss.downcast_index(index.index)
+    return rotation, faiss.downcast_index(inner.q1.quantizer).pq, inner.pq
+
+
+def _rows(x, dh=None):
+    """x (..., dh), tensor or array -> (n, dh) float32 as FAISS takes it."""
+    x = torch.as_tensor(x).detach().float().cpu()
+    if x.ndim < 1 or (dh and x.shape[-1] != dh):
+        raise ValueError(f"codec: vectors of {dh} numbers needed, got the shape {tuple(x.shape)}")
+    if not x.isfinite().all():
+        raise ValueError("codec: NaN or infinity among the vectors: check what wrote them")
+    return np.ascontiguousarray(x.reshape(-1, x.shape[-1]).numpy())
+
+
+def _faiss():
+    try:
+        import faiss
+    except ImportError as e:
+        raise ImportError("training a codec and encoding need FAISS: pip install faiss-cpu") from e
+    return faiss

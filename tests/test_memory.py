@@ -1,0 +1,397 @@
+"""Writing and reading explicit memories: the choice of tokens (sec. 3.3) and chunk attention.
+
+Two oracles for the reading, in plain autograd: one concatenates the whole pool with the sequence
+and masks it, the other walks over the chunks. The bank on disk has tests of its own.
+"""
+
+import doctest
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import memory
+from memory import Memories, chunk_attention, select_tokens, token_weights
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def brute_weights(q, k, mask, approximate=False):
+    """Sec. 3.3 as it is printed: one reference, one head, one pair of tokens at a time.
+
+    approximate: the logarithm of the weights, since exp may overflow."""
+    N, H, n, dh = q.shape
+    Hkv = k.shape[1]
+    w = [[[0.0] * n for _ in range(Hkv)] for _ in range(N)]
+    logs = [[[[] for _ in range(n)] for _ in range(Hkv)] for _ in range(N)]
+    for b in range(N):
+        real = [j for j in range(n) if mask[b, j]]
+        for h in range(H):
+            kv = h // (H // Hkv)
+            for i in real:
+                a = {j: float(q[b, h, i] @ k[b, kv, j]) / math.sqrt(dh) for j in real}
+                top = max(a.values())
+                z = sum(math.exp(x - top) for x in a.values())
+                for j in real:
+                    w[b][kv][j] += math.exp(a[j] - top) / z
+                    logs[b][kv][j].append(a[j])
+    if not approximate:
+        return torch.tensor(w)
+    logs = [[[torch.tensor(x or [-math.inf]).logsumexp(0) for x in y] for y in z] for z in logs]
+    return torch.stack([torch.stack([torch.stack(y) for y in z]) for z in logs])
+
+
+def writing_case(scale=1.0):
+    """3 references of 9, 4 and 1 tokens, 6 query heads on 2 key-value heads, 11 columns."""
+    g = torch.Generator().manual_seed(1)
+    q = torch.randn(3, 6, 11, 10, generator=g) * scale
+    k = torch.randn(3, 2, 11, 10, generator=g) * scale
+    mask = torch.arange(11) < torch.tensor([9, 4, 1])[:, None]
+    return q, k, mask
+
+
+def test_token_weights_equal_the_formula_token_by_token():
+    """Catches a wrong sqrt, a causal mask, a sum over the wrong axis, heads in the wrong group, and
+    padding that asks (i) or is asked (j)."""
+    q, k, mask = writing_case()
+    w = token_weights(q, k, mask)
+    assert w.shape == (3, 2, 11) and w.dtype == torch.float32
+    torch.testing.assert_close(w, brute_weights(q, k, mask), rtol=1e-5, atol=1e-6)
+    # each of (3 query heads x tokens) rows gives away exactly 1
+    assert w.sum(-1).allclose(3.0 * mask.sum(1)[:, None])
+    assert (w.masked_select(~mask[:, None].expand_as(w)) == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0, 30.0])
+def test_approximate_weights_keep_the_order_and_do_not_overflow(scale):
+    """Catches exp of a raw score (inf from 89 on), a shift per row (which is the softmax again),
+    and inf * 0 = nan where a padding token scores higher than every real one."""
+    q, k, mask = writing_case(scale)
+    q[:, :, 9:] *= 50  # padding has queries too; they must neither count nor overflow
+    w = token_weights(q, k, mask, approximate=True)
+    assert w.isfinite().all() and (w >= 0).all()
+    logs = brute_weights(q, k, mask, approximate=True)
+    assert (w.masked_select(~mask[:, None].expand_as(w)) == 0).all()
+    for b in range(3):
+        for h in range(2):
+            ours, true = w[b, h][mask[b]], logs[b, h][mask[b]]
+            shown = ours > 0  # what is e^-100 of the largest is 0 in float32
+            torch.testing.assert_close(
+                (ours / ours.max()).log()[shown], (true - true.max())[shown], rtol=1e-4, atol=1e-3
+            )
+            assert (true[~shown] < true.max() - 87).all()
+
+
+def test_approximate_and_exact_weights_are_not_the_same_thing():
+    """Catches a flag that is accepted and dropped."""
+    q, k, mask = writing_case(2.0)
+    exact, approximate = (token_weights(q, k, mask, a) for a in (False, True))
+    assert not torch.equal(select_tokens(exact, mask, 3), select_tokens(approximate, mask, 3))
+
+
+def test_token_weights_sum_in_float32():
+    """Catches sums in bfloat16, which would change a fifth of the choices."""
+    q, k, mask = (x.bfloat16() if x.is_floating_point() else x for x in writing_case())
+    w = token_weights(q, k, mask)
+    assert w.dtype == torch.float32
+    assert torch.equal(w, token_weights(q.float(), k.float(), mask))
+
+
+def test_a_reference_of_padding_alone_has_no_weights():
+    """Catches nan from a softmax over nothing."""
+    q, k, mask = writing_case()
+    mask = mask.clone()
+    mask[1] = False
+    for approximate in (False, True):
+        w = token_weights(q, k, mask, approximate)
+        assert w.isfinite().all() and (w[1] == 0).all() and (w[0, :, :9] > 0).all()
+        assert (select_tokens(w, mask, 3)[1] == -1).all()
+
+
+def test_the_place_of_a_token_does_not_change_its_weight():
+    """Catches a causal mask or positions in the choice: a permuted reference keeps its tokens."""
+    q, k, _ = writing_case()
+    mask = torch.ones(3, 11, dtype=bool)
+    order = torch.tensor([7, 2, 9, 0, 10, 5, 1, 3, 8, 6, 4])
+    w, moved = token_weights(q, k, mask), token_weights(q[:, :, order], k[:, :, order], mask)
+    torch.testing.assert_close(w[..., order], moved, rtol=1e-5, atol=1e-6)
+
+
+def test_select_tokens_equals_sorting_by_hand():
+    """Catches an unstable sort (ties go to the lower index), descending order, kept padding."""
+    g = torch.Generator().manual_seed(2)
+    weights = torch.randint(0, 4, (5, 3, 11), generator=g).float()  # many ties
+    lengths = [11, 9, 4, 2, 1]
+    mask = torch.arange(11) < torch.tensor(lengths)[:, None]
+    for s in (1, 4, 7, 13):
+        index = select_tokens(weights, mask, s)
+        assert index.shape == (5, 3, s) and index.dtype == torch.int64
+        for b, n in enumerate(lengths):
+            for h in range(3):
+                best = sorted(range(n), key=lambda j: (-weights[b, h, j], j))[:s]
+                assert index[b, h].tolist() == sorted(best) + [-1] * (s - len(best))
+
+
+def test_select_tokens_keeps_real_tokens_of_weight_zero_before_padding():
+    """Catches padding that wins a tie at zero: a mask with a hole in it, all weights equal."""
+    mask = torch.tensor([[False, True, False, True, True, False, True]])
+    index = select_tokens(torch.zeros(1, 2, 7), mask, 3)
+    assert index.tolist() == [[[1, 3, 4]] * 2]
+    assert select_tokens(torch.zeros(1, 1, 7), mask, 5).tolist() == [[[1, 3, 4, 6, -1]]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+P, C, S = 5, 7, 3
+
+
+def reading_case(H=6, Hkv=3, dh=10, T=25, dtype=torch.float64, scale=1.0):
+    """2 sequences of 25 tokens = 3 full chunks and 4 tokens; a pool of 9, some of them short."""
+    g = torch.Generator().manual_seed(4)
+
+    def r(*shape):
+        x = torch.randn(*shape, generator=g, dtype=torch.float64) * scale
+        return x.to(dtype).requires_grad_()
+
+    q, k, v = r(2, H, P + T, dh), r(2, Hkv, P + T, dh), r(2, Hkv, P + T, dh)
+    mem_k, mem_v = r(9, Hkv, S, dh), r(9, Hkv, S, dh)
+    count = torch.tensor([3, 2, 3, 1, 3, 0, 3, 3, 2])
+    recall = torch.tensor(
+        [
+            [[0, 3, -1, 8], [-1, -1, -1, -1], [3, 0, 1, 2], [8, -1, 3, 5]],  # 3 in three chunks
+            [[-1, 4, -1, 0], [0, 1, 3, 4], [5, -1, -1, -1], [-1, 2, 1, 4]],  # 5 is empty: count 0
+        ]
+    )[:, : -(-T // C)]
+    weight = torch.randn(2, H, P + T, dh, generator=g, dtype=torch.float64)  # of the outputs
+    return (q, k, v, mem_k, mem_v), count, recall, weight.to(dtype)
+
+
+def concatenate_and_mask(q, k, v, mem_k, mem_v, count, recall):
+    """The whole pool in front of every sequence, and a mask of who may see what."""
+    B, H, n, dh = q.shape
+    M, Hkv = mem_k.shape[:2]
+    mask = torch.zeros(B, n, M * S + n, dtype=bool)
+    mask[:, :, M * S :] = torch.ones(n, n, dtype=bool).tril()
+    for b in range(B):
+        for t in range(n - P):
+            for m in recall[b, t // C].tolist():
+                if m >= 0:
+                    mask[b, P + t, m * S : m * S + int(count[m])] = True
+
+    def keys(pool, x):  # (B, H, M*S + n, dh)
+        pool = pool.transpose(0, 1).reshape(1, Hkv, M * S, dh).expand(B, -1, -1, -1)
+        return torch.cat([pool, x], 2).repeat_interleave(H // Hkv, 1)
+
+    scores = q @ keys(mem_k, k).mT / math.sqrt(dh)
+    return scores.masked_fill(~mask[:, None], -math.inf).softmax(-1) @ keys(mem_v, v)
+
+
+def loop_over_chunks(q, k, v, mem_k, mem_v, count, recall):
+    """One chunk and one head at a time: [its memories | header | context so far]."""
+    B, H, n, dh = q.shape
+    rows = []
+    for b in range(B):
+        for h in range(H):
+            g = h // (H // k.shape[1])
+            header = (x[None, b, i, :P] for x, i in ((q, h), (k, g), (v, g)))
+            out = [F.scaled_dot_product_attention(*header, is_causal=True)[0]]
+            for c in range(recall.shape[1]):
+                a, z = P + c * C, min(P + (c + 1) * C, n)
+                mine = [(m, s) for m in recall[b, c].tolist() if m >= 0 for s in range(count[m])]
+                ks = torch.cat([mem_k[[m for m, _ in mine], g, [s for _, s in mine]], k[b, g, :z]])
+                vs = torch.cat([mem_v[[m for m, _ in mine], g, [s for _, s in mine]], v[b, g, :z]])
+                scores = q[b, h, a:z] @ ks.T / math.sqrt(dh)
+                late = torch.arange(z) > torch.arange(a, z)[:, None]
+                late = torch.cat([torch.zeros(z - a, len(mine), dtype=bool), late], 1)
+                out.append(scores.masked_fill(late, -math.inf).softmax(-1) @ vs)
+            rows.append(torch.cat(out))
+    return torch.stack(rows).view(B, H, n, dh)
+
+
+def with_gradients(f, tensors, weight):
+    out = f(*tensors)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), tensors)]
+
+
+SHAPES = dict(
+    gqa=dict(H=6, Hkv=3, dh=10, T=25),
+    one_kv_head_dh80=dict(H=4, Hkv=1, dh=80, T=22),
+    mha_full_chunks=dict(H=5, Hkv=5, dh=6, T=28),
+    less_than_a_chunk=dict(H=4, Hkv=2, dh=14, T=3),
+)
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+NAMES = "out q k v mem_k mem_v".split()
+
+
+@pytest.mark.parametrize("path", ["math", "cpu-flash"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunk_attention_equals_both_oracles_and_so_do_its_gradients(shape, path):
+    """Catches an lse that is not merged in the backward, memories seen by the header or by another
+    chunk, -1 read as the last memory, miscounted slots, a lost last chunk, wrong head groups."""
+    tensors, count, recall, weight = reading_case(**SHAPES[shape])
+
+    def ours(*x):
+        return chunk_attention(*x, count, recall, C, P, path=path)
+
+    got = with_gradients(ours, tensors, weight)
+    for oracle in (concatenate_and_mask, loop_over_chunks):
+        want = with_gradients(partial(oracle, count=count, recall=recall), tensors, weight)
+        for name, a, b in zip(NAMES, got, want, strict=True):
+            error = float((a - b).abs().max())
+            assert error < 1e-12, (oracle.__name__, name, error)
+
+
+@pytest.mark.parametrize("path", ["math", "cpu-flash"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["gqa", "one_kv_head_dh80"])
+def test_chunk_attention_in_lower_precision(shape, dtype, path):
+    """Catches sums and lse in bfloat16. The error is measured against float64, relative to the
+    largest number of each tensor."""
+    tensors, count, recall, weight = reading_case(**SHAPES[shape], dtype=dtype)
+
+    def ours(*x):
+        return chunk_attention(*x, count, recall, C, P, path=path)
+
+    got = with_gradients(ours, tensors, weight)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    want = with_gradients(
+        lambda *x: concatenate_and_mask(*x, count, recall), exact, weight.double()
+    )
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        assert a.dtype == dtype
+        error = float((a.double() - b).abs().max() / b.abs().max())
+        assert error < TOLERANCE[dtype], (name, error)
+
+
+@pytest.mark.parametrize("path", ["math", "cpu-flash"])
+def test_large_scores_do_not_overflow(path):
+    """Catches exp of a score that is not shifted: q . k of several hundred."""
+    tensors, count, recall, weight = reading_case(scale=14.0)
+    got = with_gradients(
+        lambda *x: chunk_attention(*x, count, recall, C, P, path=path), tensors, weight
+    )
+    want = with_gradients(lambda *x: concatenate_and_mask(*x, count, recall), tensors, weight)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", ["math", "cpu-flash"])
+def test_order_unused_slots_and_unnamed_memories_change_nothing(path):
+    """Catches memories that depend on their place in the table, zeros of empty slots that take a
+    share of the softmax, and pool rows that leak into sequences that never named them."""
+    tensors, count, recall, weight = reading_case()
+
+    def run(tensors, recall):
+        return with_gradients(
+            lambda *x: chunk_attention(*x, count, recall, C, P, path=path), tensors, weight
+        )
+
+    before = run(tensors, recall)
+    moved = run(tensors, recall.flip(-1))
+    for a, b in zip(before, moved, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+    unused = torch.arange(S) >= count[:, None]  # (M, S)
+    unused[[6, 7]] = True  # in no table
+    assert not {6, 7} & set(recall.flatten().tolist())
+    poisoned = [x.detach().clone() for x in tensors]
+    for x in poisoned[3:]:
+        x.transpose(1, 2)[unused] = 1e6
+    after = run([x.requires_grad_() for x in poisoned], recall)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a, b)
+    for grad in after[4:]:
+        assert (grad.transpose(1, 2)[unused] == 0).all()
+        assert (grad.transpose(1, 2)[~unused] != 0).any()
+
+
+@pytest.mark.parametrize("path", ["math", "cpu-flash"])
+def test_a_table_of_nothing_is_the_plain_decoder(path):
+    """Catches lse 0 of an empty row (it must be -inf): all -1, only empty memories, R = 0, an empty
+    pool and no table are all ordinary causal attention."""
+    (q, k, v, mem_k, mem_v), count, recall, _ = reading_case()
+    plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    nothing = torch.full_like(recall, -1)
+    for mk, mv, n, table in (
+        (mem_k, mem_v, count, nothing),
+        (mem_k, mem_v, count, torch.where(recall == 5, 5, -1)),  # memory 5 has no slot filled
+        (mem_k, mem_v, count, nothing[:, :, :0]),
+        (mem_k[:0], mem_v[:0], count[:0], nothing),
+        (mem_k[:0], mem_v[:0], count[:0], None),
+        (mem_k, mem_v, count, None),
+    ):
+        out = chunk_attention(q, k, v, mk, mv, n, table, C, P, path=path)
+        torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_both_paths_were_asked_for_and_the_choice_says_why():
+    """Catches a forced path that silently runs another, and a path without its reason."""
+    cpu = torch.device("cpu")
+    for n in (3, 512, 513, 2048):
+        name, why = memory.attention_path(cpu, torch.float32, n)
+        assert name in ("math", "cpu-flash") and len(why) > 10
+    assert memory.attention_path(cpu, torch.float32, 2048)[0] == "cpu-flash"
+    cuda = torch.device("cuda")
+    assert memory.attention_path(cuda, torch.bfloat16, 100)[0] == "flash"
+    assert memory.attention_path(cuda, torch.float32, 100)[0] == "efficient"
+
+
+def test_chunk_attention_by_its_own_choice_equals_the_forced_paths():
+    """Catches a default path that the tests above never reach."""
+    tensors, count, recall, _ = reading_case()
+    outs = [chunk_attention(*tensors, count, recall, C, P, path=p)
+            for p in (None, "math", "cpu-flash")]  # fmt: skip
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(outs[0], outs[2], rtol=1e-12, atol=1e-12)
+
+
+def test_causal_attention_is_the_same_on_both_sides_of_its_threshold():
+    """Catches a plain product that differs from the fused attention: 513 tokens take the other."""
+    g = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(1, h, 513, 6, generator=g, dtype=torch.float64) for h in (4, 2, 2))
+    long = memory.causal_attention(q, k, v)
+    short = memory.causal_attention(*(x[:, :, :512] for x in (q, k, v)))
+    torch.testing.assert_close(long[:, :, :512], short, rtol=1e-11, atol=1e-12)
+
+
+def test_bad_tables_are_refused_in_one_line():
+    """Catches a table of another chunking (silently broadcast) and a table that names memories of a
+    pool that has none."""
+    (q, k, v, mem_k, mem_v), count, recall, _ = reading_case()
+    with pytest.raises(ValueError, match=r"recall has shape \(2, 3, 4\).*need \(2, 4, R\)"):
+        chunk_attention(q, k, v, mem_k, mem_v, count, recall[:, :3], C, P)
+    with pytest.raises(ValueError, match="the pool is empty"):
+        chunk_attention(q, k, v, mem_k[:0], mem_v[:0], count[:0], recall, C, P)
+
+
+# ---------------------------------------------------------------------------------------------
+# The pool
+
+
+def test_memories_are_indexed_joined_and_cast(config):
+    """Catches kv and count that go different ways: counts cast to a float type, rows not moved."""
+    shape = config.memory_shape
+    assert shape == (3, 2, 2, 5, 10)
+    g = torch.Generator().manual_seed(7)
+    pool = Memories(torch.randn(6, *shape, generator=g), torch.tensor([5, 4, 3, 2, 1, 0]))
+    part = pool[torch.tensor([4, 1])]
+    assert len(part) == 2 and part.count.tolist() == [1, 4] and torch.equal(part.kv[1], pool.kv[1])
+    both = Memories.cat([part, Memories.empty(config), pool[2:3]])
+    assert both.count.tolist() == [1, 4, 3] and both.kv.shape == (3, *shape)
+    half = both.to(torch.bfloat16)
+    assert half.kv.dtype == torch.bfloat16 and half.count.dtype == torch.int64
+    empty = Memories.empty(config)
+    assert len(empty) == 0 and empty.kv.shape == (0, *shape) and empty.count.shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["token_weights", "select_tokens"])
+def test_worked_examples(name):
+    """Catches a docstring that shows what the code no longer does."""
+    tests = doctest.DocTestFinder().find(getattr(memory, name), name, globs=vars(memory))
+    assert sum(len(t.examples) for t in tests) > 0
+    for test in tests:
+        assert doctest.DocTestRunner().run(test).failed == 0

@@ -1,0 +1,476 @@
+"""The decoder: the plain model, the format with memories, writing, gradients, configs, files."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as model_module
+from memory import Memories
+from model import PRESETS, Cache, Config, Memory3, load_checkpoint
+
+LENGTHS = [13, 4, 9, 1, 11, 6]  # of the references; 4 and 1 are fewer than the 5 that are kept
+T = 25  # 3 chunks of 7 and 4 tokens
+RECALL = torch.tensor(
+    [
+        [[0, 3, -1, 2], [-1, -1, -1, -1], [3, 0, 1, -1], [2, -1, -1, -1]],
+        [[-1, 4, -1, 0], [0, 1, 3, 4], [4, -1, -1, -1], [-1, 2, 1, 4]],
+    ]
+)  # nobody reads memory 5; sequence 0 reads 4 nowhere
+
+
+@pytest.fixture
+def case(build, references):
+    """A model in float64, 2 sequences, 6 references."""
+    g = torch.Generator().manual_seed(8)
+    return build(), torch.randint(0, 90, (2, T), generator=g), references(LENGTHS)
+
+
+# ---------------------------------------------------------------------------------------------
+# The plain model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_plain_model_equals_llama(config, build, tied):
+    """Catches any drift from an ordinary decoder: RoPE's pairs and base, the order of gate and up,
+    groups of query heads, eps, which norm stands where, an untied head that is tied."""
+    transformers = pytest.importorskip("transformers")
+    ours = build(torch.float32, tied=tied)
+    c = ours.config
+    assert c.rope_base == 10000.0  # Llama's default, whose name changes between versions
+    kv = c.n_kv_head * c.head_dim
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.mlp_width,
+            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=tied, attention_bias=False, mlp_bias=False,
+        )
+    ).float().eval()  # fmt: skip
+    weights = {"model.embed_tokens.weight": ours.embed.weight, "lm_head.weight": ours.head.weight}
+    weights["model.norm.weight"] = ours.norm.weight
+    for l, b in enumerate(ours.blocks):
+        q, k, v = b.attn.qkv.weight.split([c.n_embd, kv, kv])
+        gate, up = b.mlp.gate_up.weight.chunk(2)
+        for name, w in {
+            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+            "self_attn.o_proj": b.attn.out.weight, "mlp.gate_proj": gate, "mlp.up_proj": up,
+            "mlp.down_proj": b.mlp.down.weight, "input_layernorm": b.norm1.weight,
+            "post_attention_layernorm": b.norm2.weight,
+        }.items():  # fmt: skip
+            weights[f"model.layers.{l}.{name}.weight"] = w
+    missing, unknown = llama.load_state_dict(weights, strict=False)
+    assert not unknown and set(missing) <= {"lm_head.weight"}
+    tokens = torch.randint(0, c.vocab_size, (3, 29), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        a, b = ours(tokens)[0], llama(tokens).logits
+    assert b.std() > 0.3  # logits that say something
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_model_ignores_everything_about_memories(case):
+    """Catches a header, shifted positions or a table in the plain format (the implicit stage)."""
+    model, tokens, refs = case
+    plain, loss = model(tokens)
+    assert loss is None and plain.shape == (2, T, 97)
+    with torch.no_grad():
+        model.config.header, model.config.ref_len, model.config.chunk_len = (1,), 3, 2
+    assert torch.equal(plain, model(tokens, recall=RECALL)[0])
+
+
+def test_format_with_memories_is_the_header_in_front_and_a_gap(case):
+    """Catches wrong positions: with an empty pool, the format is an ordinary decoder over header
+    and context, whose positions jump by ref_len. With a jump of 0 it is the plain model."""
+    model, tokens, refs = case
+    with_header = torch.cat([torch.tensor([model.config.header] * 2), tokens], 1)
+    ours = model(tokens, memories=Memories.empty(model.config))[0]
+    plain = model(with_header)[0][:, 3:]
+    assert not ours.allclose(plain, atol=1e-3)  # the gap is felt
+    model.config.ref_len = 0
+    ours = model(tokens, memories=Memories.empty(model.config))[0]
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-11)
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_context(case):
+    """Catches a loss over ignored targets, over the header, or over references: it must be the mean
+    over the context's own targets, whatever was recalled."""
+    model, tokens, refs = case
+    targets = tokens.roll(-1, 1).masked_fill(torch.arange(T) % 3 == 1, -1)
+    logits, loss = model(tokens, targets, model.write(refs), RECALL)
+    assert logits.shape == (2, T, 97)
+    logp = logits.log_softmax(-1)
+    terms = [-logp[b, t, targets[b, t]] for b in range(2) for t in range(T) if targets[b, t] >= 0]
+    assert len(terms) == 2 * 17
+    torch.testing.assert_close(loss, torch.stack(terms).mean().to(loss.dtype), rtol=1e-6, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def test_order_unused_slots_and_unnamed_memories_change_nothing(case):
+    """Catches memories with an order among them, empty slots that take attention, and a pool whose
+    size leaks into sequences that never named the new rows (invariant 2)."""
+    model, tokens, refs = case
+    with torch.no_grad():
+        pool = model.write(refs)
+        logits = model(tokens, memories=pool, recall=RECALL)[0]
+        flipped = model(tokens, memories=pool, recall=RECALL.flip(-1))[0]
+        torch.testing.assert_close(logits, flipped, rtol=1e-10, atol=1e-11)
+
+        order = torch.tensor([3, 5, 0, 4, 1, 2])  # the pool itself in another order
+        place = order.argsort()
+        table = torch.where(RECALL < 0, -1, place[RECALL])
+        moved = model(tokens, memories=pool[order], recall=table)[0]
+        torch.testing.assert_close(logits, moved, rtol=1e-10, atol=1e-11)
+
+        wide = torch.cat([torch.full((2, 4, 2), -1), RECALL], -1)  # R = 6, two of them unused
+        torch.testing.assert_close(
+            logits, model(tokens, memories=pool, recall=wide)[0], rtol=1e-10, atol=1e-11
+        )
+        poisoned = Memories(pool.kv.clone(), pool.count)
+        poisoned.kv[5] = 33.0
+        for m, n in enumerate(pool.count.tolist()):
+            poisoned.kv[m, :, :, :, n:] = 77.0
+        assert torch.equal(logits, model(tokens, memories=poisoned, recall=RECALL)[0])
+        assert not logits.allclose(model(tokens, memories=pool)[0], atol=1e-3)  # they are read
+
+
+def test_changing_a_token_changes_no_logit_before_it(case):
+    """Catches a look ahead in either format, and in the merge of memories (invariant 6)."""
+    model, tokens, refs = case
+    with torch.no_grad():
+        pool = model.write(refs)
+        for options in ({}, dict(memories=pool, recall=RECALL)):
+            logits = model(tokens, **options)[0]
+            for t in (0, 6, 7, 20, 24):
+                changed = tokens.clone()
+                changed[0, t] = (tokens[0, t] + 1) % 90
+                now = model(changed, **options)[0]
+                torch.testing.assert_close(now[0, :t], logits[0, :t], rtol=1e-11, atol=1e-12)
+                assert torch.equal(now[1], logits[1])
+                assert (now[0, t] - logits[0, t]).abs().max() > 1e-4
+
+
+def test_changing_a_memory_changes_nothing_before_the_chunk_that_recalls_it(case):
+    """Catches a chunk that reads its neighbour's memories, and memory layers beyond Lm."""
+    model, tokens, refs = case
+    with torch.no_grad():
+        pool = model.write(refs)
+        logits = model(tokens, memories=pool, recall=RECALL)[0]
+        for m in range(6):
+            other = Memories(pool.kv.clone(), pool.count)
+            other.kv[m, :, :, :, : pool.count[m]] += 1.0
+            now = model(tokens, memories=other, recall=RECALL)[0]
+            for b in range(2):
+                readers = [c for c in range(4) if m in RECALL[b, c].tolist()]
+                first = min(readers) * 7 if readers else T
+                assert torch.equal(now[b, :first], logits[b, :first])
+                for t in range(first, min(first + 7, T)):  # all of the chunk, from its first token
+                    assert (now[b, t] - logits[b, t]).abs().max() > 1e-5
+
+
+def test_header_is_read_and_attends_no_memory(case):
+    """Catches a header outside of the softmax, and a header that reads the first chunk's memories:
+    its own keys in the cache must not depend on them, the context's must."""
+    model, tokens, refs = case
+    pool = model.write(refs)
+
+    def keys(recall):
+        cache = Cache(model.config, 2, T, dtype=torch.float64)
+        with torch.no_grad():
+            model(tokens, memories=pool, recall=recall, cache=cache)
+        return cache.kv
+
+    with_memories, without = keys(RECALL), keys(None)
+    for a, b in zip(with_memories, without, strict=True):
+        torch.testing.assert_close(a[:, :, :, :3], b[:, :, :, :3], rtol=1e-11, atol=1e-12)
+    assert not with_memories[1][:, :, :, 3:].allclose(without[1][:, :, :, 3:], atol=1e-4)
+    before = model(tokens, memories=pool, recall=RECALL)[0]
+    model.config.header = (96, 94, 92)
+    assert not before.allclose(model(tokens, memories=pool, recall=RECALL)[0], atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def by_hand(model, reference):
+    """The memory of one reference (n,), from a plain forward over header + reference: keys and
+    values from its cache, the choice by sec. 3.3 from queries and keys caught before RoPE."""
+    c, n = model.config, len(reference)
+    caught = []
+    hooks = [
+        b.attn.qkv.register_forward_hook(lambda m, x, y: caught.append(y)) for b in model.blocks
+    ]
+    tokens = torch.cat([torch.tensor(c.header), reference])[None]
+    cache = Cache(c, 1, 3 + n, header=False, dtype=torch.float64)
+    with torch.no_grad():
+        model(tokens, cache=cache)
+    for hook in hooks:
+        hook.remove()
+    kv = torch.zeros(c.memory_shape, dtype=torch.float64)
+    index = torch.full((3, 2, 5), -1)
+    for l in range(3):
+        x = caught[l][0, 3:].view(n, 10, 10)  # (n, H + 2 Hkv, dh), without the header
+        for h in range(2):
+            k, w = x[:, 6 + h], torch.zeros(n, dtype=torch.float64)
+            for q in range(3 * h, 3 * h + 3):
+                w += (x[:, q] @ k.T / math.sqrt(10)).softmax(-1).sum(0)
+            keep = sorted(w.argsort(descending=True)[:5].tolist())
+            index[l, h, : len(keep)] = torch.tensor(keep)
+            kv[l, :, h, : len(keep)] = cache.kv[l][:, 0, h, 3:][:, keep]
+    return kv, index
+
+
+def test_write_equals_the_plain_model_over_header_and_reference(case):
+    """Catches memories written at other positions than header + reference, from another layer, with
+    keys before RoPE, with the header or padding among the kept, in another order (invariant 7)."""
+    model, _, refs = case
+    pool, index = model.write(refs, return_indices=True)
+    assert pool.kv.shape == (6, 3, 2, 2, 5, 10) and index.shape == (6, 3, 2, 5)
+    assert pool.count.tolist() == [5, 4, 5, 1, 5, 5]
+    for m, n in enumerate(LENGTHS):
+        kv, keep = by_hand(model, refs[m, :n])
+        assert torch.equal(index[m], keep)
+        torch.testing.assert_close(pool.kv[m], kv, rtol=1e-10, atol=1e-12)
+        filled = int(pool.count[m])
+        assert (index[m, ..., :filled] >= 0).all() and (index[m] < n).all()
+        assert (index[m, ..., filled:] == -1).all() and (pool.kv[m, ..., filled:, :] == 0).all()
+    heads = {tuple(row) for row in index[0].flatten(0, 1).tolist()}
+    assert len(heads) > 1  # each key-value head of each layer chooses for itself
+
+
+def test_the_same_reference_gives_the_same_memory_in_any_batch(case, references):
+    """Catches padding that is attended, and statistics of the batch: what training writes (wide,
+    among others) is what is written alone, narrow, in another order (invariant 3)."""
+    model, _, refs = case
+    with torch.no_grad():
+        pool = model.write(refs)
+        wide = model.write(F.pad(refs, (0, 13 - refs.shape[1]), value=-1).flip(0))
+        for m, n in enumerate(LENGTHS):
+            alone = model.write(refs[m : m + 1, :n])
+            assert alone.count.item() == pool.count[m] == wide.count[5 - m]
+            torch.testing.assert_close(alone.kv[0], pool.kv[m], rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(wide.kv[5 - m], pool.kv[m], rtol=1e-10, atol=1e-12)
+        single = model.float()
+        a, b = single.write(refs), single.write(refs[1:2, :4])
+        torch.testing.assert_close(a.kv[1], b.kv[0], rtol=1e-5, atol=2e-6)
+
+
+def test_approximate_weights_reach_write(build, references):
+    """Catches the config's approximate_weights being accepted and dropped."""
+    refs = references([13, 12, 13])
+    exact, approximate = build(), build(approximate_weights=True)
+    a, b = (m.write(refs, return_indices=True)[1] for m in (exact, approximate))
+    assert a.shape == b.shape and not torch.equal(a, b)
+
+
+def test_write_uses_no_layer_after_its_last_keys(case):
+    """Catches work and gradients where references have left: layer Lm-1 gives keys and values, and
+    nothing of it after that (W_O, MLP) nor of later layers is touched."""
+    model, _, refs = case
+    last = model.blocks[2]
+    before = model.write(refs).kv
+    with torch.no_grad():
+        for p in (last.attn.out.weight, *last.mlp.parameters(), *model.blocks[3].parameters()):
+            p.fill_(math.nan)
+    assert torch.equal(model.write(refs).kv, before)
+
+
+def test_bad_references_are_refused_in_one_line(case):
+    """Catches silent truncation of a long reference and tokens behind padding."""
+    model, _, refs = case
+    for bad in (torch.zeros(2, 14, dtype=torch.int64), torch.zeros(2, 0, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="takes 1 to .*13"):
+            model.write(bad)
+    with pytest.raises(ValueError, match="left-aligned"):
+        model.write(torch.tensor([[4, -1, 5]]))
+    with pytest.raises(ValueError, match="max_context"):
+        model(torch.zeros(1, 91, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------------------------------------
+# Gradients reach the writer (invariant 8)
+
+
+def test_gradient_through_memories_is_the_true_one(build, references):
+    """Catches a writer that gets no gradient, or a wrong one: the derivative of the loss along a
+    random direction of all weights, against a difference quotient. The indices stay as they are."""
+    model, refs = build(scale=4.0), references(LENGTHS)
+    g = torch.Generator().manual_seed(10)
+    tokens = torch.randint(0, 90, (2, T), generator=g)
+    direction = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in model.parameters()]
+
+    def loss():
+        pool, index = model.write(refs, return_indices=True)
+        logits = model(tokens, memories=pool, recall=RECALL)[0]
+        logp = logits[:, :-1].log_softmax(-1)  # in float64; the model's own loss is float32
+        return -logp.gather(-1, tokens[:, 1:, None]).mean(), index
+
+    value, index = loss()
+    value.backward()
+    ours = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction, strict=True))
+    values, eps = [], 1e-6
+    with torch.no_grad():
+        for sign in (1, -2):  # to +eps, then to -eps
+            for p, d in zip(model.parameters(), direction, strict=True):
+                p += sign * eps * d
+            value, now = loss()
+            assert torch.equal(now, index)
+            values.append(value)
+    torch.testing.assert_close(ours, (values[0] - values[1]) / (2 * eps), rtol=1e-5, atol=1e-7)
+
+
+def test_gradient_reaches_the_writer_only_through_kept_slots(case):
+    """Catches detached memories and gradients of empty slots and of memories that nobody reads. A
+    token that only a reference has (91) gets a gradient exactly when it is read, and none when the
+    memories are detached."""
+    model, tokens, refs = case
+    refs[4, 7] = 91
+    targets = tokens.roll(-1, 1)
+    pool = model.write(refs)
+    pool.kv.retain_grad()
+    model(tokens, targets, pool, RECALL)[1].backward()
+    for m, n in enumerate(pool.count.tolist()):
+        assert (pool.kv.grad[m, ..., n:, :] == 0).all()
+        assert ((pool.kv.grad[m, ..., :n, :] != 0).all()) == (m != 5)
+    assert model.embed.weight.grad[91].abs().max() > 1e-8
+    assert (model.embed.weight.grad[92] == 0).all()
+
+    model.zero_grad()
+    model(tokens, targets, Memories(pool.kv.detach(), pool.count), RECALL)[1].backward()
+    assert (model.embed.weight.grad[91] == 0).all()
+
+    model.zero_grad()
+    refs[4, 7], refs[5, 2] = 3, 91  # in memory 5, which no chunk reads
+    model(tokens, targets, model.write(refs), RECALL)[1].backward()
+    assert (model.embed.weight.grad[91] == 0).all()
+
+
+def test_references_are_no_targets(build, references):
+    """Catches references (or the header) in the loss: a token that stands only there is never
+    predicted, so the gradient of its output row only pushes it down: softmax minus nothing."""
+    model, refs = build(), references(LENGTHS)
+    g = torch.Generator().manual_seed(11)
+    tokens = torch.randint(0, 90, (2, T), generator=g)
+    refs[refs >= 0] = 92
+    pool = model.write(refs)
+    logits, loss = model(tokens, tokens.roll(-1, 1), pool, RECALL)
+    logits.retain_grad()
+    loss.backward()
+    for token in (92, *model.config.header):  # p / n > 0 at every place
+        assert (logits.grad[..., token] > 0).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Configs and their numbers (sec. 3.3, 3.4)
+
+
+def test_numbers_of_the_paper():
+    """Catches a drift of the presets: 2.4B non-embedding weights, 22 x 2 x 8 x 8 x 80 a memory."""
+    paper = Config.preset("2.4b")
+    assert paper == Config()  # the defaults are the paper's
+    assert paper.n_params == 2_433_024_000
+    assert paper.memory_shape == (22, 2, 8, 8, 80)
+    assert 2 * math.prod(paper.memory_shape) == 450_560  # bytes in bfloat16
+    assert paper.n_embd == 3200 and len(paper.header) > 1
+    middle = Config.preset("0.9b")
+    assert middle.n_params == 922_746_880  # the paper rounds to 0.92B
+    assert middle.memory_shape == (20, 2, 8, 8, 64)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_and_counts_itself_right(name):
+    """Catches a preset that cannot be built, and a formula that is not the module's own count."""
+    config = Config.preset(name)
+    with torch.device("meta"):
+        model = Memory3(config)
+    in_blocks = [p for p in model.blocks.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    assert sum(p.numel() for p in in_blocks) == config.n_params
+    assert sum(p.numel() for p in norms) == (2 * config.n_layer + 1) * config.n_embd
+    total = sum(p.numel() for p in model.parameters())
+    embeddings = (1 if config.tied else 2) * config.vocab_size * config.n_embd
+    assert total - config.n_params == embeddings + sum(p.numel() for p in norms)
+
+
+def test_tied_embeddings_are_one_matrix(build):
+    """Catches a tie that init or a copy to another dtype undoes."""
+    tied, untied = build(tied=True), build()
+    assert tied.head.weight is tied.embed.weight
+    assert not torch.equal(untied.head.weight, untied.embed.weight)
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        (dict(n_memory_layer=5), "n_memory_layer 5 > n_layer 4"),
+        (dict(n_kv_head=4), "n_head 6 is not a multiple of n_kv_head 4"),
+        (dict(head_dim=11), "head_dim 11 is odd"),
+        (dict(header=()), "header is empty"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused_in_one_line(config, changes, line):
+    """Catches a shape error deep inside of the first forward."""
+    with pytest.raises(ValueError, match=line) as e:
+        Config(**{**asdict(config), **changes})
+    assert "\n" not in str(e.value)
+
+
+def test_unknown_names_are_errors():
+    """Catches a misspelt preset or config name that is silently ignored."""
+    with pytest.raises(ValueError, match="unknown preset '3b'; there are toy, small, 0.9b, 2.4b"):
+        Config.preset("3b")
+    with pytest.raises(ValueError, match=r"unknown config names \['n_layers'\]"):
+        Config.from_dict(dict(n_layers=4))
+    assert Config.preset("toy", n_layer=5).n_layer == 5
+    assert Config.from_dict(asdict(Config.preset("toy"))) == Config.preset("toy")
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def test_fingerprint_names_weights_and_config(build, config):
+    """Catches memories of another model that are taken for ours: the smallest change of a weight,
+    of the header or of the selection is another fingerprint. The same model built again is not, nor
+    are other ways to read: their memories are the same."""
+    ours = build(torch.float32)
+    first = ours.fingerprint()
+    assert len(first) == 16 and first == build(torch.float32).fingerprint()
+    with torch.no_grad():
+        ours.blocks[2].attn.qkv.weight[5, 7] += 1e-6
+    assert ours.fingerprint() != first
+    assert build(torch.float32, approximate_weights=True).fingerprint() != first
+    assert build(torch.float32, header=(96, 94, 92)).fingerprint() != first
+    reader = dict(n_recall=3, chunk_len=9, max_context=50)
+    assert build(torch.float32, **reader).fingerprint() == first
+
+
+def test_checkpoint_round_trip_and_bad_files(build, tmp_path):
+    """Catches a config or a weight that a file loses, and a traceback from a cut-off file."""
+    ours = build(torch.float32, tied=True, approximate_weights=True)
+    state = dict(model=ours.state_dict(), meta=dict(config=asdict(ours.config), step=3))
+    torch.save(state, tmp_path / "model.pt")
+    for path in (tmp_path, str(tmp_path / "model.pt")):
+        twin, meta = load_checkpoint(path)
+        assert twin.fingerprint() == ours.fingerprint() and meta["step"] == 3
+        assert twin.config == ours.config and twin.head.weight is twin.embed.weight
+    whole = (tmp_path / "model.pt").read_bytes()
+    for size in (0, 100, len(whole) // 2):
+        (tmp_path / "cut.pt").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut\.pt: not a checkpoint"):
+            load_checkpoint(tmp_path / "cut.pt")
+    with pytest.raises(FileNotFoundError, match="no checkpoint there"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+def test_legend_names_what_the_config_holds():
+    """Catches a legend at the top of model.py that rots: its numbers are the defaults."""
+    legend, c = model_module.__doc__, Config()
+    for words in (f"C chunk_len {c.chunk_len}", f"R n_recall {c.n_recall}",
+                  f"S memory_tokens {c.memory_tokens}"):  # fmt: skip
+        assert words in legend
