@@ -1,0 +1,564 @@
+"""Training: batches, schedule, checkpoints, resume, divergence, and the command line.
+
+The data set is made here, in a temporary directory: texts of a few tokens that repeat, with the
+tokenizer of data/cities. Nothing is compared with numbers of an earlier run.
+"""
+
+import doctest
+import json
+import math
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY
+
+import corpus
+import train
+from model import Config, Memory3, load_checkpoint
+from train import TrainConfig, Windows, recall_table
+
+C, T = 7, 28  # 4 chunks a window
+IMPLICIT = ("train", "val", "heldout")
+EXPLICIT = ("explicit", "explicit_val", "explicit_heldout")
+
+
+def pattern(n, seed, period=5):
+    """n tokens that repeat a few: learnt in no time, and another few for another seed."""
+    few = np.random.default_rng(seed).choice(np.arange(300, 4000), period, replace=False)
+    return np.resize(few, n)
+
+
+def put(data, split, tokens, seed=0):
+    """Writes a split; an explicit one with random neighbours, of which a sixth are none."""
+    corpus.write_tokens(data / f"{split}.bin", tokens, 4096)
+    if split.startswith("explicit"):
+        refs = corpus.References.open(data / "train_refs")
+        n = len(tokens) // C
+        rows = np.random.default_rng([7, seed]).integers(0, len(refs), (n, 2)).astype(np.int32)
+        rows[:, 0][np.arange(n) % 6 == 4] = -1
+        corpus.replace_file(data / f"{split}.neighbors.bin", lambda f: f.write(rows.tobytes()))
+        meta = dict(chunk_len=C, k=2, n_chunks=n, n_tokens=len(tokens), name="train_refs")
+        corpus.write_json(data / f"{split}.neighbors.json", meta | dict(references=refs.hash))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """10 windows and 3 tokens to train on, 5 windows to validate on, 9 references."""
+    path = tmp_path / "tiny"
+    path.mkdir()
+    shutil.copy(ROOT / "data" / "cities" / "tokenizer.json", path)
+    corpus.write_json(path / "meta.json", dict(name="tiny", tokenizer=str(path), n_vocab=4096))
+    rows = [pattern(n, seed=50 + n) for n in (13, 3, 11, 9, 1, 12, 4, 8, 10)]
+    corpus.References.create(path / "train_refs", rows, 4096)
+    for name in (*IMPLICIT, *EXPLICIT):
+        put(path, name, pattern((10 * T if name in ("train", "explicit") else 5 * T) + 3, seed=1))
+    return path
+
+
+def shape(data, **changes):
+    tok = corpus.tokenizer(data)
+    given = dict(TINY, vocab_size=tok.n_vocab, header=tuple(tok.header), tied=True)
+    return Config(**{**given, **changes})
+
+
+def settings(data, out, stage="implicit", **changes):
+    given = dict(data=str(data), out=str(out), stage=stage, context=T, batch=4, steps=11, warmup=3)
+    given |= dict(lr=1e-2, eval_every=5, save_every=4, device="cpu", dtype="float32")
+    return TrainConfig(**{**given, **changes})
+
+
+def run(data, out, stage="implicit", **changes):
+    return train.main(settings(data, out, stage, **changes), shape(data))
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    """Whether two states are equal bit for bit, whatever they are nested in."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_windows_are_cut_and_shifted_right(data):
+    """Catches targets off by one, a target from the next window, a BOS that is predicted or that
+    overwrites a target, and neighbours of another window's chunks."""
+    put(data, "explicit", np.arange(300, 300 + 10 * T + 3))
+    cfg, config = settings(data, "", "explicit"), shape(data)
+    windows = Windows(cfg, "explicit", config)
+    assert windows.n == 10
+    tokens, targets, references, recall = windows.batch([6, 0, 9])
+    bos = corpus.tokenizer(data).bos
+    for b, w in enumerate((6, 0, 9)):
+        start = 300 + w * T
+        assert tokens[b].tolist() == [bos, *range(start + 1, start + T)]
+        assert targets[b].tolist() == [*range(start + 1, start + T), -1]
+    rows = np.fromfile(data / "explicit.neighbors.bin", np.int32).reshape(-1, 2)
+    refs = corpus.References.open(data / "train_refs")
+    assert references.shape[0] == 3 * 4 and recall.shape == (3, 4, 4)
+    for b, w in enumerate((6, 0, 9)):
+        for c in range(4):
+            i, row = rows[w * 4 + c, 0], references[b * 4 + c]
+            assert i < 0 or row[row >= 0].tolist() == refs[i].tolist()
+            assert (recall[b, c, 0] == b * 4 + c) == (i >= 0)
+    assert windows.batch([6], full_width=True)[2].shape == (4, 13)
+    plain = Windows(settings(data, ""), "train", config).batch([1, 2])
+    assert plain[0].shape == (2, T) and plain[2] is None and plain[3] is None
+
+
+def test_order_of_windows_depends_on_nothing_but_seed_and_position(data):
+    """Catches an order that a resume would change, an epoch that leaves windows out, and the same
+    order in every epoch."""
+    order = {}
+    for seed in (1, 2):
+        windows = Windows(settings(data, "", seed=seed), "train", shape(data))
+        order[seed] = [windows.window(i) for i in range(30)]
+        for epoch in range(3):
+            assert sorted(order[seed][10 * epoch : 10 * epoch + 10]) == list(range(10))
+        jumped = [windows.window(i) for i in (29, 3, 14, 15, 2)]
+        assert jumped == [order[seed][i] for i in (29, 3, 14, 15, 2)]
+        assert order[seed][:10] != order[seed][10:20] != order[seed][20:]
+    assert order[1] != order[2]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_recall_table_is_that_of_the_paper(shift):
+    """Catches a chunk that reads the future's reference, six chunks back instead of four, one
+    reference twice in a softmax, -1 taken for the last reference (sec. 3.6: c-4..c)."""
+    ids = np.random.default_rng(3).integers(-1, 6, (3, 11))
+    recall = recall_table(ids, 5, shift)
+    assert recall.shape == (3, 11, 5) and recall.dtype == torch.int64
+    for b in range(3):
+        for c in range(11):
+            rows = [r for r in recall[b, c].tolist() if r >= 0]
+            chunks = [r - 11 * b for r in rows]
+            assert all(max(0, c - shift - 4) <= j <= c - shift for j in chunks)
+            assert chunks == sorted(chunks, reverse=True)  # the latest copy of a reference
+            want = {ids[b, j] for j in range(max(0, c - shift - 4), c - shift + 1)} - {-1}
+            got = [ids[b, j] for j in chunks]
+            assert set(got) == want and len(got) == len(want)
+
+
+def test_data_that_does_not_fit_is_refused_in_one_line(data, tmp_path):
+    """Catches tracebacks and silent defaults for what a newcomer gets wrong first."""
+    config = shape(data)
+    for changes, error, line in (
+        (dict(data=tmp_path / "no"), FileNotFoundError, "no/train.bin is missing: run python"),
+        (dict(split="other"), FileNotFoundError, "other.bin is missing: run python"),
+        (dict(context=300), ValueError, "train.bin is shorter than one window of 300"),
+        (dict(stage="explicit", context=30, split="explicit"), ValueError, "30 is no multiple of"),
+        (dict(stage="explicit", split="train"), FileNotFoundError, "no neighbours here; make them"),
+    ):
+        with pytest.raises(error, match=line) as e:
+            cfg = settings(**{**dict(data=data, out=""), **changes})
+            Windows(cfg, cfg.split, config)
+        assert "\n" not in str(e.value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedule and optimizer
+
+
+def test_schedule_warms_up_stays_and_decays():
+    """Catches a first step at zero, a last step that is not near zero, a warmup of no steps that
+    divides by zero."""
+    cfg = TrainConfig(steps=70, warmup=9, decay=0.2)
+    lr = [train.lr_at(s, cfg) for s in range(70)]
+    assert np.allclose(lr[:9], np.arange(1, 10) / 9)
+    assert lr[9:56] == [1.0] * 47
+    assert np.allclose(lr[56:], np.arange(14, 0, -1) / 14)
+    for odd in (dict(warmup=0), dict(decay=0.0), dict(steps=1)):
+        cfg = TrainConfig(**{**dict(steps=5, warmup=2), **odd})
+        assert all(0 < train.lr_at(s, cfg) <= 1 for s in range(cfg.steps))
+
+
+def test_every_weight_is_in_the_optimizer_once_and_only_matrices_decay(build):
+    """Catches a forgotten parameter, a tied matrix that is stepped twice, decayed norms."""
+    for tied in (True, False):
+        model = build(torch.float32, tied=tied)
+        groups = train.make_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+        ours = [id(p) for g in groups for p in g["params"]]
+        assert len(ours) == len(set(ours)) and set(ours) == {id(p) for p in model.parameters()}
+        for g in groups:
+            assert all((p.dim() > 1) == (g["weight_decay"] == 0.3) for p in g["params"])
+
+
+def test_explicit_step_costs_what_the_paper_says():
+    """Catches FLOPs (and so an MFU) that forget the writing, or write through all layers: 1.82
+    times an implicit step (the paper: a bit more than 2)."""
+    paper = Config.preset("2.4b")
+    implicit, explicit = (train.flops_per_token(paper, 2048, e) for e in (False, True))
+    assert 1.815 < explicit / implicit < 1.825
+    assert 6 * paper.n_params < implicit < 1.25 * 6 * paper.n_params
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.mark.parametrize("stage", ["implicit", "explicit"])
+def test_loss_falls_in_both_stages(data, tmp_path, stage):
+    """Catches a step that does not train: no gradient, targets of other tokens, lr of zero."""
+    result = run(data, tmp_path / "out", stage, steps=25, eval_every=25)
+    assert result["step"] == 25 and len(result["losses"]) == 25
+    assert abs(result["losses"][0] - math.log(4096)) < 0.3  # knows nothing at first
+    assert result["losses"][-1] < 2.5  # of 8.3; a uniform guess among the five is 1.6
+    rows = log(tmp_path / "out")
+    assert [r["step"] for r in rows] == list(range(1, 26))
+    assert [r["loss"] for r in rows] == result["losses"] and rows[-1]["val"] == result["val"]
+
+
+def test_validation_is_the_loss_of_the_validation_files(data, tmp_path):
+    """Catches validation on training data: other training text changes nothing (lr is 0), other
+    validation text does. And a mean that weighs a short last batch, of 1, like a full one, of 2."""
+    still = dict(lr=0.0, steps=1, micro_batch=2, eval_batches=9)
+    before = run(data, tmp_path / "a", **still)
+    put(data, "train", pattern(10 * T, seed=2))
+    after = run(data, tmp_path / "b", **still)
+    assert before["losses"] != after["losses"] and before["val"] == after["val"]
+    put(data, "heldout", np.random.default_rng(4).integers(300, 4000, 5 * T))
+    third = run(data, tmp_path / "c", **still)["val"]
+    assert third["val"] == before["val"]["val"] and third["heldout"] != before["val"]["heldout"]
+    windows = Windows(settings(data, ""), "heldout", before["model"].config)
+    with torch.no_grad():
+        by_hand = [train.loss_on(before["model"], windows.batch([w]), "cpu") for w in range(5)]
+    assert abs(third["heldout"] - float(sum(by_hand)) / 5) < 1e-5
+
+
+def test_explicit_validation_is_with_and_without_what_was_recalled(data, tmp_path):
+    """Catches a "nothing recalled" that recalls, and memories of other chunks in validation."""
+    result = run(data, tmp_path / "out", "explicit", steps=9, micro_batch=2, eval_batches=2)
+    val, model = result["val"], result["model"]
+    assert list(val) == [n + x for n in EXPLICIT[1:] for x in ("", ", nothing recalled")]
+    windows = Windows(settings(data, "", "explicit"), "explicit_val", model.config)
+    with torch.no_grad():
+        tokens, targets, references, recall = windows.batch(range(4))  # 2 batches of 2
+        logits = model(tokens, None, model.write(references), recall)[0]
+        empty = model(tokens, None, model.write(references))[0]
+    for x, name in ((logits, "explicit_val"), (empty, "explicit_val, nothing recalled")):
+        by_hand = F.cross_entropy(x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        assert abs(val[name] - float(by_hand)) < 1e-5
+    assert val["explicit_val"] != val["explicit_val, nothing recalled"]
+
+
+@pytest.mark.parametrize("stage", ["implicit", "explicit"])
+def test_micro_batches_add_up_to_the_batch(data, tmp_path, stage):
+    """Catches gradients that are summed instead of averaged, windows read twice or skipped."""
+    logs = []
+    for micro in (4, 2, 1):
+        run(data, tmp_path / str(micro), stage, steps=4, micro_batch=micro, lr=1e-3)
+        logs.append(log(tmp_path / str(micro)))
+    for rows in logs[1:]:
+        for a, b in zip(logs[0], rows, strict=True):
+            assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5)
+            assert math.isclose(a["norm"], b["norm"], rel_tol=1e-3)
+
+
+def test_only_the_text_is_in_the_loss_and_the_writer_gets_its_gradient(data):
+    """Catches references as targets, and memories that are detached in the training step: the
+    gradient of a token that stands in no text, only in references (invariant 8)."""
+    torch.manual_seed(0)
+    model = Memory3(shape(data, tied=False))
+    windows = Windows(settings(data, "", "explicit"), "explicit", model.config)
+    batch = windows.batch([0, 1, 2])
+    loss = train.loss_on(model, batch, torch.device("cpu"))
+    tokens, targets, references, recall = batch
+    logits = model(tokens, None, model.write(references), recall)[0]
+    by_hand = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(loss, by_hand, rtol=1e-6, atol=0)
+    loss.backward()
+    text = {*tokens.unique().tolist(), *model.config.header}
+    read = references[recall[recall >= 0].unique()]
+    grad = model.embed.weight.grad.abs().amax(-1)
+    only_there = [t for t in read[read >= 0].unique().tolist() if t not in text]
+    assert len(only_there) > 20 and (grad[only_there] > 0).all()
+    nowhere = [t for t in range(4096) if t not in text and t not in references]
+    assert (grad[nowhere] == 0).all()
+    # in the output matrix a token that is no target is only pushed down: p > 0, nothing minus
+    logits.retain_grad()
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1).backward()
+    assert (logits.grad[:, :-1][..., only_there] > 0).all() and (logits.grad[:, -1] == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints and resume
+
+
+@pytest.mark.parametrize("stage", ["implicit", "explicit"])
+def test_resume_is_bit_exact(data, tmp_path, stage, monkeypatch):
+    """Catches an optimizer, a data position, a best loss or a schedule that a resume starts anew:
+    stopped at step 9 of 11 (saved at 8, in the middle of an epoch), the rest is the same, bit for
+    bit."""
+    whole = run(data, tmp_path / "whole", stage, micro_batch=2)
+    lr_at = train.lr_at
+
+    def stop(step, cfg):
+        if step == 9:
+            raise KeyboardInterrupt
+        return lr_at(step, cfg)
+
+    monkeypatch.setattr(train, "lr_at", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "two", stage, micro_batch=2)
+    monkeypatch.setattr(train, "lr_at", lr_at)
+    assert load_checkpoint(tmp_path / "two" / "last.pt")[1]["step"] == 8
+    result = train.main(*train.command_line(["--resume", str(tmp_path / "two")]))
+    assert result["step"] == 11 and result["losses"] == whole["losses"][8:]
+    assert result["val"] == whole["val"]
+    for name in ("last.pt", "best.pt"):
+        a, b = (torch.load(tmp_path / d / name, weights_only=True) for d in ("whole", "two"))
+        for key in ("model", "optimizer"):
+            assert same(a[key], b[key])
+        for meta in (a["meta"], b["meta"]):
+            meta["train"].pop("out")
+        assert same(a["meta"], b["meta"])
+
+
+def test_last_is_the_end_and_best_is_the_best(data, tmp_path):
+    """Catches nothing saved at the end (steps is no multiple of save_every), a best that is only
+    the last, names with the prefix of torch.compile, half-written files left behind."""
+    put(data, "val", pattern(5 * T, seed=3))  # what training makes less likely with every step
+    run(data, tmp_path, steps=7, eval_every=2, save_every=5, lr=1e-2, warmup=0)
+    best, last = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("best", "last"))
+    losses = {r["step"]: r["val"]["val"] for r in log(tmp_path) if "val" in r}
+    assert list(losses) == [2, 4, 6, 7] and last["meta"]["step"] == 7
+    assert best["meta"]["step"] == min(losses, key=losses.get) < 7
+    assert best["meta"]["best"] == last["meta"]["best"] == min(losses.values())
+    assert not same(best["model"], last["model"])
+    for state in (best, last):
+        assert not [k for k in state["model"] if "_orig_mod" in k]
+        assert Memory3(Config.from_dict(state["meta"]["config"])).load_state_dict(state["model"])
+        assert state["meta"]["tokenizer"] == corpus.tokenizer(data).id
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["step"] == 7 and meta["stage"] == "implicit" and meta["config"]["n_layer"] == 4
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_compile_changes_no_loss_and_no_name_in_files(data, tmp_path, monkeypatch):
+    """Catches a --compile that nothing runs: traced, but without a compiler (backend "eager"), the
+    explicit stage has the same losses, and its checkpoint names weights as always."""
+    plain = run(data, tmp_path / "a", "explicit", steps=3, lr=1e-3)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    traced = run(data, tmp_path / "b", "explicit", steps=3, lr=1e-3, compile=True)
+    assert np.allclose(plain["losses"], traced["losses"], rtol=1e-5)
+    a, b = (torch.load(tmp_path / d / "last.pt", weights_only=True) for d in "ab")
+    assert a["model"].keys() == b["model"].keys()
+
+
+def test_a_kill_while_saving_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
+    """Catches a checkpoint that is written in place: a kill halfway must leave the one before."""
+    save = torch.save
+
+    def killed(state, f):
+        if state["meta"]["step"] == 8:
+            f.write(b"half a file")
+            raise KeyboardInterrupt
+        save(state, f)
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "out")
+    assert load_checkpoint(tmp_path / "out" / "last.pt")[1]["step"] == 4
+
+
+def test_explicit_stage_starts_from_the_implicit_one(data, tmp_path):
+    """Catches an --init that loses the weights, keeps the old step, or takes another shape."""
+    first = run(data, tmp_path / "a", steps=3)["model"].state_dict()
+    init = str(tmp_path / "a" / "last.pt")
+    for stage in ("explicit", "implicit"):
+        cfg = settings(data, tmp_path / stage, stage, steps=2, lr=0.0, init=init)
+        result = train.main(cfg)
+        assert result["step"] == 2 and same(dict(first), dict(result["model"].state_dict()))
+    for changes in (dict(vocab_size=4095), dict(header=(4094, 7))):
+        other = Memory3(shape(data, **changes))
+        meta = dict(config=vars(other.config), stage="implicit", step=1)
+        torch.save(dict(model=other.state_dict(), meta=meta), tmp_path / "other.pt")
+        with pytest.raises(ValueError, match="the model's vocabulary or header is not that of"):
+            train.main(settings(data, tmp_path / "c", init=str(tmp_path / "other.pt")))
+
+
+def test_out_of_another_run_is_not_continued(data, tmp_path):
+    """Catches a run of another stage or shape that silently goes on with what lies in --out."""
+    run(data, tmp_path / "out", steps=2)
+    with pytest.raises(ValueError, match="is of the implicit stage: choose another --out"):
+        run(data, tmp_path / "out", "explicit", steps=3)
+    with pytest.raises(ValueError, match="another shape.*choose another --out"):
+        train.main(settings(data, tmp_path / "out", steps=3), shape(data, n_layer=5))
+    assert run(data, tmp_path / "out", steps=3)["step"] == 3  # the same run goes on
+
+
+# ---------------------------------------------------------------------------------------------
+# Divergence
+
+
+def break_loss(monkeypatch, at, how):
+    """The loss of training step `at` (counted over the calls, from 1) becomes how(loss, model)."""
+    calls, loss_on = [], train.loss_on
+
+    def broken(model, batch, device):
+        loss = loss_on(model, batch, device)
+        if model.training and torch.is_grad_enabled():
+            calls.append(1)
+            assert len(calls) < 30, "it goes back for ever"
+            if len(calls) == at:
+                return how(loss, model)
+        return loss
+
+    monkeypatch.setattr(train, "loss_on", broken)
+    return calls
+
+
+NAN = dict(
+    loss=lambda loss, model: loss * math.nan,
+    gradient=lambda loss, model: loss + (model.norm.weight * 0).sum().sqrt() * 0,  # 0 * inf
+)
+
+
+@pytest.mark.parametrize("where", NAN)
+def test_divergence_stops_with_one_line_and_harms_nothing(data, tmp_path, where, monkeypatch):
+    """Catches weights that turn into nan and are saved over the good checkpoint."""
+    break_loss(monkeypatch, 7, NAN[where])
+    with pytest.raises(FloatingPointError, match=r"step 6: .*nan.*smaller --lr") as e:
+        run(data, tmp_path)
+    assert "\n" not in str(e.value)
+    model, meta = load_checkpoint(tmp_path / "last.pt")
+    assert meta["step"] == 4 and all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("where", NAN)
+def test_back_off_returns_to_the_checkpoint_with_a_smaller_lr(data, tmp_path, where, monkeypatch):
+    """Catches nan gradients that stay and spoil every step after the return, a scale that is not
+    applied or not saved, the same batch tried again, an optimizer that does not go back: the end
+    must be that of a run resumed at the checkpoint, with half the lr and the data after the bad
+    batch."""
+    flags = dict(back_off=0.5, warmup=0, decay=0.0)
+    with monkeypatch.context() as m:
+        calls = break_loss(m, 7, NAN[where])
+        result = run(data, tmp_path, **flags)
+    assert result["step"] == 11 and len(calls) == 6 + 1 + 7  # 6 steps, the bad one, 5..11 again
+    assert all(p.isfinite().all() for p in result["model"].parameters())
+    rows = log(tmp_path)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6, *range(5, 12)]
+    assert [r["lr"] for r in rows[:6]] == [1e-2] * 6 and [r["lr"] for r in rows[6:11]] == [5e-3] * 5
+    meta = load_checkpoint(tmp_path / "last.pt")[1]
+    assert meta["lr_scale"] == 0.5 and meta["position"] == 14 * 4
+
+    run(data, tmp_path / "again", **flags | dict(steps=4))
+    state = torch.load(tmp_path / "again" / "last.pt", weights_only=True)
+    state["meta"] |= dict(lr_scale=0.5, position=7 * 4)
+    torch.save(state, tmp_path / "again" / "last.pt")
+    again = run(data, tmp_path / "again", **flags)
+    assert same(dict(result["model"].state_dict()), dict(again["model"].state_dict()))
+
+
+@pytest.mark.parametrize("back_off", [0.0, 0.25])
+def test_a_spike_counts_as_divergence_only_when_asked_to(data, tmp_path, back_off, monkeypatch):
+    """Catches a guard that is on by default, or one that compares with a mean the spike is in."""
+    values = [2.0 + 0.01 * (i % 3) for i in range(103)] + [9.0] + [2.0] * 40
+    steps = iter(values)
+
+    def cheap(model, batch, device):  # a loss without the model, so that 100 steps cost nothing
+        one = 0 * model.norm.weight.sum()
+        return one + (next(steps) if torch.is_grad_enabled() else 2.0)
+
+    monkeypatch.setattr(train, "loss_on", cheap)
+    run(data, tmp_path, steps=110, batch=1, save_every=50, back_off=back_off, eval_every=200)
+    losses = [r["loss"] for r in log(tmp_path)]
+    assert (9.0 in losses) == (back_off == 0) and len(losses) == (110 if back_off == 0 else 113)
+    assert load_checkpoint(tmp_path / "last.pt")[1]["lr_scale"] == (back_off or 1.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+
+def test_flags_override_the_preset_and_the_tokenizer_gives_the_vocabulary(data):
+    """Catches a flag that is dropped, and a preset that wins over a flag."""
+    argv = ["--preset", "toy", "--data", str(data), "--stage", "explicit", "--steps", "9"]
+    cfg, config = train.command_line([*argv, "--lr", "3e-4", "--n_layer", "5", "--compile"])
+    tok = corpus.tokenizer(data)
+    assert (cfg.steps, cfg.lr, cfg.stage, cfg.compile) == (9, 3e-4, "explicit", True)
+    assert (cfg.split, cfg.val) == ("explicit", "explicit_val,explicit_heldout")
+    toy = dict(n_layer=5, vocab_size=4096, header=tuple(tok.header))
+    assert config == Config.preset("toy", **toy)
+    assert train.command_line(argv)[0] == TrainConfig(data=str(data), stage="explicit", steps=9)
+
+
+def test_what_cannot_be_run_is_one_line(data, tmp_path, capsys):
+    """Catches options that are accepted and dropped, and errors that name neither flag nor cure."""
+    have, toy = ["--data", str(data)], ["--preset", "toy"]
+    run(data, tmp_path / "done", steps=1)
+    init = ["--init", str(tmp_path / "done" / "last.pt")]
+    resume = ["--resume", str(tmp_path / "done")]
+    for argv, line in (
+        ([*have], "--preset is missing: toy, small"),
+        ([*have, "--preset", "big"], "unknown preset 'big'; there are toy, small"),
+        ([*have, *toy, "--n_memory_layer", "7"], "n_memory_layer 7 > n_layer 6"),
+        ([*have, *toy, "--stage", "sft"], "--stage sft: implicit or explicit"),
+        ([*have, *toy, "--batch", "6", "--micro_batch", "4"], "--batch 6 is no multiple of"),
+        ([*have, *toy, "--dtype", "float8"], "--dtype float8: auto, float32"),
+        ([*toy, "--data", str(tmp_path / "nowhere")], "nowhere/meta.json is missing: run python"),
+        (["--resume", str(tmp_path)], "last.pt: no checkpoint there"),
+        ([*resume, "--n_layer", "3"], "n_layer.*shape"),
+        ([*have, *init, "--n_layer", "3"], "n_layer.*shape"),
+        ([*have, *init, *toy], "preset.*shape"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=line) as e:
+            train.command_line(argv)
+        assert "\n" not in str(e.value)
+    for argv in (["--stepz", "3"], ["--step", "3"], ["--steps", "three"]):  # no abbreviations
+        with pytest.raises(SystemExit):
+            train.command_line([*have, *toy, *argv])
+        assert argv[0] in capsys.readouterr().err
+
+
+def test_help_explains_every_flag(capsys):
+    """Catches a field without a comment: its flag would have no help."""
+    with pytest.raises(SystemExit):
+        train.command_line(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for word in vars(TrainConfig()) | TINY:
+        if word not in ("vocab_size", "header"):
+            assert f"--{word} " in text
+            after = text.split(f"--{word} ")[-1].removeprefix(word.upper()).strip()
+            assert not after.startswith(("(default", "--")), word
+
+
+def test_command_line_trains_resumes_and_fails_in_one_line(data, tmp_path):
+    """Catches a script that only works when imported."""
+
+    def python(*argv):
+        command = [sys.executable, str(ROOT / "train.py"), *map(str, argv)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+
+    flags = ["--data", data, "--preset", "toy", "--context", 64, "--batch", 2, "--steps", 2]
+    done = python(*flags, "--out", tmp_path / "out", "--n_layer", 5, "--eval_batches", 1)
+    assert done.returncode == 0, done.stderr
+    for word in ("non-embedding", "bytes in bfloat16", "attention:", "validation:", "step 2/2"):
+        assert word in done.stdout
+    assert load_checkpoint(tmp_path / "out" / "last.pt")[1]["step"] == 2
+    failed = python(*flags, "--out", tmp_path / "out2", "--val", "other")
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert failed.stderr.startswith("train.py: ") and failed.stderr.count("\n") == 1
+
+
+def test_worked_examples():
+    """Catches docstrings that show what the code no longer does."""
+    result = doctest.testmod(train)
+    assert result.attempted >= 3 and result.failed == 0
