@@ -216,7 +216,7 @@ def main(argv=None):
         out, trace = generate(model, prompt, 32, retriever, bank, stop=stop)
         answer = tokenizer.decode(out[0, prompt.shape[1] :]).strip()
         truth = f"{row['lead']} {row['answer']}{row['end']}"
-        print(f"\n{row['question']}\n -> {answer}\n    (GeoNames: {truth})")
+        print(f"\n{row['question']}\n -> {answer}\n    (truth: {truth})")
         print("\n".join(explain(model, tokenizer, references, out, trace, bank)))
     result = dict(
         conditions=table,

@@ -69,6 +69,8 @@ class Config:
 
     def __post_init__(self):
         self.header = tuple(int(t) for t in self.header)
+        if self.n_memory_layer < 1 or self.memory_tokens < 1:
+            raise ValueError("n_memory_layer and memory_tokens are at least 1")
         if self.n_memory_layer > self.n_layer:
             raise ValueError(
                 f"n_memory_layer {self.n_memory_layer} > n_layer {self.n_layer}: memories live in "

@@ -224,7 +224,9 @@ def main(cfg, config=None):
 
     # Model: from a stopped run, from a checkpoint, or new.
     optimizer_state = None
-    meta = dict(step=0, position=0, best=math.inf, lr_scale=1.0)
+    # Nothing is random but the first weights and the order of windows, and both follow from the
+    # seed: with the position, that is all a resumed run needs.
+    meta = dict(step=0, position=0, best=None, lr_scale=1.0)
     if last.exists():
         model, meta, optimizer_state = load_checkpoint(last, with_optimizer=True)
         if meta["stage"] != cfg.stage:
@@ -234,6 +236,7 @@ def main(cfg, config=None):
         print(f"resuming {last} at step {meta['step']}")
     elif cfg.init:
         model, init_meta = load_checkpoint(cfg.init)
+        meta["tokenizer"] = init_meta.get("tokenizer")
         if config:  # the same weights, other memories: S, Lm, C ... can change between the stages
             weights, model = model.state_dict(), Memory3(config)
             model.load_state_dict(weights)
@@ -242,8 +245,9 @@ def main(cfg, config=None):
         model = Memory3(config)
     config = model.config
     tok = corpus.tokenizer(corpus.manifest(cfg.data)["tokenizer"])
-    if tok.n_vocab > config.vocab_size or tuple(tok.header) != config.header:
-        raise ValueError(f"the model's vocabulary or header is not that of {cfg.data}")
+    same = meta.get("tokenizer") in (None, tok.id) and tok.n_vocab <= config.vocab_size
+    if not same or tuple(tok.header) != config.header:
+        raise ValueError(f"the checkpoint's tokenizer is not that of {cfg.data} ({tok.id})")
     model.to(device)
     optimizer = make_optimizer(model, cfg)
     if optimizer_state:
@@ -258,7 +262,8 @@ def main(cfg, config=None):
     step_loss = loss_on
     if cfg.compile:
         step_loss = torch.compile(loss_on)
-    path, why = attention_path(device, getattr(torch, dtype), cfg.context)
+    longest = cfg.context + explicit * len(config.header)
+    path, why = attention_path(device, getattr(torch, dtype), longest)
     flops = flops_per_token(config, cfg.context, explicit)
     card = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((v for k, v in PEAK.items() if k in card), None)
@@ -318,7 +323,7 @@ def main(cfg, config=None):
         recent = losses[-100:]
         diverged = not math.isfinite(loss_sum) or not math.isfinite(norm)
         diverged |= len(recent) == 100 and loss_sum > 1.5 * float(np.median(recent)) + 0.5
-        if diverged and cfg.back_off and last.exists():
+        if diverged and cfg.back_off and last.exists() and meta["lr_scale"] > 1e-3:
             model_, meta_, optimizer_state = load_checkpoint(last, with_optimizer=True)
             model.load_state_dict(model_.state_dict())
             optimizer.load_state_dict(optimizer_state)
@@ -363,10 +368,9 @@ def main(cfg, config=None):
             config=asdict(config),
             tokenizer=tok.id,
             train=asdict(cfg),
-            rng=torch.get_rng_state().tolist() if device.type == "cpu" else [],
         )
-        first = next(iter(val.values()), math.inf)
-        if (step % cfg.eval_every == 0 or step == cfg.steps) and first < meta["best"]:
+        first = next(iter(row.get("val", {}).values()), None)  # of the first validation split
+        if first is not None and (meta["best"] is None or first < meta["best"]):
             meta["best"] = first
             save_checkpoint(out / "best.pt", model, optimizer, meta)
         if step % cfg.save_every == 0 or step == cfg.steps:
@@ -441,7 +445,7 @@ def command_line(argv=None):
 if __name__ == "__main__":
     try:
         main(*command_line())
-    except (ValueError, FileNotFoundError, FloatingPointError) as e:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
         sys.exit(f"train.py: {e}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; go on with --resume")

@@ -385,11 +385,21 @@ def test_explicit_stage_starts_from_the_implicit_one(data, tmp_path):
         cfg = settings(data, tmp_path / stage, stage, steps=2, lr=0.0, init=init)
         result = train.main(cfg)
         assert result["step"] == 2 and same(dict(first), dict(result["model"].state_dict()))
+    # the memories' shape is free to change between the stages, that of the weights is not
+    argv = ["--init", init, "--data", str(data), "--stage", "explicit"]
+    cfg, config = train.command_line([*argv, "--n_memory_layer", "1", "--memory_tokens", "2"])
+    assert (config.n_memory_layer, config.memory_tokens) == (1, 2)
+    cfg = settings(data, tmp_path / "free", "explicit", steps=1, lr=0.0, init=init)
+    result = train.main(cfg, config)
+    assert result["model"].config == config
+    assert same(dict(first), dict(result["model"].state_dict()))
+    with pytest.raises(ValueError, match="--n_layer: a checkpoint has its shape already"):
+        train.command_line([*argv, "--n_layer", "2"])
     for changes in (dict(vocab_size=4095), dict(header=(4094, 7))):
         other = Memory3(shape(data, **changes))
         meta = dict(config=vars(other.config), stage="implicit", step=1)
         torch.save(dict(model=other.state_dict(), meta=meta), tmp_path / "other.pt")
-        with pytest.raises(ValueError, match="the model's vocabulary or header is not that of"):
+        with pytest.raises(ValueError, match="the checkpoint's tokenizer is not that of"):
             train.main(settings(data, tmp_path / "c", init=str(tmp_path / "other.pt")))
 
 

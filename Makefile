@@ -1,0 +1,38 @@
+# make demo    set up, write 20,000 references into memory, ask 600 questions
+# make test    set up, run the tests
+# make toy     train the shipped toy again, both stages, into out/
+
+PY := .venv/bin/python
+DATA := data/cities
+
+.PHONY: setup demo test toy
+
+setup: .venv/ready
+
+.venv/ready: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(DATA)/meta.json: $(DATA)/prepare.py $(DATA)/tokenizer.json | .venv/ready
+	$(PY) $(DATA)/prepare.py
+
+$(DATA)/kb.index/meta.json: $(DATA)/meta.json
+	$(PY) retrieval.py index --data $(DATA) --references kb
+
+demo: .venv/ready $(DATA)/kb.index/meta.json
+	$(PY) write.py --checkpoint checkpoints/toy --out out/kb.bank --quantize out/kb.codes
+	$(PY) eval.py --bank out/kb.bank --codes out/kb.codes --json out/demo.json
+
+test: .venv/ready
+	$(PY) -m pytest -q tests
+
+# Both stages with the seeds of the shipped toy. A stopped run goes on where it was.
+toy: .venv/ready
+	test -f $(DATA)/train.bin || $(PY) $(DATA)/prepare.py --train
+	for s in explicit_val explicit_heldout; do $(PY) retrieval.py neighbors --data $(DATA) \
+		--references kb --split $$s --chunk_len 32 --context 256; done
+	test -f $(DATA)/explicit.neighbors.bin || $(PY) retrieval.py neighbors --data $(DATA) \
+		--references train_refs --split explicit --chunk_len 32 --context 256
+	$(PY) train.py --preset toy --stage implicit --out out/implicit --steps 2500 --lr 3e-3
+	$(PY) train.py --init out/implicit/last.pt --stage explicit --out out/toy --steps 4000
