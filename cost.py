@@ -13,7 +13,6 @@ header, the masked half of causal attention, decoding the codes, retrieval, and 
 
 import argparse
 import math
-import sys
 
 from model import PRESETS, Config
 from quantize import default_spec, layout
@@ -22,9 +21,7 @@ TERA = 1e12
 KNOWLEDGE_BASE = 1.12e8  # references; sec. 4.4 prints 1.1e8, its bytes in sec. 3.3 need 1.12e8
 
 
-# ---------------------------------------------------------------------------------------------
-# Compute (App. A)
-
+# -- Compute (App. A) -------------------------------------------------------------------------
 
 def _attention(c):  # multiply-adds of a token in a layer: W_Q W_O, W_K W_V
     return 2 * c.n_embd**2 + 2 * c.n_embd * c.head_dim * c.n_kv_head
@@ -53,9 +50,9 @@ def selection(c):
 
 
 def write_explicit(c):
-    """Into an explicit memory: encode the reference up to the last keys and values (A.2), so there
-    is one MLP fewer than layers. (W_O and causal attention of that layer are counted, not needed:
-    model.write skips them.)"""
+    """Into an explicit memory: encode the reference up to the last keys and values (A.2), one MLP
+    fewer than layers. (A.2 counts W_O and causal attention of that layer; model.write skips them.)
+    """
     l, Lm, d = c.ref_len, c.n_memory_layer, c.n_embd
     encode = Lm * (l * _attention(c) + 2 * l * l / 2 * d) + (Lm - 1) * l * _mlp(c)
     return 2 * encode + selection(c)
@@ -116,14 +113,12 @@ def reading_share(c, tokens=256):
     return chunks * c.n_recall * read_explicit(c), forward(c, tokens, head=False)
 
 
-# ---------------------------------------------------------------------------------------------
-# Storage (sec. 3.3)
-
+# -- Storage (sec. 3.3) -----------------------------------------------------------------------
 
 def memory_bytes(c, form, references=KNOWLEDGE_BASE):
     """Bytes of one reference. form: "full" = keys and values of all layers, query heads (no GQA)
     and tokens, bf16; "bf16" = the kept ones; "codes" = those by the codec that `references` of
-    them can train. The bank's count and checksum, 5 bytes, are not in it.
+    them can train. Without the bank's count and checksum, 5 bytes.
 
     >>> [memory_bytes(Config(), form) for form in ("full", "bf16", "codes")]
     [72089600, 450560, 39424]
@@ -136,8 +131,7 @@ def memory_bytes(c, form, references=KNOWLEDGE_BASE):
     return vectors * layout(default_spec(c.head_dim, int(references * vectors)))[1]
 
 
-def weights(c):
-    """Weights with the embeddings, norms aside."""
+def weights(c):  # with the embeddings, norms aside
     return c.n_params + c.vocab_size * c.n_embd * (1 if c.tied else 2)
 
 
@@ -163,35 +157,32 @@ def plan(c, references, uses, flops, utilisation):
 
     uses: how often each reference is expected to be used; flops: the machine's peak FLOP/s, of
     which the share `utilisation` is reached. FLOPs in all: eq. (1.1), over all references.
-    Raises ValueError for a number that is not positive or a share above 1.
-    """
+    Raises ValueError for a number that is not positive or a share above 1."""
     given = dict(references=references, uses=uses, flops=flops, utilisation=utilisation)
     for name, x in given.items():
         if not 0 < x < math.inf or x > 1 and name == "utilisation":
             raise ValueError(f"--{name} {x:g}: give a positive number, and a share of at most 1")
     token = 2 if c.vocab_size <= 65536 else 4  # bytes of a token id, as corpus.py keeps them
-    write, cost = write_explicit(c), total_cost(c, uses)
-    formats = [
-        ("plain text", c.ref_len * token, 0),
-        ("explicit memory, bf16", memory_bytes(c, "bf16"), write),
-        ("explicit memory, codes", memory_bytes(c, "codes", references), write),
-        ("model parameters", 0, write_implicit(c)),  # no bytes beyond the model's own
-    ]
     hour = 3600 * flops * utilisation  # FLOPs of an hour
+    write, cost = write_explicit(c), total_cost(c, uses)
+
+    def row(name, size, write):
+        total = references * cost[name.split(",")[0]]
+        return name, references * size, references * write / hour, total
+
     return [
-        (name, references * size, references * w / hour, references * cost[name.split(",")[0]])
-        for name, size, w in formats
+        row("plain text", c.ref_len * token, 0),
+        row("explicit memory, bf16", memory_bytes(c, "bf16"), write),
+        row("explicit memory, codes", memory_bytes(c, "codes", references), write),
+        row("model parameters", 0, write_implicit(c)),  # no bytes beyond the model's own
     ]
 
 
-# ---------------------------------------------------------------------------------------------
-# What is printed and drawn
-
+# -- What is printed and drawn ----------------------------------------------------------------
 
 def table(c):
     """[(quantity, ours, the paper's printed figure or "", where in the paper)]; ours: a number."""
-    low, high = advantage_interval(c)
-    reading, rest = reading_share(c)
+    (low, high), (reading, rest) = advantage_interval(c), reading_share(c)
     implicit, explicit = step_flops(c, False), step_flops(c, True)
     full, bf16, codes = (memory_bytes(c, form) for form in ("full", "bf16", "codes"))
     PIB, TIB = 2**50 / KNOWLEDGE_BASE, 2**40 / KNOWLEDGE_BASE  # the paper's "PB", "TB"
@@ -232,36 +223,39 @@ def plot(c, file):
     low, high = advantage_interval(c)
     left, right = (low / 50, high * 50) if low < high else (1e-3, 1e6)
     n = [left * (right / left) ** (i / 400) for i in range(401)]
-    costs = [total_cost(c, i) for i in n]
-    best = [min(x.values()) / TERA for x in costs]
+    costs = [{name: x / TERA for name, x in total_cost(c, i).items()} for i in n]
+    best = [min(x.values()) for x in costs]
     ax = Figure(figsize=(7, 4.2), layout="constrained").subplots()
     for name, color in zip(costs[0], ("tab:green", "tab:red", "tab:blue"), strict=True):
-        ax.loglog(n, [x[name] / TERA for x in costs], color=color, label=name, lw=2)
-    bottom, top = min(best) / 3, max(best) * 30
+        ax.loglog(n, [x[name] for x in costs], color=color, label=name, lw=2)
+    bottom = min(best) / 3
     ax.fill_between(n, bottom, best, color="0.88", lw=0, label="the cheapest")
     for edge, side in ((low, "left"), (high, "right")) if low < high else ():
         ax.axvline(edge, color="0.3", ls=":", lw=1)
         ax.text(edge, bottom * 1.2, f" n = {float(f'{edge:.3g}'):,g} ", ha=side)
-    ax.set(xlim=(left, right), ylim=(bottom, top))
+    ax.set(xlim=(left, right), ylim=(bottom, max(best) * 30))
     ax.set(xlabel="expected usage count n", ylabel="write + n * read, TFlops")
     ax.figure.legend(loc="outside upper center", ncols=4, frameon=False)
     ax.figure.savefig(file, dpi=150)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    title, examples, *_ = __doc__.split("\n\n")
+    form = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=title, epilog=examples, **form)
     p.add_argument("--preset", default="2.4b", help=", ".join(PRESETS) + " (default 2.4b)")
     p.add_argument("--plot", metavar="FILE", help="draws Fig. 1.1 (.png, .svg, .pdf)")
-    p.add_argument("--references", type=float, help="plan: how many references, e.g. 1e6")
-    p.add_argument("--uses", type=float, help="plan: expected uses of each reference")
-    p.add_argument("--flops", type=float, help="plan: peak FLOP/s, e.g. 312e12 for an A100")
-    p.add_argument("--utilisation", type=float, default=0.4, help="share of it reached (0.4)")
+    plans = p.add_argument_group("plan a knowledge base (the first three together)").add_argument
+    plans("--references", type=float, metavar="N", help="how many references, e.g. 1e6")
+    plans("--uses", type=float, metavar="n", help="expected uses of each reference")
+    plans("--flops", type=float, metavar="F", help="peak FLOP/s, e.g. 312e12 for an A100")
+    plans("--utilisation", type=float, metavar="U", default=0.4, help="share reached (0.4)")
     a = p.parse_args(argv)
     c = Config.preset(a.preset)
     wanted, rows = [a.references, a.uses, a.flops], []
     if None not in wanted:
         rows = plan(c, *wanted, a.utilisation)
-    elif any(x is not None for x in wanted):
+    elif wanted != [None] * 3:
         raise ValueError("a plan needs --references, --uses and --flops together")
     papers = c == Config()  # its figures are of the 2.4b only
     print(f"{a.preset}: memories {c.memory_shape}, vocabulary {c.vocab_size:,}")
@@ -270,15 +264,13 @@ def main(argv=None):
         number = f"{ours:,}" if isinstance(ours, int) else f"{ours:.5g}"
         print(f"{quantity:38} {number:>13}" + f"   {paper:12}  {where}" * papers)
     if rows:
-        print(
-            f"\n{a.references:,.0f} references of {c.ref_len} tokens, each used {a.uses:g} times; "
-            f"{a.flops:.3g} FLOP/s at {a.utilisation:.0%}\n"
-            f"{'':24} {'GiB':>12} {'hours to write':>15} {'TFlops in all':>14}"
-        )
+        machine = f"{a.flops:.3g} FLOP/s at {a.utilisation:.0%}"
+        used = f"references of {c.ref_len} tokens, each used {a.uses:g} times"
+        print(f"\n{a.references:,.0f} {used}; {machine}")
+        print(f"{'':24} {'GiB':>12} {'hours to write':>15} {'TFlops in all':>14}")
         for name, size, hours, flops in rows:
             print(f"{name:24} {size / 2**30:12,.6g} {hours:15,.6g} {flops / TERA:14.4g}")
-        cost = total_cost(c, a.uses)
-        print(f"cheapest by eq. (1.1): {min(cost, key=cost.get)}")
+        print(f"cheapest by eq. (1.1): {min(rows, key=lambda row: row[3])[0].split(',')[0]}")
     if a.plot:
         plot(c, a.plot)
         print(f"\nwritten to {a.plot}")
@@ -288,4 +280,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as e:
-        sys.exit(f"cost.py: {e}")
+        raise SystemExit(f"cost.py: {e}") from None

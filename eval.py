@@ -190,7 +190,7 @@ def main(argv=None):
             f"{tokenizer.id}"
         )
     references = corpus.References.open(f"{a.data}/{a.references}")
-    retriever = Retriever.open(f"{a.data}/{a.references}.index")
+    retriever = Retriever.open(f"{a.data}/{a.references}.index", references=references)
     bank = MemoryBank.open(a.bank, model, references)
     codes = MemoryBank.open(a.codes, model, references)
     if a.n_recall:  # after the banks have seen whose they are: what is written depends on no R

@@ -16,7 +16,6 @@ import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +141,10 @@ def select_tokens(weights, mask, s):
 
 def attention_path(device, dtype, n):
     """Which code computes causal attention over n tokens, and why: every entry point prints it."""
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        return "flash", f"CUDA, {dtype}"
     if device.type == "cuda":
-        if dtype in (torch.float16, torch.bfloat16):
-            return "flash", f"CUDA, {dtype}"
-        return "efficient", f"CUDA; flash attention does not take {dtype}"
+        return "math", f"flash attention does not take {dtype}"
     if device.type == "cpu" and n > 512:
         return "cpu-flash", "PyTorch's fused attention for CPUs"
     # The fused op for CPUs costs about 0.2 ms a head and sequence whatever their length: 3 to 10
@@ -167,11 +166,6 @@ def _causal(q, k, v, path):
             torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)
         )
         return out, lse, (cq, ck, mq, mk, seed, offset)
-    if path == "efficient":
-        out, lse, seed, offset = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, is_causal=True
-        )
-        return out, lse[..., : q.shape[2]], (seed, offset)  # the op pads lse to 32 rows
     n = q.shape[2]
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     scores = scores.masked_fill(~torch.ones(n, n, dtype=bool, device=q.device).tril(), -math.inf)
@@ -191,12 +185,6 @@ def _causal_backward(dout, q, k, v, out, lse, path, saved):
         cq, ck, mq, mk, seed, offset = saved
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse, cq, ck, mq, mk, 0.0, True, seed, offset
-        )
-    elif path == "efficient":
-        n = lse.shape[-1]
-        lse = F.pad(lse, (0, -n % 32))
-        dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            dout, q, k, v, None, out, lse, *saved, 0.0, (True, True, True, False), True
         )
     else:
         scale = 1 / math.sqrt(q.shape[-1])
@@ -352,41 +340,38 @@ class MemoryBank:
         codec.*         where quantized (sec. 3.3)
 
     A record is on disk before its checksum is, so a writer may die at any moment: what it left half
-    done counts as missing. With a model at hand `write` makes all missing records (warm start) and
-    `recall` those that it needs (cold start); without one the bank is read-only. Memories are read
-    by the model that wrote them and no other (Remark A.1), hence the fingerprint in meta.json.
-    One process writes at a time.
+    done counts as missing. With a model, `write` makes all missing records (warm start), `recall`
+    those that it needs (cold start); without one the bank is read-only. Only the model that wrote
+    memories can read them (Remark A.1): meta.json has its fingerprint. One process writes at once.
 
         bank = MemoryBank.create("out/kb.bank", model, corpus.References.open("data/cities/kb"))
         bank.write()
         logits, _ = model(tokens, None, bank.recall([17, 4, 17]), recall)   # a pool of 3
     """
 
-    def __init__(self, path, meta, references, model=None, codec=None, cache=1024, writable=False):
+    def __init__(self, path, meta, references, model, codec, cache):
         self.path, self.meta, self.references, self.model = path, meta, references, model
         self.shape, self.dtype = tuple(meta["shape"]), getattr(torch, meta["dtype"])
         self.record_bytes = meta["record_bytes"]
+        self.window = max(1, WINDOW // self.record_bytes)
         self.device = model.device if model else torch.device("cpu")
         self.codec = codec and codec.to(self.device)
         self.cache, self.cache_size = OrderedDict(), cache  # id -> its record, last used last
         self.hits = self.misses = self.encoded = 0
-        self.mode = "r+" if model or writable else "r"
-        self.file = open(path / "memories.bin", self.mode.replace("r", "rb"), buffering=0)
+        self.file = open(path / "memories.bin", "r+b" if model else "rb", buffering=0)
         self.pool = ThreadPoolExecutor(THREADS)  # an SSD answers many reads at a time
         self._map()
 
     def _map(self):
-        shape = len(self.references)
-        self.count = np.memmap(self.path / "count.bin", np.uint8, self.mode, shape=shape)
-        self.crc = np.memmap(self.path / "crc.bin", np.dtype("<u4"), self.mode, shape=shape)
+        mode, n = "r+" if self.model else "r", len(self.references)
+        self.count = np.memmap(self.path / "count.bin", np.uint8, mode, shape=n)
+        self.crc = np.memmap(self.path / "crc.bin", np.dtype("<u4"), mode, shape=n)
 
     def __len__(self):
         return len(self.references)
 
-    # -- making and opening
-
     @staticmethod
-    def create(path, model, references, dtype="bfloat16", codec=None, cache=1024):
+    def create(path, model, references, dtype="bfloat16", codec=None):
         """An empty bank for the memories of corpus.References, or the bank that is there already.
 
         dtype: bfloat16 or float32. codec: a quantize.Codec; the records are then its codes.
@@ -397,106 +382,80 @@ class MemoryBank:
         if dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype {dtype}: a bank is in bfloat16 or float32")
         if longest > c.ref_len or references.n_vocab > c.vocab_size:
-            raise ValueError(
-                f"{references.path} has references of {longest} tokens, vocabulary of "
-                f"{references.n_vocab}; the model takes ref_len = {c.ref_len} and {c.vocab_size}"
-            )
+            has = f"{references.path}: {longest} tokens, vocabulary of {references.n_vocab}"
+            raise ValueError(f"{has}; the model takes ref_len {c.ref_len} and {c.vocab_size}")
         if not (path / "meta.json").exists():
+            ours = {*files(0), "meta.json.tmp", "codec.faiss", "codec.npz", "codec.new"}
+            if path.exists() and not (path.is_dir() and {f.name for f in path.iterdir()} <= ours):
+                raise ValueError(f"{path} holds something else than a bank: give another path")
             vector = codec.bytes if codec else c.head_dim * getattr(torch, dtype).itemsize
-            data = Path(references.path).parent / "meta.json"
+            record_bytes = math.prod(c.memory_shape[:-1]) * vector
+            path.mkdir(parents=True, exist_ok=True)
+            for file, size in files(record_bytes).items():
+                with open(path / file, "wb") as f:
+                    f.truncate(len(references) * size)  # sparse: takes no room until written
+            if codec:
+                codec.save(path)
             meta = dict(
-                format=FORMAT, shape=c.memory_shape, dtype=dtype, codec=name,
-                record_bytes=math.prod(c.memory_shape[:-1]) * vector,
-                n=len(references), references=str(references.path),
+                format=FORMAT, shape=c.memory_shape, dtype=dtype, codec=name, n=len(references),
+                record_bytes=record_bytes, references=str(references.path),
                 references_hash=[references.hash], fingerprint=model.fingerprint(),
-                tokenizer=data.exists() and json.loads(data.read_text()).get("tokenizer_id"),
+                tokenizer=corpus.manifest(Path(references.path).parent).get("tokenizer_id"),
             )  # fmt: skip
-            MemoryBank._lay_out(path, meta, codec)
-        bank = MemoryBank.open(path, model, references, cache)
-        if (dtype, name) != (bank.meta["dtype"], bank.meta["codec"]):
-            raise ValueError(
-                f"{path} is a bank of {bank.meta['codec'] or bank.meta['dtype']}, not of "
-                f"{name or dtype}: give another directory, or remove this one"
-            )
+            corpus.write_json(path / "meta.json", meta)  # the last: without it there is no bank
+        bank = MemoryBank.open(path, model, references)
+        if (has := bank.meta["codec"] or bank.meta["dtype"]) != (name or dtype):
+            raise ValueError(f"{path} is a bank of {has}, not of {name or dtype}: give another")
         return bank
-
-    @staticmethod
-    def _lay_out(path, meta, codec):
-        """The files of an empty bank; meta.json last, as without it there is no bank."""
-        ours = {*files(0), "meta.json.tmp", "codec.faiss", "codec.npz", "codec.new"}
-        if path.exists() and not (path.is_dir() and {f.name for f in path.iterdir()} <= ours):
-            raise ValueError(f"{path} holds something else than a memory bank: give another path")
-        path.mkdir(parents=True, exist_ok=True)
-        for name, size in files(meta["record_bytes"]).items():
-            with open(path / name, "wb") as f:
-                f.truncate(meta["n"] * size)  # sparse: takes no room until written
-        if codec:
-            codec.save(path)
-        corpus.write_json(path / "meta.json", meta)
 
     @staticmethod
     def open(path, model=None, references=None, cache=1024):
         """The bank at `path`; cache: memories that are kept in RAM.
 
         model: its writer; None: read-only. references: those it was made of, None: from their file.
-        FileNotFoundError or ValueError, with the cure, for a bank that is not there, cut off, of
-        another model, or of references that have changed since.
+        One line with the cure (FileNotFoundError, ValueError) for what must not be read.
         """
-        path = Path(path)
-        anew = f"python write.py --out {path}"
-        if not (path / "meta.json").exists():
-            raise FileNotFoundError(f"{path / 'meta.json'} is missing: no bank here yet; {anew}")
+        path, anew = Path(path), "remove the bank and run write.py again"
+        file = path / "meta.json"
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing: first python write.py --out {path}")
         try:
-            meta = json.loads((path / "meta.json").read_text())
-            known = meta["format"] == FORMAT
+            meta = json.loads(file.read_text())
+            if meta["format"] != FORMAT:
+                raise ValueError
         except (ValueError, KeyError, TypeError):
-            known = False
-        if not known:
-            raise ValueError(
-                f"{path / 'meta.json'} is not of a memory bank of version {FORMAT[1]}: give "
-                f"another path, or if it is an older bank, remove it and {anew}"
-            )
-        for name in files(0):
-            if not (path / name).exists():
-                raise FileNotFoundError(f"{path / name} is missing: remove the bank and {anew}")
+            line = f"{file} is not of a memory bank of version {FORMAT[1]}"
+            raise ValueError(f"{line}: give another path") from None
         references = references or corpus.References.open(meta["references"])
-        now, then, n = references.hash, meta["references_hash"], len(references)
+        now, then, writer = references.hash, meta["references_hash"], meta["fingerprint"]
         if now not in then:
-            raise ValueError(
-                f"{references.path} ({now}) is not the text that {path} was written from "
-                f"({then[-1]}): bring that back, or remove the bank and {anew}"
-            )
-        writer = model.fingerprint() if model else meta["fingerprint"]
-        if writer != meta["fingerprint"]:
-            raise ValueError(
-                f"{path} was written by model {meta['fingerprint']}, this model is {writer}: it "
-                f"cannot read those memories (Remark A.1); remove the bank and {anew}"
-            )
+            line = f"{references.path} is not the text that {path} was written from"
+            raise ValueError(f"{line}: bring that back, or {anew}")
+        if model and model.fingerprint() != writer:
+            line = f"{path} was written by model {writer}, this model is {model.fingerprint()}"
+            raise ValueError(f"{line}: it cannot read those memories (Remark A.1); {anew}")
         for name, size in files(meta["record_bytes"]).items():
-            if (has := os.path.getsize(path / name)) < n * size:
-                raise ValueError(
-                    f"{path / name} is cut off, {has:,} of {n * size:,} bytes: copy it again, or "
-                    f"remove the bank and {anew}"
-                )
+            if not (path / name).exists():
+                raise FileNotFoundError(f"{path / name} is missing: {anew}")
+            if os.path.getsize(path / name) < len(references) * size:
+                raise ValueError(f"{path / name} is cut off: copy it again, or {anew}")
         codec = Codec.load(path) if meta["codec"] else None
         if codec and codec_name(codec) != meta["codec"]:
-            raise ValueError(f"{path} is not of its codec.npz: remove it and {anew} --quantize")
+            raise ValueError(f"{path} is not of its codec.npz: {anew}")
         bank = MemoryBank(path, meta, references, model, codec, cache)
         if model and then != [now]:  # a live change was cut short: before it or after it, now known
-            bank._save(n=n, references_hash=[now])
+            bank._save(n=len(bank), references_hash=[now])
         return bank
 
     def _save(self, **changes):
         self.meta |= changes
         corpus.write_json(self.path / "meta.json", self.meta)
 
-    # -- reading
-
     def recall(self, ids):
         """The memories of references `ids` (1-D, any order, repeats allowed), as a pool.
 
         Row m of the pool is ids[m]; kv is in the dtype of the bank (float32 from codes), on the
-        model's device. Each record is read once: from the cache in RAM (sec. 3.1), else from disk.
+        model's device. A record comes from the cache in RAM (sec. 3.1), else from disk, once.
         ValueError for ids that are deleted or out of range, and, without a model, for missing ones.
         """
         ids = torch.as_tensor(ids).cpu().numpy()
@@ -507,9 +466,9 @@ class MemoryBank:
         if len(gone := ids[self._deleted(ids)]):
             raise ValueError(f"{self.path}: {gone[0]} was deleted; take it out of the index, too")
         # One buffer, pinned where a GPU copies from it; row j is for ids[j].
-        pin = self.device.type == "cuda"
-        buffer = torch.empty(len(ids), self.record_bytes, dtype=torch.uint8, pin_memory=pin)
-        rows, missed = list(buffer.numpy()), []
+        size, pin = (len(ids), self.record_bytes), self.device.type == "cuda"
+        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        missed = []
         for j, i in enumerate(ids.tolist()):
             if i in self.cache:
                 buffer[j] = self.cache[i]
@@ -517,63 +476,45 @@ class MemoryBank:
             else:
                 missed.append(j)
         self.hits, self.misses = self.hits + len(ids) - len(missed), self.misses + len(missed)
-        good = self._read(ids[missed], [rows[j] for j in missed])
-        if not good.all():
-            absent = np.array(missed)[~good]
-            self._cold_start(ids[absent], [rows[j] for j in absent])
+        rows = [buffer[j].numpy() for j in missed]
+        while not (good := self._read(ids[missed], rows)).all():
+            self._cold_start(ids[missed][~good])
         for j in missed:
             self.cache[int(ids[j])] = buffer[j].clone()
             if len(self.cache) > self.cache_size:
                 self.cache.popitem(last=False)  # the least recently used
         count = torch.from_numpy(self.count[ids].astype(np.int64)).to(self.device)
-        kv = self._decode(buffer.to(self.device, non_blocking=True))
+        rows = buffer.to(self.device, non_blocking=True)
+        if self.codec:  # only the codes crossed the bus
+            kv = self.codec.decode(rows.view(-1, *self.shape[:-1], self.codec.bytes))
+        else:
+            kv = rows.view(self.dtype).view(-1, *self.shape)  # (n, Lm, 2, Hkv, S, dh)
         return Memories(kv, count)[torch.from_numpy(order).to(self.device)]
 
-    def _cold_start(self, ids, rows):
-        """Encodes what recall did not find, keeps it on disk, and reads it from there."""
-        if not self.model:
-            raise ValueError(
-                f"{self.path}: the memory of reference {ids[0]} is missing or damaged; open the "
-                f"bank with its model, or python write.py --out {self.path}"
-            )
+    def _cold_start(self, ids):
+        """Encodes what recall did not find, and keeps it on disk."""
+        self._need_model(f"the memory of reference {ids[0]} is missing or damaged")
         if not self.encoded:
             print(f"{self.path}: cold start, memories are encoded at their first retrieval")
         self.encoded += len(ids)
         self._fill(ids)
-        if not self._read(ids, rows).all():
-            raise OSError(f"{self.path}/memories.bin does not keep what is written to it")
 
     def _read(self, ids, rows):
         """Records of ascending ids -> rows, n uint8 arrays. Returns good (n,): the checksum fits.
 
-        Neighbours on disk are one preadv. (A memmap with fancy indexing would be five times slower:
-        one page fault after another.) The checksums, too, are computed in the threads.
+        A memmap with fancy indexing would be five times slower: one page fault after another.
         """
         count, crc, good = self.count[ids], self.crc[ids], np.zeros(len(ids), bool)
 
-        def read(runs):
-            for run in runs:
-                start = int(ids[run.start]) * self.record_bytes
-                os.preadv(self.file.fileno(), list(rows[run]), start)
-                for j in range(run.start, run.stop):
-                    good[j] = crc[j] and checksum(rows[j], count[j]) == crc[j]
+        def read(share):
+            for j in share:
+                if crc[j]:  # else nothing was written
+                    os.preadv(self.file.fileno(), [rows[j]], int(ids[j]) * self.record_bytes)
+                    good[j] = checksum(rows[j], count[j]) == crc[j]
 
-        deal = [runs(ids)[thread::THREADS] for thread in range(THREADS)]
-        list(self.pool.map(read, filter(None, deal)))  # list: raises what a thread raised
+        shares = np.array_split(np.arange(len(ids)), THREADS)
+        list(self.pool.map(read, shares))  # list: raises what a thread raised
         return good
-
-    def _scan(self, ids):
-        """Many records, window by window: ids, rows (n, record_bytes), good (n,)."""
-        step = max(1, WINDOW // self.record_bytes)
-        for i in range(0, len(ids), step):
-            part = ids[i : i + step]
-            rows = np.empty((len(part), self.record_bytes), np.uint8)
-            yield part, rows, self._read(part, rows)
-
-    def _decode(self, rows):  # (n, record_bytes) uint8 -> (n, Lm, 2, Hkv, S, dh)
-        if self.codec:
-            return self.codec.decode(rows.view(-1, *self.shape[:-1], self.codec.bytes))
-        return rows.view(self.dtype).view(-1, *self.shape)
 
     def _deleted(self, ids):
         return (self.count[ids] == DELETED) & (self.crc[ids] == 0)
@@ -589,10 +530,11 @@ class MemoryBank:
 
     def verify(self):
         """The ids whose record is missing or damaged. Reads the whole bank; changes nothing."""
-        live = self.live()
-        bad = [live[self.crc[live] == 0]]  # need not be read
-        bad += [ids[~good] for ids, _, good in self._scan(live[self.crc[live] != 0])]
-        return np.sort(np.concatenate(bad)).tolist()
+        bad, live = [], self.live()
+        for ids in np.split(live, range(self.window, len(live), self.window)):
+            rows = np.empty((len(ids), self.record_bytes), np.uint8)
+            bad += ids[~self._read(ids, rows)].tolist()
+        return bad
 
     def stats(self):
         """One line about the cache."""
@@ -601,21 +543,19 @@ class MemoryBank:
             f"{self.encoded:,} of them encoded at their first retrieval"
         )
 
-    # -- writing
-
     def write(self, batch=64, progress=True):
         """Warm start: writes every memory that is missing or damaged. Returns how many there were.
 
         Stopped at any moment and called again, it goes on where it was.
         """
         self._need_model()
-        todo, n = np.array(self.verify(), np.int64), len(self.live())
+        todo, n = self.verify(), len(self.live())
         with tqdm(total=n, initial=n - len(todo), unit=" memories", disable=not progress) as bar:
-            self._fill(todo, batch, bar.update)
+            self._fill(np.array(todo, int), batch, bar.update)
         return len(todo)
 
     def _fill(self, ids, batch=64, done=lambda n: None):
-        """Encodes references (ascending ids) in batches of ONE length, the longest first.
+        """Encodes references in batches of ONE length, the longest first.
 
         Without padding the same reference gives the same bytes in whatever batch it comes (on a
         CPU: measured). With padding, sums are added up in another order, and a quarter of the toy's
@@ -623,61 +563,58 @@ class MemoryBank:
         then rounding decides which of the two is kept.
         """
         length = self.references.offsets[ids + 1] - self.references.offsets[ids]
-        order = np.argsort(-length, kind="stable")
-        for run in runs(length[order], batch, step=0):
-            part = ids[order[run]]
-            with torch.inference_mode():
-                made = self.model.write(self.references.batch(part))
-                kv = made.kv.to("cpu", self.dtype)
-            self._put(part, self.codec.encode(kv) if self.codec else kv, made.count.cpu().numpy())
-            done(len(part))
+        for n in np.unique(length)[::-1]:
+            same = ids[length == n]
+            for part in np.split(same, range(batch, len(same), batch)):
+                with torch.inference_mode():
+                    made = self.model.write(self.references.batch(part))
+                    kv = made.kv.to("cpu", self.dtype)
+                self._put(part, self.codec.encode(kv) if self.codec else kv, made.count)
+                done(len(part))
 
     def _put(self, ids, kv, count):
-        """Records of ascending ids: first the bytes, then the count, then what vouches for them."""
+        """Records of `ids`: first the bytes, then the count, then what vouches for them."""
         rows = kv.contiguous().view(torch.uint8).view(len(ids), -1).numpy()  # (n, record_bytes)
-        for run in runs(ids):
-            start = int(ids[run.start]) * self.record_bytes
-            if os.pwrite(self.file.fileno(), rows[run], start) < rows[run].nbytes:
+        for i, row in zip(ids.tolist(), rows, strict=True):
+            if os.pwrite(self.file.fileno(), row, i * self.record_bytes) < len(row):
                 raise OSError(f"{self.path}/memories.bin: the disk is full")
-        self.count[ids] = count
-        self.crc[ids] = [checksum(r, c) for r, c in zip(rows, count, strict=True)]
+        self.count[ids] = count.cpu()
+        self.crc[ids] = [checksum(r, c) for r, c in zip(rows, count.tolist(), strict=True)]
 
-    def _need_model(self):
+    def _need_model(self, why="it is open for reading only"):
         if not self.model:
-            raise ValueError(f"{self.path} is open for reading only: open it with its model")
-
-    # -- live changes: the reference's text and its memory, together
+            raise ValueError(f"{self.path}: {why}; open it with its model")
 
     def append(self, tokens):
         """Adds a reference (1 to ref_len token ids, without header) and its memory; its id."""
         return self.replace(len(self), tokens)
 
     def replace(self, i, tokens):
-        """Gives reference i another text and memory (i = N: a new one). A deleted i is revived.
+        """Gives reference i another text and, with it, memory (i = N: a new one; deleted: revived).
 
         While the text changes, meta.json names it as it was and as it will be, and no checksum
         vouches for row i: a kill leaves one of the two texts, its memory missing or right.
         """
         self._need_model()
         self._check([i] if i != len(self) else [])
-        tokens, references, most = np.asarray(tokens), self.references, self.model.config.ref_len
-        if tokens.ndim != 1 or not 1 <= len(tokens) <= most:
-            raise ValueError(f"a reference is 1 to {most} tokens (ref_len), not {tokens.shape}")
-        if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= references.n_vocab:
-            raise ValueError(f"a reference of other tokens than 0 to {references.n_vocab - 1}")
-        after = changed(references, i, tokens).hash
-        self._save(references_hash=[references.hash, after])
-        n = max(len(self), i + 1)
+        tokens, most, v = np.asarray(tokens), self.model.config.ref_len, self.references.n_vocab
+        whole = tokens.ndim == 1 and tokens.dtype.kind in "iu" and 1 <= len(tokens) <= most
+        if not whole or tokens.min() < 0 or tokens.max() >= v:
+            raise ValueError(f"a reference is 1 to {most} tokens (ref_len), each 0 to {v - 1}")
+        rows = [*self.references]
+        rows[i : i + 1] = [tokens]
+        text = np.concatenate(rows).astype(self.references.tokens.dtype)
+        after = corpus.References(None, text, np.cumsum([0, *map(len, rows)]), v).hash
+        self._save(references_hash=[self.references.hash, after])
         for name, size in files(self.record_bytes).items():
-            os.truncate(self.path / name, n * size)
-        crc = np.memmap(self.path / "crc.bin", np.dtype("<u4"), "r+", shape=n)
-        crc[i] = 0
-        crc.flush()
-        references.replace(i, tokens)
+            os.truncate(self.path / name, max(len(self), i + 1) * size)
+        self.crc[i : i + 1] = 0  # a new row has 0 already
+        self.crc.flush()
+        self.references.replace(i, tokens)
         self._map()
         self.cache.pop(i, None)
         self._fill(np.array([i]))
-        self._save(n=n, references_hash=[after])
+        self._save(n=len(self), references_hash=[after])
         return i
 
     def delete(self, i):
@@ -687,53 +624,42 @@ class MemoryBank:
         """
         self._need_model()
         self._check([i])
-        self.crc[i] = 0  # from here on missing, from the next line on deleted
-        self.count[i] = DELETED
+        self.crc[i] = 0  # from here on missing, from the last line on deleted
         self.cache.pop(i, None)
         os.pwrite(self.file.fileno(), bytes(self.record_bytes), i * self.record_bytes)
+        self.count[i] = DELETED
 
-    # -- the quantized bank
-
-    def quantize(self, path, codec=None, spec=None, sample=None, seed=0, progress=True):
+    def quantize(self, path, codec=None, spec=None, progress=True):
         """Writes the same memories as codes (sec. 3.3) into another directory; returns that bank.
 
-        codec: a quantize.Codec; None: trained here, for `spec` (None: chosen by size), on `sample`
-        vectors, uniform over the filled slots of references drawn uniformly (App. B); default
-        65,536, or the 640,000 that the paper's codec wants for heads of 64 and more.
+        codec: a quantize.Codec; None: trained here, for `spec` (None: chosen by size), on vectors
+        uniform over the filled slots of references drawn uniformly (App. B): 65,536, or the 640,000
+        that the paper's codec wants for heads of 64 and more.
         """
         path, new, live = Path(path), Path(f"{path}.new"), self.live()
         if self.codec or path.exists():
             what = f"{self.path} is quantized already" if self.codec else f"{path} exists"
             raise ValueError(f"{what}: give another directory")
         if bad := self.verify():
-            raise ValueError(
-                f"{self.path}: {len(bad):,} memories are missing or damaged; first python write.py "
-                f"--out {self.path}"
-            )
+            line = f"{self.path}: {len(bad):,} memories are missing or damaged"
+            raise ValueError(f"{line}; first python write.py --out {self.path}")
+        self._need_model()
         if not codec:
-            sample = sample or (65_536 if self.shape[4] < 64 else 640_000)
-            rng, most = np.random.default_rng(seed), max(1, 4 * WINDOW // self.record_bytes)
-            vectors = []
-            for ids, rows, _ in self._scan(np.sort(rng.permutation(live)[:most])):
-                kv = self._decode(torch.from_numpy(rows)).transpose(1, 4)  # (n, S, 2, Hkv, Lm, dh)
-                filled = torch.arange(self.shape[3]) < torch.from_numpy(self.count[ids])[:, None]
-                vectors.append(kv[filled].flatten(0, -2))
-            vectors = torch.cat(vectors)
+            rng = np.random.default_rng(0)
+            some = self.recall(rng.permutation(live)[: 4 * self.window])
+            filled = torch.arange(self.shape[3], device=self.device) < some.count[:, None]
+            vectors = some.kv.transpose(1, 4)[filled].flatten(0, -2)  # (slots * 2 * Hkv * Lm, dh)
+            sample = 65_536 if self.shape[4] < 64 else 640_000
             codec = Codec.train(vectors[rng.permutation(len(vectors))[:sample]], spec)
         shutil.rmtree(new, ignore_errors=True)  # what a kill left of an earlier try
-        meta = self.meta | dict(codec=codec_name(codec), n=len(self))
-        meta["record_bytes"] = math.prod(self.shape[:4]) * codec.bytes
-        MemoryBank._lay_out(new, meta, codec)
-        bank = MemoryBank(new, meta, self.references, None, codec, writable=True)
+        bank = MemoryBank.create(new, self.model, self.references, self.meta["dtype"], codec)
         bank.count[:] = DELETED
-        with tqdm(total=len(live), unit=" memories quantized", disable=not progress) as bar:
-            for ids, rows, _ in self._scan(live):
-                for i in range(0, len(ids), 256):
-                    part, kv = ids[i : i + 256], self._decode(torch.from_numpy(rows[i : i + 256]))
-                    bank._put(part, codec.encode(kv), self.count[part])
-                    bar.update(len(part))
+        windows = np.split(live, range(self.window, len(live), self.window))
+        for ids in tqdm(windows, "quantizing", disable=not progress):
+            pool = self.recall(ids)
+            bank._put(ids, codec.encode(pool.kv), pool.count)
         os.rename(new, path)
-        return MemoryBank.open(path, self.model, self.references, self.cache_size)
+        return MemoryBank.open(path, self.model, self.references)
 
 
 def files(record_bytes):
@@ -748,23 +674,3 @@ def checksum(row, count):
 
 def codec_name(codec):
     return f"{codec.spec}:{zlib.crc32(codec.table.cpu().numpy()):08x}"
-
-
-def runs(x, longest=64, step=1):
-    """Slices over which x grows by `step`, none longer than `longest`.
-
-    >>> runs(np.array([3, 4, 5, 9]))
-    [slice(0, 3, None), slice(3, 4, None)]
-    """
-    cuts = [0, *(np.flatnonzero(np.diff(x) != step) + 1).tolist(), len(x)]
-    return [slice(i, min(i + longest, b)) for a, b in pairwise(cuts) for i in range(a, b, longest)]
-
-
-def changed(references, i, tokens):
-    """The references with number i set (i = N: appended), in memory only: for their hash."""
-    r, n = references, len(references)
-    a, b = int(r.offsets[i]), int(r.offsets[min(i + 1, n)])
-    text = np.concatenate([r.tokens[:a], tokens.astype(r.tokens.dtype), r.tokens[b:]])
-    end = a + len(tokens)
-    offsets = np.concatenate([r.offsets[: i + 1], [end], r.offsets[i + 2 :] + end - b])
-    return corpus.References(r.path, text, offsets, r.n_vocab)

@@ -33,7 +33,7 @@ from memory import Memories, causal_attention, chunk_attention, select_tokens, t
 PRESETS = dict(
     toy=dict(
         n_layer=6, n_memory_layer=4, n_head=4, n_kv_head=4, head_dim=32, mlp_width=384,
-        chunk_len=32, ref_len=64, max_context=512, vocab_size=4096, tied=True,
+        memory_tokens=16, chunk_len=32, ref_len=64, max_context=512, vocab_size=4096, tied=True,
     ),
     small=dict(n_layer=12, n_memory_layer=6, n_head=12, n_kv_head=4, head_dim=64, mlp_width=768),
     # Fig. 3.3; the paper gives L, H, dh and "0.92B", which W = d and Hkv = 8 meet

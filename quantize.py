@@ -5,17 +5,15 @@
         Residual2x14    the two halves, each replaced by one of 2^14 centroids: 28 bits in 4 bytes
         PQ8x10          what is left over: eight pieces, one of 2^10 centroids each: 10 bytes
 
-FAISS trains and encodes. Decoding is not FAISS's: a vector is the sum of the 2 + 8 centroids that
-its code names, and because a rotation of a sum is the sum of the rotations, rotating back is done
-once, to the centroids. What remains is adding 10 rows of a table, one `embedding_bag`: it runs on
-the GPU after only the codes have crossed the bus, and where FAISS is not installed (sec. 3.3: the
-end-side device that holds "only the decoder of the vector quantizer").
+FAISS trains and encodes. We decode: a vector is the sum of the 2 + 8 centroids its code names, and
+a rotation of a sum is the sum of the rotations, so rotating back is done once, to the centroids.
+What remains is adding 10 rows of a table, one `embedding_bag`: it runs on the GPU after only the
+codes have crossed the bus, and without FAISS (sec. 3.3: "only the decoder" on the end-side device).
 
 Left out: codecs that are no sum of centroids (scalar quantizers), and one codec a layer or a kind.
 As in the paper one codec serves keys and values of all layers; the coarse stage tells them apart.
 """
 
-import os
 import re
 import zlib
 from pathlib import Path
@@ -30,7 +28,7 @@ SPEC = re.compile(rf"(?:OPQ\d+(?:_\d+)?,)?Residual([1-4])x{BITS},PQ(\d+)x{BITS}"
 
 
 def default_spec(dh, n):
-    """The FAISS factory string for vectors of dh numbers, n of which are there to train on.
+    """The FAISS factory string for vectors of dh numbers (even), n of which are there to train on.
 
     k-means wants 39 vectors a centroid (FAISS's rule), so few vectors get few bits:
     >>> default_spec(80, 638_976), default_spec(80, 638_975)
@@ -38,9 +36,13 @@ def default_spec(dh, n):
     >>> default_spec(32, 10_000_000), default_spec(32, 20_000)
     ('Residual2x10,PQ8x10', 'Residual2x8,PQ8x8')
     """
-    pieces = 4 if dh < 32 else 8 if dh <= 80 else 16  # of 4 to 10 numbers, the paper's are of 10
+
+    def divisor(most):  # FAISS cuts vectors into equal pieces only
+        return max(p for p in range(1, most + 1) if dh % p == 0)
+
+    pieces = divisor(4 if dh < 32 else 8 if dh <= 80 else 16)  # often of 4 to 10 numbers, paper: 10
     if dh >= 64 and n >= 39 << 14:
-        return f"OPQ{dh // 4}_{dh},Residual2x14,PQ{pieces}x10"
+        return f"OPQ{divisor(dh // 4)}_{dh},Residual2x14,PQ{pieces}x10"
     # Small heads stay at 10 bits and without OPQ: on vectors shaped like keys and values of 32
     # numbers, 12 bits encode 4 times slower for 0.01 less relative error, and OPQ gains nothing.
     bits = max((b for b in (6, 8, 10) if n >= 39 << b), default=4)
@@ -53,15 +55,11 @@ def layout(spec):
     FAISS packs bits from the low end of each byte on, and both stages begin with a new byte:
     >>> layout("Residual2x10,PQ3x6")
     ([(0, 10), (10, 10), (24, 6), (30, 6), (36, 6)], 6)
-
-    Raises ValueError for a string of another form.
     """
     match = SPEC.fullmatch(spec)
     if not match:
-        raise ValueError(
-            f"codec {spec!r}: give a string like 'OPQ20_80,Residual2x14,PQ8x10', at most 16 bits "
-            "a number; OPQ may be left out"
-        )
+        like = "give a string like 'OPQ20_80,Residual2x14,PQ8x10' or one without OPQ"
+        raise ValueError(f"codec {spec!r}: {like}, at most 16 bits a number")
     halves, coarse, pieces, fine = map(int, match.groups())
     second = 8 * -(-halves * coarse // 8)  # first bit of the second stage
     fields = [(m * coarse, coarse) for m in range(halves)]
@@ -92,8 +90,7 @@ class Codec:
         kv = codec.to("cuda").decode(codes)  # back, float32, on the GPU
 
     table (rows, dh) float32: all centroids, rotated back, number after number in code order.
-    index: the FAISS index that encodes; None until needed where it comes from `file`.
-    """
+    index: the FAISS index that encodes; None until needed where it comes from `file`."""
 
     def __init__(self, spec, table, index=None, file=None):
         self.spec, self.table, self.index, self.file = spec, table, index, file
@@ -110,32 +107,27 @@ class Codec:
 
         spec: a FAISS factory string; None: `default_spec`. On the CPU, 50,000 vectors of 32 numbers
         take about a second. Raises ValueError for too few vectors (k-means needs one a centroid),
-        for NaN, and for a string that does not fit dh.
-        """
+        for NaN, and for a string that does not fit dh."""
         faiss, x = _faiss(), _rows(vectors)
         n, dh = x.shape
         spec = spec or default_spec(dh, n)
         need = max(1 << bits for _, bits in layout(spec)[0])
         need = max(need, 256) if spec.startswith("OPQ") else need  # OPQ's own PQ has 8 bits
         if n < need:
-            raise ValueError(
-                f"codec {spec}: {n} vectors to train on, it needs {need} (and wants {39 * need}): "
-                "give more references or a codec of fewer bits"
-            )
+            few = f"{n} vectors to train on, it needs {need} (and wants {39 * need})"
+            raise ValueError(f"codec {spec}: {few}: give more references or fewer bits")
         try:
             index = faiss.index_factory(dh, spec)
         except RuntimeError as e:
-            raise ValueError(
-                f"codec {spec}: not for vectors of {dh} numbers, which each count of pieces must "
-                "divide: give another codec"
-            ) from e
+            fit = f"{dh} numbers, which each count of pieces must divide"
+            raise ValueError(f"codec {spec}: not for vectors of {fit}: give another") from e
         rotation, *pqs = _stages(index)
         if rotation is not None:
             # OPQ fits the rotation to a PQ of its own, which prints a warning in every iteration
-            # where the vectors are few: it gets one that is as quiet as ours, for the training.
+            # where the vectors are few: it gets one that is as quiet as ours, kept alive in pqs.
             rotation.niter = rotation.niter_pq_0 = ITERATIONS
-            rotation.pq = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
-            pqs.append(rotation.pq)
+            pqs.append(faiss.ProductQuantizer(rotation.d_out, rotation.M, 8))
+            rotation.pq = pqs[-1]
         for pq in pqs:
             pq.cp.niter, pq.cp.min_points_per_centroid = ITERATIONS, 1  # 1: do not warn
         index.train(x)
@@ -151,10 +143,8 @@ class Codec:
     def decode(self, codes):
         """codes (..., bytes) uint8 -> (..., dh) float32 where the table is. FAISS's `sa_decode`."""
         if codes.dtype != torch.uint8 or codes.shape[-1] != self.bytes:
-            raise ValueError(
-                f"codec {self.spec}: codes are {self.bytes} bytes of uint8, not "
-                f"{codes.shape[-1]} of {codes.dtype}: they were made by another codec"
-            )
+            other = f"{codes.shape[-1]} of {codes.dtype}, as another codec makes them"
+            raise ValueError(f"codec {self.spec}: codes are {self.bytes} uint8, not {other}")
         flat = codes.to(self.table.device).reshape(-1, self.bytes)
         rows = unpack(flat, self.fields) + self.first  # (n, numbers a code)
         x = F.embedding_bag(rows, self.table, mode="sum")  # (n, dh)
@@ -166,30 +156,27 @@ class Codec:
         return self
 
     def save(self, path):
-        """Writes codec.faiss (encodes) and codec.npz (decodes) into the directory `path`.
-
-        Each is written beside and renamed, codec.npz last: it holds the checksum of the other.
-        """
+        """Writes codec.faiss (encodes) and codec.npz (decodes) into the directory `path`: each
+        beside and renamed, codec.npz last, for it holds the checksum of the other."""
         base = Path(path) / "codec"
         base.parent.mkdir(parents=True, exist_ok=True)
-        new = f"{base}.new"
-        _faiss().write_index(self._index(), new)
-        crc = zlib.crc32(Path(new).read_bytes())
-        os.replace(new, f"{base}.faiss")
-        with open(new, "wb") as f:
+        new = base.with_suffix(".new")
+        _faiss().write_index(self._index(), str(new))
+        crc = zlib.crc32(new.read_bytes())
+        new.replace(base.with_suffix(".faiss"))
+        with new.open("wb") as f:
             np.savez(f, spec=self.spec, table=self.table.cpu().numpy(), crc=crc)
-        os.replace(new, f"{base}.npz")
+        new.replace(base.with_suffix(".npz"))
 
     @staticmethod
     def load(path):
         """Opens what `save` wrote; path: the directory or either file. Needs no FAISS to decode.
 
         codec.faiss may be absent: the codec then only decodes. Raises FileNotFoundError without a
-        codec.npz, ValueError where a file is cut off, corrupted, or not of the other's making.
-        """
+        codec.npz, ValueError where a file is cut off, corrupted, or not of the other's making."""
         path = Path(path)
-        base = path.with_suffix("") if path.suffix in (".npz", ".faiss") else path / "codec"
-        tables, file = base.with_suffix(".npz"), base.with_suffix(".faiss")
+        folder = path.parent if path.suffix in (".npz", ".faiss") else path
+        tables, file = folder / "codec.npz", folder / "codec.faiss"
         if not tables.exists():
             raise FileNotFoundError(f"{tables}: no codec here: train one, or open its bank")
         try:
@@ -216,26 +203,23 @@ def fold(index):
     FAISS decodes A^T (coarse + fine), each of them pieces laid side by side. Piece m of a centroid
     meets only its own rows of A, so row = piece @ A[its rows] and the decoded vector is their sum.
     """
-    faiss = _faiss()
-    rotation, coarse, fine = _stages(index)
-    A = np.eye(index.d)
-    if rotation is not None:
-        A = faiss.vector_to_array(rotation.A).reshape(rotation.d_out, rotation.d_in).astype(float)
+    array = _faiss().vector_to_array
+    rotation, *pqs = _stages(index)
+    A = np.eye(index.d) if rotation is None else array(rotation.A).astype(float)
     rows = []
-    for pq in (coarse, fine):
-        centroids = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
+    for pq in pqs:
+        centroids = array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
         rows += list(centroids @ A.reshape(pq.M, pq.dsub, index.d))  # (ksub, dh) each, float64
     return torch.from_numpy(np.concatenate(rows).astype(np.float32))
 
 
 def _stages(index):
     """(rotation or None, coarse, fine) of an index: an OPQMatrix and two ProductQuantizers."""
-    faiss = _faiss()
-    rotation, inner = None, index
+    faiss, rotation = _faiss(), None
     if isinstance(index, faiss.IndexPreTransform):
         rotation = faiss.downcast_VectorTransform(index.chain.at(0))
-        inner = faiss.downcast_index(index.index)
-    return rotation, faiss.downcast_index(inner.q1.quantizer).pq, inner.pq
+        index = faiss.downcast_index(index.index)
+    return rotation, faiss.downcast_index(index.q1.quantizer).pq, index.pq
 
 
 def _rows(x, dh=None):

@@ -364,7 +364,7 @@ def main(argv=None):
     if a.memory != "off" and not a.plain or a.rag or a.remember:
         references = corpus.References.open(f"{a.data}/{a.references}")
         bank = MemoryBank.open(a.bank, model, references)
-        retriever = Retriever.open(f"{a.data}/{a.references}.index")
+        retriever = Retriever.open(f"{a.data}/{a.references}.index", references=references)
     for text in a.remember:
         for i in remember(text, tokenizer, c, retriever, bank):
             print(f"remembered as reference {i}")

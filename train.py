@@ -1,7 +1,7 @@
 """Training, both stages in one loop (sec. 3.6, 5).
 
     python train.py --preset toy --data data/cities --stage implicit --out out/implicit
-    python train.py --init out/implicit/last.pt --data data/cities --stage explicit --out out/toy
+    python train.py --init out/implicit --data data/cities --stage explicit --out out/toy
     python train.py --resume out/toy                      goes on where a stopped run left off
 
 The stages differ in the batch and in nothing else. Implicit: windows of text, an ordinary decoder.
@@ -375,6 +375,9 @@ def main(cfg, config=None):
             save_checkpoint(out / "best.pt", model, optimizer, meta)
         if step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(last, model, optimizer, meta)
+    # without the optimizer: what write.py, sample.py and eval.py open as --checkpoint OUT
+    state = dict(model=model.state_dict(), meta=meta)
+    corpus.replace_file(out / "model.pt", lambda f: torch.save(state, f))
     return dict(model=model, losses=losses, val=val, step=step)
 
 

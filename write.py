@@ -24,18 +24,14 @@ from model import load_checkpoint
 
 def main(args):
     """Writes the bank, and with args.quantize its quantized twin; returns the bank (of --out)."""
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = auto if args.device == "auto" else args.device
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: at least 1")
     model = load_checkpoint(args.checkpoint)[0].to(device).eval()
     tokenizer = corpus.tokenizer(corpus.manifest(args.data)["tokenizer"])
     if tuple(tokenizer.header) != model.config.header:
-        raise ValueError(
-            f"--checkpoint {args.checkpoint} was trained with another tokenizer than that of "
-            f"--data {args.data}: header {model.config.header}, not {tuple(tokenizer.header)}"
-        )
+        raise ValueError(f"--data {args.data} has another tokenizer than {args.checkpoint} wants")
     references = corpus.References.open(Path(args.data) / args.references)
     bank = MemoryBank.create(args.out, model, references, args.dtype)
     total = len(bank) * bank.record_bytes
@@ -52,23 +48,18 @@ def main(args):
         raise OSError(f"--out {args.out}: {total - on_disk:,} bytes to write, {free:,} are free")
     fill(bank, args.batch)
     if args.quantize:
-        began = time.time()
-        meta = Path(args.quantize) / "meta.json"
-        old = json.loads(meta.read_text()) if meta.exists() else {}
-        if old.get("codec") and old["references_hash"] != [references.hash]:
+        if outdated(args.quantize, bank):
             print(f"{args.quantize}: the references have changed since, so it is made anew")
             shutil.rmtree(args.quantize)
-        if meta.exists():
+        if (Path(args.quantize) / "meta.json").exists():
             codes = MemoryBank.open(args.quantize, model, references)
             if not codes.codec:
                 raise ValueError(f"--quantize {args.quantize} holds a bank that is not quantized")
-            if args.codec not in (None, codes.codec.spec):
-                raise ValueError(
-                    f"--quantize {args.quantize} has codec {codes.codec.spec}; remove it, or drop "
-                    "--codec"
-                )
+            if args.codec not in (None, has := codes.codec.spec):
+                raise ValueError(f"{args.quantize} has codec {has}; remove it, or drop --codec")
             fill(codes, args.batch)
         else:
+            began = time.time()
             codes = bank.quantize(args.quantize, spec=args.codec)
             print(f"quantized in {time.time() - began:.1f} s, training the codec included")
         keys, values = relative_error(bank, codes)
@@ -78,6 +69,14 @@ def main(args):
             f"{keys:.3f}, of values {values:.3f}"
         )
     return bank
+
+
+def outdated(path, bank):
+    """Whether `path` is a quantized twin of this bank, of its text before a live change."""
+    meta = Path(path) / "meta.json"
+    old = json.loads(meta.read_text()) if meta.exists() else {}
+    same = all(old.get(key) == bank.meta[key] for key in ("format", "fingerprint", "references"))
+    return same and old["codec"] and old["references_hash"] != bank.meta["references_hash"]
 
 
 def fill(bank, batch):

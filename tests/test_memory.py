@@ -337,7 +337,7 @@ def test_both_paths_were_asked_for_and_the_choice_says_why():
     assert memory.attention_path(cpu, torch.float32, 2048)[0] == "cpu-flash"
     cuda = torch.device("cuda")
     assert memory.attention_path(cuda, torch.bfloat16, 100)[0] == "flash"
-    assert memory.attention_path(cuda, torch.float32, 100)[0] == "efficient"
+    assert memory.attention_path(cuda, torch.float32, 100)[0] == "math"
 
 
 def test_chunk_attention_by_its_own_choice_equals_the_forced_paths():

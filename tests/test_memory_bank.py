@@ -291,6 +291,17 @@ def test_append_replace_delete(model, references, bank):
     assert equal(again.recall([4, 5]), model, again.references, [4, 5])
 
 
+def test_a_kill_during_a_deletion(model, references, bank, monkeypatch):
+    """A record called deleted whose numbers are still on the disk."""
+    with monkeypatch.context() as m:
+        m.setattr(os, "pwrite", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bank.delete(4)
+    again = MemoryBank.open(bank.path, model)
+    assert again.verify() == [4] and 4 in again.live()
+    assert equal(again.recall([4, 3]), model, references, [4, 3])
+
+
 @pytest.mark.parametrize("change", ["append", "replace", "revive"])
 def test_a_kill_during_a_change(tmp_path, model, references, bank, monkeypatch, change):
     """The new text with the old memory, or a bank that a kill makes useless."""
@@ -490,8 +501,8 @@ def test_quantized_bank(tmp_path, model, references, bank):
 
 def test_quantize_with_a_codec(tmp_path, model, references, bank):
     """A given codec trained again; the same seed with another codec; a cold start of codes."""
-    a = bank.quantize(tmp_path / "a", spec=SPEC, sample=701, seed=5, progress=False)
-    b = bank.quantize(tmp_path / "b", spec=SPEC, sample=701, seed=5, progress=False)
+    a = bank.quantize(tmp_path / "a", spec=SPEC, progress=False)
+    b = bank.quantize(tmp_path / "b", spec=SPEC, progress=False)
     assert a.meta["codec"] == b.meta["codec"] and a.meta["fingerprint"] == model.fingerprint()
     codec = Codec.load(tmp_path / "a")
     (tmp_path / "c.new").mkdir()  # what a kill left

@@ -108,6 +108,16 @@ def test_default_spec(dh):
     assert layout(spec)[1] <= 2 * dh / 4  # at least four times less than bf16
 
 
+@pytest.mark.parametrize("dh", [2, 6, 10, 14, 34, 66, 74, 100, 256])
+def test_default_spec_of_odd_heads(dh):
+    """A count of pieces, or of OPQ's, that does not divide the head: FAISS refuses to build it."""
+    for n in (701, 40_009, 700_001):
+        spec = default_spec(dh, n)
+        assert faiss.index_factory(dh, spec).sa_code_size() == layout(spec)[1]
+    x = vectors(311, dh)
+    assert Codec.train(x).decode(Codec.train(x).encode(x)).shape == x.shape
+
+
 def test_quality_of_the_default():
     """A default that loses the vectors, groups of small ones above all."""
     x = vectors(13_001, 32)

@@ -2,6 +2,9 @@
 
 import doctest
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,7 +112,7 @@ def test_hash_embedder_is_the_same_everywhere():
     assert np.allclose(e.encode(["Kyiv, LVIV and Сновськ"])[0], golden, atol=1e-6)
 
 
-def test_hash_embedder_edges():
+def test_hash_embedder_edges(monkeypatch):
     """NaN for a text without words; vectors that depend on the batch or on a full cache."""
     fresh = HashEmbedder(67)
     e = fresh.fit(text(i) for i in range(13))
@@ -119,8 +122,8 @@ def test_hash_embedder_edges():
     assert x.dtype == np.float32 and x.shape == (7, 67)
     assert np.allclose(np.linalg.norm(x, axis=1), [0, 0, 1, 1, 1, 1, 1], atol=1e-5)
     assert e.encode([]).shape == (0, 67)
+    monkeypatch.setattr(HashEmbedder, "CACHE", 3)
     small = HashEmbedder(67, e.state)
-    small.CACHE = 3
     assert np.array_equal(np.concatenate([small.encode([t]) for t in texts]), x)
 
 
@@ -172,6 +175,19 @@ def test_another_embedder_is_refused(data):
     np.save(data / "kb.index" / "embedder.npy", other.state)
     with pytest.raises(ValueError, match="do not compare"):
         Retriever.open(f"{data}/kb.index")
+
+
+def test_stale_index(data):
+    """References that have changed since: ids that name other texts. The cure must run as it is."""
+    references, _ = make(data)
+    assert len(Retriever.open(f"{data}/kb.index", references=references)) == 13
+    references.append(Bytes().encode("Zubrowka"))
+    with pytest.raises(ValueError, match="stale.*make it anew with") as e:
+        Retriever.open(f"{data}/kb.index", references=references)
+    command = str(e.value).split("python retrieval.py ")[1]
+    assert command == f"index --data {data} --references kb --embedder hash:67"
+    retrieval.main(command.split())
+    assert len(Retriever.open(f"{data}/kb.index", references=references)) == 14
 
 
 def test_another_tokenizer_is_refused(data, monkeypatch):
@@ -293,6 +309,16 @@ def test_neighbour_file(data, monkeypatch):
     assert np.array_equal(rows, whole) and name == "kb"
     with pytest.raises(ValueError, match="chunk_len 7, not 9"):
         open_neighbors(data, "explicit", chunk_len=9)
+    cure = r"python retrieval.py neighbors --data \S+ --split explicit --references"
+    with pytest.raises(ValueError, match=f"{cure} kb --chunk_len 9 --context 35 --k 2"):
+        open_neighbors(data, "explicit", chunk_len=9)
+    with pytest.raises(FileNotFoundError, match=f"{cure} NAME --chunk_len 9 --context"):
+        open_neighbors(data / "..", "explicit", chunk_len=9)
+    with pytest.raises(ValueError, match="smaller --chunk_len"):
+        retrieval.write_neighbors(path, tokens[:6], 7, references, r, 2, context=35)
+    corpus.write_tokens(data / "explicit.bin", tokens[::-1], 257)  # as many, but others
+    with pytest.raises(ValueError, match="for tokens"):
+        open_neighbors(data, "explicit")
     corpus.write_tokens(data / "explicit.bin", [75] * 5, 257)
     with pytest.raises(ValueError, match="for n_tokens"):
         open_neighbors(data, "explicit")
@@ -319,3 +345,11 @@ def test_command_line(data, capsys):
         retrieval.main(["index", "--data", str(data), "--references", "nowhere"])
     with pytest.raises(SystemExit, match="unknown embedder"):
         retrieval.main(["index", *common, "--embedder", "none"])
+
+
+def test_training_needs_no_faiss():
+    """Catches an import of FAISS where nothing is searched: a GPU machine may not have it."""
+    code = "import sys; sys.modules['faiss'] = None; import train, retrieval, sample, write, eval"
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -348,6 +348,11 @@ def test_last_is_the_end_and_best_is_the_best(data, tmp_path):
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta["step"] == 7 and meta["stage"] == "implicit" and meta["config"]["n_layer"] == 4
     assert not list(tmp_path.glob("*.tmp"))
+    # what write.py, sample.py and eval.py open: the same weights, without the optimizer
+    model, meta = load_checkpoint(tmp_path)
+    end = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert same(dict(model.state_dict()), end["model"]) and meta == end["meta"]
+    assert "optimizer" not in torch.load(tmp_path / "model.pt", weights_only=True)
 
 
 def test_compile_changes_no_loss_and_no_name_in_files(data, tmp_path, monkeypatch):

@@ -89,6 +89,27 @@ def test_quantizes(place, capsys):
         run(place, "--quantize", place / "codes", "--codec", "Residual2x5,PQ5x5")
 
 
+def test_codes_follow_a_live_change(place):
+    """A demo that fails, or reads stale codes, after a fact was remembered."""
+    flags = ["--quantize", place / "codes", "--codec", "Residual2x6,PQ5x6"]
+    bank = run(place, *flags)
+    new = bank.append([65, 66])
+    run(place, *flags)
+    codes = MemoryBank.open(place / "codes", bank.model, bank.references)
+    assert len(codes) == new + 1 and codes.verify() == []
+
+
+def test_keeps_codes_of_another_text(place):
+    """A quantized bank removed because --data is not that which it was made from."""
+    flags = ["--quantize", place / "codes", "--codec", "Residual2x6,PQ5x6"]
+    run(place, *flags)
+    before = (place / "codes" / "memories.bin").read_bytes()
+    corpus.References.create(place / "other", [[65, 66], [67]], 257)
+    with pytest.raises(ValueError, match="codes was written from.*remove.*write.py again"):
+        run(place, "--references", "other", "--out", place / "second", *flags)
+    assert (place / "codes" / "memories.bin").read_bytes() == before
+
+
 def test_refuses(place, tmp_path):
     """Memories of one tokenizer under the ids of another; a bank of an older checkpoint."""
     run(place)

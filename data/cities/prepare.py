@@ -253,8 +253,10 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--train", action="store_true", help="also make the training text")
     p.add_argument("--rows", type=int, default=60_000, help="training documents of each stage")
+    p.add_argument("--cities", type=int, help="take only so many of the cities, to try it out")
     p.add_argument("--tokenizer", action="store_true", help="train tokenizer.json anew first")
     a = p.parse_args()
     if a.tokenizer:
         train_tokenizer(load_cities()[0])
-    prepare(HERE, a.train, n_heldout=10_000, n_kb=20_000, n_rows=a.rows)
+    n = a.cities or 10**9
+    prepare(HERE, a.train, min(10_000, n // 6), min(20_000, n // 3), a.rows, n_cities=a.cities)
