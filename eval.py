@@ -56,7 +56,11 @@ class Asker:
         self.R = model.config.n_recall
 
     def prompt(self, row, condition):
-        """-> prompt tokens (the question and how its answer begins), answer tokens."""
+        """-> prompt tokens (the question and how its answer begins), answer tokens.
+
+        RAG reads in the plain format, best reference first: this is how the implicit stage has
+        taught it to read, and what serves it best here (with the header it loses a third).
+        """
         prompt = self.tok.encode(row["question"]) + self.tok.encode(row["lead"])
         if condition == "rag":
             ids = self.retriever.search([row["question"]], self.R)[0][0]
@@ -93,8 +97,9 @@ class Asker:
                 prompts = torch.tensor([p for _, _, p, _ in part])
                 answers = torch.tensor([a for _, _, _, a in part])
                 _, trace = generate(
-                    self.model, prompts, answers.shape[1], retriever, bank, forced=answers
-                )
+                    self.model, prompts, answers.shape[1], retriever, bank,
+                    plain=condition == "rag", forced=answers,
+                )  # fmt: skip
                 exact, nats = trace.greedy.all(1).tolist(), (-trace.logprobs.sum(1)).tolist()
                 for b, (i, row, prompt, _) in enumerate(part):
                     chunk = (len(prompt) - 1) // self.model.config.chunk_len
@@ -111,7 +116,8 @@ class Asker:
             prompt, answer = self.prompt(row, condition)
             retriever, bank = self.sources([row], condition)
             start = time.perf_counter()
-            generate(self.model, torch.tensor([prompt]), len(answer), retriever, bank)
+            plain = condition == "rag"
+            generate(self.model, torch.tensor([prompt]), len(answer), retriever, bank, plain=plain)
             seconds += time.perf_counter() - start
             tokens += len(answer)
         return 1e3 * seconds / tokens

@@ -387,7 +387,7 @@ def main(argv=None):
         stop = stop[0]
     tokens = torch.tensor([[tokenizer.bos, *prompt]])
     out, trace = generate(
-        model, tokens, a.tokens, retriever, bank, plain=a.plain, temperature=a.temperature,
+        model, tokens, a.tokens, retriever, bank, plain=a.plain or a.rag, temperature=a.temperature,
         top_k=a.top_k, top_p=a.top_p, seed=a.seed, stop=stop,
     )  # fmt: skip
     answer = tokenizer.decode(out[0, tokens.shape[1] :])

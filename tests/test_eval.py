@@ -88,7 +88,8 @@ def test_exact_is_what_greedy_generation_writes(numbers, condition):
     for i, row in enumerate(rows):  # what the model does write, question by question
         prompt, answer = asker.prompt(row, condition)
         retriever, bank = asker.sources([row], condition)
-        out, _ = generate(asker.model, torch.tensor([prompt]), len(answer), retriever, bank)
+        how = dict(plain=condition == "rag")  # the format in which it is used to read
+        out, _ = generate(asker.model, torch.tensor([prompt]), len(answer), retriever, bank, **how)
         said = out[0, len(prompt) :].tolist()
         if i % 3 == 1:  # a third of the answers is right, a third wrong in the last token only
             said[-1] = (said[-1] + 1) % 90
@@ -99,7 +100,7 @@ def test_exact_is_what_greedy_generation_writes(numbers, condition):
     for row in rows:
         prompt, answer = asker.prompt(row, condition)
         retriever, bank = asker.sources([row], condition)
-        out, _ = generate(asker.model, torch.tensor([prompt]), len(answer), retriever, bank)
+        out, _ = generate(asker.model, torch.tensor([prompt]), len(answer), retriever, bank, **how)
         want.append(out[0, len(prompt) :].tolist() == answer)
     assert [a["exact"] for a in asked] == want
     assert sum(want) == 7 and all(want[2::3])

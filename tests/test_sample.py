@@ -609,7 +609,7 @@ def test_main_rag(world, capsys):
     retriever, bank = world.open()
     ids = retriever.search(["How many people live in Belholm?"], 3)[0][0]
     prompt = " ".join(text_of(i) for i in ids) + " How many people live in Belholm?"
-    tokens, _ = generate(world.model, prompt_of(world, prompt), 9)
+    tokens, _ = generate(world.model, prompt_of(world, prompt), 9, plain=True)
     assert world.tok.decode(tokens[0, -9:]) == said
 
 
