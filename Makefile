@@ -29,10 +29,10 @@ test: .venv/ready
 
 # Both stages with the seeds of the shipped toy. A stopped run goes on where it was.
 toy: .venv/ready
-	test -f $(DATA)/train.bin || $(PY) $(DATA)/prepare.py --train
+	test -f $(DATA)/explicit.bin || $(PY) $(DATA)/prepare.py --train
 	for s in explicit_val explicit_heldout; do $(PY) retrieval.py neighbors --data $(DATA) \
 		--references kb --split $$s --chunk_len 32 --context 256; done
 	test -f $(DATA)/explicit.neighbors.bin || $(PY) retrieval.py neighbors --data $(DATA) \
 		--references train_refs --split explicit --chunk_len 32 --context 256
 	$(PY) train.py --preset toy --stage implicit --out out/implicit --steps 2500 --lr 3e-3 --compile
-	$(PY) train.py --init out/implicit --stage explicit --out out/toy --steps 1800 --compile
+	$(PY) train.py --init out/implicit --stage explicit --out out/toy --steps 2500 --decay 0.4 --compile

@@ -9,6 +9,7 @@ reference given, and the recalled references as text in the context (RAG).
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections import defaultdict
@@ -19,10 +20,9 @@ import torch
 from tqdm import tqdm
 
 import corpus
-from memory import MemoryBank, attention_path
-from model import load_checkpoint
+from memory import MemoryBank
 from retrieval import Retriever
-from sample import Given, Random, explain, generate
+from sample import Given, Random, explain, generate, open_model
 
 CONDITIONS = dict(
     none="no memory (header, empty pool)",
@@ -56,17 +56,17 @@ class Asker:
         self.R = model.config.n_recall
 
     def prompt(self, row, condition):
-        """-> prompt tokens (the question and how its answer begins), answer tokens.
+        """-> prompt tokens: the question, and the name with which its answer begins.
 
         RAG reads in the plain format, best reference first: this is how the implicit stage has
         taught it to read, and what serves it best here (with the header it loses a third).
         """
-        prompt = self.tok.encode(row["question"]) + self.tok.encode(row["lead"])
+        prompt = self.tok.encode(row["question"]) + self.tok.encode(row["city"])
         if condition == "rag":
-            ids = self.retriever.search([row["question"]], self.R)[0][0]
+            query = [self.tok.bos, *prompt][-self.model.config.chunk_len :]  # the same references
+            ids = self.retriever.search([query], self.R)[0][0]
             prompt = [int(t) for i in ids if i >= 0 for t in self.references[int(i)]] + prompt
-        # the token after the answer belongs to it: 42 is not exact where 421 would follow
-        return [self.tok.bos, *prompt], self.tok.encode(row["answer"] + row["end"])
+        return [self.tok.bos, *prompt]
 
     def sources(self, rows, condition):
         """-> retriever and bank for a batch of questions, as generate takes them."""
@@ -79,17 +79,21 @@ class Asker:
         return self.retriever, self.codes if condition == "quantized" else self.bank
 
     def ask(self, rows, condition, batch=32):
-        """-> per question dict(exact, nats, found). Questions of equal lengths are asked together.
+        """-> per question dict(exact, nats, found). Sentences of equal lengths go together.
 
-        The answer is followed token by token (`forced`); it is exact if each of its tokens was the
-        likeliest, which is when greedy generation would have written it. nats: -log p(answer).
-        found: whether the right reference was among the memories read at the answer's start.
+        Each sentence that gives the answer is followed token by token (`forced`). The answer is
+        exact if in one of them each token was the likeliest, which is when greedy generation would
+        have written it, full stop included. nats: -log of the sum of their probabilities (the
+        branches of Definition 2.6). found: whether the right reference was among the memories read
+        at the answer's start.
         """
         groups = defaultdict(list)
         for i, row in enumerate(rows):
-            prompt, answer = self.prompt(row, condition)
-            groups[len(prompt), len(answer)].append((i, row, prompt, answer))
-        results = [None] * len(rows)
+            prompt = self.prompt(row, condition)
+            for sentence in row["sentences"]:
+                answer = self.tok.encode(sentence)
+                groups[len(prompt), len(answer)].append((i, row, prompt, answer))
+        results = [dict(exact=False, nats=math.inf, found=False) for _ in rows]
         for group in tqdm(groups.values(), condition, leave=False):
             for at in range(0, len(group), batch):
                 part = group[at : at + batch]
@@ -100,22 +104,24 @@ class Asker:
                     self.model, prompts, answers.shape[1], retriever, bank,
                     plain=condition == "rag", forced=answers,
                 )  # fmt: skip
-                exact, nats = trace.greedy.all(1).tolist(), (-trace.logprobs.sum(1)).tolist()
+                exact, logp = trace.greedy.all(1).tolist(), trace.logprobs.sum(1).tolist()
                 for b, (i, row, prompt, _) in enumerate(part):
                     chunk = (len(prompt) - 1) // self.model.config.chunk_len
                     read = trace.table(chunk + 1)[b, chunk] if trace.recalls else []
-                    results[i] = dict(
-                        exact=exact[b], nats=nats[b], found=row["reference"] in read
-                    )
+                    result = results[i]
+                    result["exact"] |= exact[b]
+                    result["nats"] = -float(np.logaddexp(-result["nats"], logp[b]))
+                    result["found"] = row["reference"] in read
         return results
 
     def ms_per_token(self, rows, condition):
         """Milliseconds a generated token, batch 1: search, load, prefill and steps together."""
         seconds = tokens = 0
         for row in rows:
-            prompt, answer = self.prompt(row, condition)
-            retriever, bank = self.sources([row], condition)
             start = time.perf_counter()
+            prompt = self.prompt(row, condition)  # for RAG this searches
+            answer = self.tok.encode(row["sentences"][0])
+            retriever, bank = self.sources([row], condition)
             plain = condition == "rag"
             generate(self.model, torch.tensor([prompt]), len(answer), retriever, bank, plain=plain)
             seconds += time.perf_counter() - start
@@ -183,30 +189,23 @@ def parser():
 def main(argv=None):
     a = parser().parse_args(argv)
     started = time.time()
-    device = a.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, meta = load_checkpoint(a.checkpoint)
-    model.to(device).eval()
+    if a.questions < 1 or a.n_recall < 0:
+        raise ValueError("--questions is at least 1, --n_recall at least 0")
+    model, tokenizer = open_model(a.checkpoint, a.data, a.device)
     c = model.config
-    tokenizer = corpus.tokenizer(a.data)
-    if meta["tokenizer"] != tokenizer.id:
-        raise ValueError(
-            f"{a.checkpoint} was trained with tokenizer {meta['tokenizer']}; {a.data} has "
-            f"{tokenizer.id}"
-        )
     references = corpus.References.open(f"{a.data}/{a.references}")
     retriever = Retriever.open(f"{a.data}/{a.references}.index", references=references)
     bank = MemoryBank.open(a.bank, model, references)
-    codes = MemoryBank.open(a.codes, model, references)
+    try:
+        codes = MemoryBank.open(a.codes, model, references)
+    except (ValueError, FileNotFoundError) as e:
+        raise ValueError(f"{e}. Codes: write.py --out {a.bank} --quantize {a.codes}") from None
+    if not codes.codec:
+        raise ValueError(f"{a.codes} is not quantized: give --codes another directory")
     if a.n_recall:  # after the banks have seen whose they are: what is written depends on no R
         c.n_recall = a.n_recall
     rows = load_questions(f"{a.data}/questions.jsonl", a.questions)
-    path, why = attention_path(torch.device(device), model.embed.weight.dtype, c.max_context)
-    print(
-        f"{a.checkpoint}: {c.n_params:,} non-embedding weights on {device}; "
-        f"attention: {path} ({why})\n{len(rows)} questions, {len(references):,} references"
-    )
+    print(f"{len(rows)} questions, {len(references):,} references")
     asker = Asker(model, tokenizer, references, retriever, bank, codes)
     table = measure(asker, rows)
     words = dict(R=c.n_recall, embedder=retriever.meta["embedder"])
@@ -221,8 +220,7 @@ def main(argv=None):
         stop = tokenizer.encoding.encode_ordinary(".")[0]
         out, trace = generate(model, prompt, 32, retriever, bank, stop=stop)
         answer = tokenizer.decode(out[0, prompt.shape[1] :]).strip()
-        truth = f"{row['lead']} {row['answer']}{row['end']}"
-        print(f"\n{row['question']}\n -> {answer}\n    (truth: {truth})")
+        print(f"\n{row['question']}\n -> {answer}\n    (truth: {row['answer']})")
         print("\n".join(explain(model, tokenizer, references, out, trace, bank)))
     result = dict(
         conditions=table,
@@ -241,5 +239,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, RuntimeError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         sys.exit(f"eval.py: {e}")

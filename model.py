@@ -69,8 +69,9 @@ class Config:
 
     def __post_init__(self):
         self.header = tuple(int(t) for t in self.header)
-        if self.n_memory_layer < 1 or self.memory_tokens < 1:
-            raise ValueError("n_memory_layer and memory_tokens are at least 1")
+        for name, value in asdict(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"{name} is {value}; it is at least 1")
         if self.n_memory_layer > self.n_layer:
             raise ValueError(
                 f"n_memory_layer {self.n_memory_layer} > n_layer {self.n_layer}: memories live in "
@@ -397,6 +398,15 @@ class Cache:
 # Checkpoints
 
 
+def find_device(name):
+    """"auto": CUDA where there is one. ValueError for a name that PyTorch does not know."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=auto if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+
+
 def load_checkpoint(path, with_optimizer=False):
     """-> model (on the CPU), meta (config, stage, step, tokenizer id ...) and, if asked for, the
     optimizer's state. path: a .pt file of train.py, or a directory that holds model.pt."""
@@ -409,6 +419,7 @@ def load_checkpoint(path, with_optimizer=False):
         meta = state["meta"]
         model = Memory3(Config.from_dict(meta["config"]))
         model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{file}: not a checkpoint of train.py, or cut off ({e})") from None
+    except (KeyError, TypeError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
+        why = str(e).split("\n")[0]
+        raise ValueError(f"{file}: not a checkpoint of train.py, or cut off ({why})") from None
     return (model, meta, state["optimizer"]) if with_optimizer else (model, meta)

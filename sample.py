@@ -22,7 +22,7 @@ import torch
 
 import corpus
 from memory import Memories, MemoryBank, attention_path
-from model import Cache, apply_rope, load_checkpoint, rope_table
+from model import Cache, apply_rope, find_device, load_checkpoint, rope_table
 from retrieval import Retriever
 
 # ---------------------------------------------------------------------------------------------
@@ -317,6 +317,25 @@ def remember(text, tokenizer, config, retriever, bank):
 # Command line
 
 
+def open_model(checkpoint, data, device):
+    """-> model and tokenizer, checked against each other; prints what runs and why."""
+    model, meta = load_checkpoint(checkpoint)
+    model.to(find_device(device)).eval()
+    c, tokenizer = model.config, corpus.tokenizer(corpus.manifest(data)["tokenizer"])
+    if meta["tokenizer"] != tokenizer.id:
+        raise ValueError(
+            f"{checkpoint} was trained with tokenizer {meta['tokenizer']}; that of {data} is "
+            f"{tokenizer.id}"
+        )
+    chunk = len(c.header) + c.chunk_len
+    path, why = attention_path(model.device, model.embed.weight.dtype, chunk)
+    print(
+        f"{checkpoint}: {c.n_params:,} non-embedding weights on {model.device}; attention of a "
+        f"prompt of one chunk: {path} ({why})"
+    )
+    return model, tokenizer
+
+
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--prompt", required=True, help="the text to continue")
@@ -326,7 +345,7 @@ def parser():
     p.add_argument("--bank", default="out/kb.bank", help="the memories of the knowledge base")
     p.add_argument("--memory", default="bank", choices=["off", "random", "bank"])
     p.add_argument("--rag", action="store_true", help="put the references' text before the prompt")
-    p.add_argument("--plain", action="store_true", help="no header: the implicit stage's format")
+    p.add_argument("--plain", action="store_true", help="no header (--rag has none)")
     p.add_argument("--tokens", type=int, default=32, help="how many to generate")
     p.add_argument("--stop", default=".", help='a token that ends the answer ("": none)')
     p.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
@@ -343,23 +362,12 @@ def main(argv=None):
     a = parser().parse_args(argv)
     if (a.rag or a.plain) and a.memory == "random":
         raise ValueError("--memory random goes with neither --rag nor --plain")
-    device = a.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, meta = load_checkpoint(a.checkpoint)
-    model.to(device).eval()
+    if not a.prompt.strip():
+        raise ValueError("--prompt is empty; give a text to continue")
+    if a.temperature < 0 or a.top_k < 0 or not 0 < a.top_p <= 1 or a.tokens < 1:
+        raise ValueError("--temperature, --top_k: from 0; --top_p: above 0, to 1; --tokens: from 1")
+    model, tokenizer = open_model(a.checkpoint, a.data, a.device)
     c = model.config
-    tokenizer = corpus.tokenizer(a.data)
-    if meta["tokenizer"] != tokenizer.id:
-        raise ValueError(
-            f"{a.checkpoint} was trained with tokenizer {meta['tokenizer']}; {a.data} has "
-            f"{tokenizer.id}"
-        )
-    path, why = attention_path(torch.device(device), model.embed.weight.dtype, c.max_context)
-    print(
-        f"{a.checkpoint}: {c.n_params:,} non-embedding weights on {device}; "
-        f"attention: {path} ({why})"
-    )
     retriever = bank = None
     if a.memory != "off" and not a.plain or a.rag or a.remember:
         references = corpus.References.open(f"{a.data}/{a.references}")
@@ -370,7 +378,8 @@ def main(argv=None):
             print(f"remembered as reference {i}")
     prompt = tokenizer.encode(a.prompt)
     if a.rag:
-        ids, scores = retriever.search([a.prompt], c.n_recall)
+        query = [tokenizer.bos, *prompt][-c.chunk_len :]  # as a chunk of the prompt recalls
+        ids, scores = retriever.search([query], c.n_recall)
         found = [(references[int(i)], s) for i, s in zip(ids[0], scores[0], strict=True) if i >= 0]
         for reference, score in found:
             print(f"in context: score {score:.2f}  {tokenizer.decode(reference).strip()}")
@@ -394,6 +403,8 @@ def main(argv=None):
     print(f"\n{a.prompt}\n -> {answer.strip()}\n")
     if a.explain and trace.recalls:
         print("\n".join(explain(model, tokenizer, references, out, trace, bank)))
+    elif a.explain:
+        print("nothing was recalled: --explain has memories to show with --memory bank or random")
     s, n = trace.seconds, trace.logprobs.shape[1]
     print(
         f"{n} tokens in {sum(s.values()) * 1e3:.0f} ms: "
@@ -406,5 +417,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, RuntimeError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         sys.exit(f"sample.py: {e}")

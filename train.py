@@ -24,7 +24,7 @@ import torch
 
 import corpus
 from memory import attention_path
-from model import PRESETS, Config, Memory3, load_checkpoint
+from model import PRESETS, Config, Memory3, find_device, load_checkpoint
 
 
 @dataclass
@@ -66,8 +66,13 @@ class TrainConfig:
         self.split = self.split or ("explicit" if explicit else "train")
         self.val = self.val or ("explicit_val,explicit_heldout" if explicit else "val,heldout")
         self.micro_batch = self.micro_batch or self.batch
+        for name in ("context", "batch", "micro_batch", "steps", "eval_every", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
+        if self.save_every < 1 or not 0 <= self.decay <= 1:
+            raise ValueError("--save_every is at least 1, --decay a share between 0 and 1")
         if self.batch % self.micro_batch:
-            raise ValueError(f"--batch {self.batch} is no multiple of {self.micro_batch=}")
+            raise ValueError(f"--batch {self.batch}: no multiple of micro_batch {self.micro_batch}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -213,10 +218,7 @@ def main(cfg, config=None):
     """Trains; returns dict(model, losses, val, step). config: the model's shape; None = that of
     cfg.init. Resumes where cfg.out holds a last.pt of the same run."""
     torch.manual_seed(cfg.seed)
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = find_device(cfg.device)
     bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_amx()
     dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if bf16 else "float32")
     out, last = Path(cfg.out), Path(cfg.out) / "last.pt"
@@ -229,8 +231,12 @@ def main(cfg, config=None):
     meta = dict(step=0, position=0, best=None, lr_scale=1.0)
     if last.exists():
         model, meta, optimizer_state = load_checkpoint(last, with_optimizer=True)
-        if meta["stage"] != cfg.stage:
-            raise ValueError(f"{last} is of the {meta['stage']} stage: choose another --out")
+        for name in ("stage", "data", "split", "init", "context", "batch", "query_shift", "seed"):
+            was, now = meta["train"][name], getattr(cfg, name)
+            if was != now:
+                raise ValueError(
+                    f"{last} is of a run with --{name} {was}, not {now}: choose another --out"
+                )
         if config not in (None, model.config):
             raise ValueError(f"{last} is a model of another shape: choose another --out")
         print(f"resuming {last} at step {meta['step']}")

@@ -19,15 +19,17 @@ import torch
 
 import corpus
 from memory import MemoryBank, attention_path
-from model import load_checkpoint
+from model import find_device, load_checkpoint
+from quantize import layout
 
 
 def main(args):
     """Writes the bank, and with args.quantize its quantized twin; returns the bank (of --out)."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = auto if args.device == "auto" else args.device
+    device = find_device(args.device)
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: at least 1")
+    if args.codec:
+        layout(args.codec)  # a string that is no codec is refused before the work
     model = load_checkpoint(args.checkpoint)[0].to(device).eval()
     tokenizer = corpus.tokenizer(corpus.manifest(args.data)["tokenizer"])
     if tuple(tokenizer.header) != model.config.header:
@@ -35,7 +37,7 @@ def main(args):
     references = corpus.References.open(Path(args.data) / args.references)
     bank = MemoryBank.create(args.out, model, references, args.dtype)
     total = len(bank) * bank.record_bytes
-    card = torch.cuda.get_device_name() if device == "cuda" else device
+    card = torch.cuda.get_device_name() if device.type == "cuda" else device
     dtype, longest = model.embed.weight.dtype, model.config.ref_len + len(model.config.header)
     path, why = attention_path(model.device, dtype, longest)
     print(
@@ -111,7 +113,7 @@ def command_line(argv=None):
 if __name__ == "__main__":
     try:
         main(command_line())
-    except (ValueError, OSError, ImportError) as e:
+    except (ValueError, OSError, ImportError, RuntimeError) as e:
         sys.exit(f"write.py: {e}")
     except KeyboardInterrupt:
         sys.exit("write.py: stopped; the same command goes on")

@@ -180,21 +180,21 @@ def test_values_are_those_of_geonames(cities):
 
 def test_questions(data, tok, cities):
     """A relation never asked for, an answer that its reference does not state, questions about
-    cities that are not held out, an answer that does not go on where the lead ends."""
+    cities that are not held out, a sentence that gives another answer than the row."""
     asked = [json.loads(line) for line in open(data / "questions.jsonl")]
     kb = corpus.References.open(data / "kb")
     assert len(asked) == N_HELDOUT
     seen = defaultdict(int)
     for q in asked:
-        assert set(q) == {"question", "lead", "answer", "end", "relation", "city", "reference"}
+        assert set(q) == {"question", "answer", "sentences", "relation", "city", "reference"}
         assert 0 <= q["reference"] < N_HELDOUT
         text = tok.decode(kb[q["reference"]])
         assert (q["city"], q["relation"], q["answer"]) in sentences(text)[0]
         assert sentences(q["question"])[0] == [(q["city"], q["relation"], None)]
-        said = f"{q['lead']} {q['answer']}{q['end']}"
-        assert sentences(said) == ([(q["city"], q["relation"], q["answer"])], [])
-        # prompt and answer are encoded apart: together they are the tokens of the sentence
-        assert tok.encode(q["lead"]) + tok.encode(q["answer"] + q["end"]) == tok.encode(said)
+        for said in q["sentences"]:
+            assert sentences(q["city"] + said) == ([(q["city"], q["relation"], q["answer"])], [])
+            # prompt and answer are encoded apart: together they are the tokens of the sentence
+            assert tok.encode(q["city"]) + tok.encode(said) == tok.encode(q["city"] + said)
         seen[q["relation"]] += 1
     assert list(seen) == prepare.RELATIONS and max(seen.values()) - min(seen.values()) <= 1
 

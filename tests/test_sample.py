@@ -641,7 +641,8 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for args, line in [
         (world.args(prompt="Belholm " * 190), "shorten the prompt"),
-        (world.args(tokens=0), "0 new"),
+        (world.args(tokens=0), "--tokens: from 1"),
+        (world.args(prompt=" "), "--prompt is empty"),
         (world.args(stop="three tokens."), "--stop 'three tokens.' is . tokens; it must be one"),
         (world.args("--rag", memory="random"), "--memory random goes with neither"),
         (world.args("--remember", ""), "--remember: the text is empty"),
@@ -650,7 +651,7 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch):
         (world.args(checkpoint="foreign.pt"), "trained with tokenizer gpt2:12345678"),
         (world.args(checkpoint="other.pt"), "kb.bank"),
         (world.args(bank="nowhere.bank"), "nowhere.bank"),
-        (world.args(data=str(tmp_path / "nodata")), "nodata/tokenizer.json is missing"),
+        (world.args(data=str(tmp_path / "nodata")), "nodata/meta.json is missing"),
         (world.args("--references", "nokb"), "nokb.bin is missing"),
         (world.args(data=empty), "kb.bin is empty"),
     ]:

@@ -411,7 +411,7 @@ def test_explicit_stage_starts_from_the_implicit_one(data, tmp_path):
 def test_out_of_another_run_is_not_continued(data, tmp_path):
     """Catches a run of another stage or shape that silently goes on with what lies in --out."""
     run(data, tmp_path / "out", steps=2)
-    with pytest.raises(ValueError, match="is of the implicit stage: choose another --out"):
+    with pytest.raises(ValueError, match="is of a run with --stage implicit, not explicit: choose another"):
         run(data, tmp_path / "out", "explicit", steps=3)
     with pytest.raises(ValueError, match="another shape.*choose another --out"):
         train.main(settings(data, tmp_path / "out", steps=3), shape(data, n_layer=5))
@@ -526,7 +526,7 @@ def test_what_cannot_be_run_is_one_line(data, tmp_path, capsys):
         ([*have, "--preset", "big"], "unknown preset 'big'; there are toy, small"),
         ([*have, *toy, "--n_memory_layer", "7"], "n_memory_layer 7 > n_layer 6"),
         ([*have, *toy, "--stage", "sft"], "--stage sft: implicit or explicit"),
-        ([*have, *toy, "--batch", "6", "--micro_batch", "4"], "--batch 6 is no multiple of"),
+        ([*have, *toy, "--batch", "6", "--micro_batch", "4"], "--batch 6: no multiple of"),
         ([*have, *toy, "--dtype", "float8"], "--dtype float8: auto, float32"),
         ([*toy, "--data", str(tmp_path / "nowhere")], "nowhere/meta.json is missing: run python"),
         (["--resume", str(tmp_path)], "last.pt: no checkpoint there"),

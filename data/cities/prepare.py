@@ -216,12 +216,11 @@ def prepare(out, train, n_heldout, n_kb, n_rows, n_cities=None, seed=1):
     with open(out / "questions.jsonl", "w") as f:
         for i, city in enumerate(heldout[: max(2500, n_heldout // 4)]):
             relation = RELATIONS[i % len(RELATIONS)]
-            lead, end = STATEMENTS[relation][0].split(" {}")
             row = dict(
                 question=question(city, relation, rng),
-                lead=city["name"] + lead,  # how the answer begins
                 answer=city[relation],
-                end=end,
+                # the sentences that give it, each to follow the city's name: any of them is right
+                sentences=[words.format(city[relation]) for words in STATEMENTS[relation]],
                 relation=relation,
                 city=city["name"],
                 reference=i,
