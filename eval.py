@@ -138,8 +138,7 @@ class Asker:
 
 
 def measure(asker, rows, conditions=CONDITIONS, timed=24):
-    """-> {condition: dict(exact={"all", one a relation}, found, nats, bytes_per_reference,
-    ms_per_token)}"""
+    """-> {condition: dict(exact={"all", ...}, found, nats, bytes_per_reference, ms_per_token)}"""
     relations = list(dict.fromkeys(r["relation"] for r in rows))
     table = {}
     for condition in conditions:
@@ -209,10 +208,8 @@ def main(argv=None):
     asker = Asker(model, tokenizer, references, retriever, bank, codes)
     table = measure(asker, rows)
     words = dict(R=c.n_recall, embedder=retriever.meta["embedder"])
-    names = {k: v.format(**words) for k, v in CONDITIONS.items()}
-    print(f"\n{markdown(table, names)}\n")
-    found = {condition: row.pop("found") for condition, row in table.items()}
-    recall = found["recalled"]
+    print(f"\n{markdown(table, {k: v.format(**words) for k, v in CONDITIONS.items()})}\n")
+    recall = {condition: row.pop("found") for condition, row in table.items()}["recalled"]
     print(f"the right reference is among the top {c.n_recall} for {recall:.3f} of the questions")
     print(bank.stats())
     for row in rows[: a.examples]:
@@ -222,13 +219,8 @@ def main(argv=None):
         answer = tokenizer.decode(out[0, prompt.shape[1] :]).strip()
         print(f"\n{row['question']}\n -> {answer}\n    (truth: {row['answer']})")
         print("\n".join(explain(model, tokenizer, references, out, trace, bank)))
-    result = dict(
-        conditions=table,
-        recall_at_5=recall,
-        questions=len(rows),
-        references=len(references),
-        seconds=time.time() - started,
-    )
+    result = dict(conditions=table, recall_at_5=recall, questions=len(rows))
+    result |= dict(references=len(references), seconds=time.time() - started)
     if a.json:
         Path(a.json).parent.mkdir(parents=True, exist_ok=True)
         corpus.write_json(a.json, result)

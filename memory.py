@@ -26,8 +26,9 @@ from tqdm import tqdm
 import corpus
 from quantize import Codec
 
-# ---------------------------------------------------------------------------------------------
-# What a memory is
+aten = torch.ops.aten
+
+# -- What a memory is -------------------------------------------------------------------------
 
 
 @dataclass
@@ -62,8 +63,7 @@ class Memories:
         return Memories(torch.cat([p.kv for p in pools]), torch.cat([p.count for p in pools]))
 
 
-# ---------------------------------------------------------------------------------------------
-# Writing: which tokens of a reference are worth keeping
+# -- Writing: which tokens of a reference are worth keeping -----------------------------------
 
 
 def token_weights(q, k, mask, approximate=False):
@@ -122,8 +122,7 @@ def select_tokens(weights, mask, s):
     return top.masked_fill(top == n, -1)
 
 
-# ---------------------------------------------------------------------------------------------
-# Reading: chunk attention
+# -- Reading: chunk attention ------------------------------------------------------------------
 #
 # Every context token attends [memories of its chunk | header + causal context] in one softmax. A
 # mask over the concatenation would be (T, M*S + T) a head, nearly all of it False, and no fused
@@ -156,16 +155,11 @@ def _causal(q, k, v, path):
     """Causal attention. q (B, H, n, dh), k v (B, Hkv, n, dh) -> out, lse (B, H, n), and what the
     backward of this path wants besides."""
     if path == "cpu-flash":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=True
-        )
-        return out, lse, ()
+        return *aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True), ()
     k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     if path == "flash":
-        out, lse, cq, ck, mq, mk, seed, offset, _ = (
-            torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)
-        )
-        return out, lse, (cq, ck, mq, mk, seed, offset)
+        out, lse, *saved, _ = aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)
+        return out, lse, saved  # lengths and the state of a dropout that there is not
     n = q.shape[2]
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     scores = scores.masked_fill(~torch.ones(n, n, dtype=bool, device=q.device).tril(), -math.inf)
@@ -176,16 +170,14 @@ def _causal(q, k, v, path):
 def _causal_backward(dout, q, k, v, out, lse, path, saved):
     """The causal part's share of dq, and dk, dv, given the merged out and lse."""
     if path == "cpu-flash":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, True
-        )
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(dout, q, k, v, out, lse, 0.0, True)
     Hkv = k.shape[1]
     k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     if path == "flash":
-        cq, ck, mq, mk, seed, offset = saved
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, cq, ck, mq, mk, 0.0, True, seed, offset
-        )
+        *lengths, seed, offset = saved
+        backward = aten._scaled_dot_product_flash_attention_backward
+        dq, dk, dv = backward(dout, q, k, v, out, lse, *lengths, 0.0, True, seed, offset)
     else:
         scale = 1 / math.sqrt(q.shape[-1])
         p = (q @ k.mT * scale - lse.unsqueeze(-1)).exp().tril().to(q.dtype)
@@ -316,13 +308,10 @@ def chunk_attention(q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header, p
     index = recall.clamp(min=0)
     valid = filled[index] & (recall >= 0).unsqueeze(-1)  # (B, c, R, S)
     valid = valid.flatten(2)[:, None, :, None, :]  # (B, 1, c, 1, R*S), over heads and queries
-    return _ChunkAttention.apply(
-        q, k, v, mem_k, mem_v, valid, index, chunk_len, n_header, path
-    )
+    return _ChunkAttention.apply(q, k, v, mem_k, mem_v, valid, index, chunk_len, n_header, path)
 
 
-# ---------------------------------------------------------------------------------------------
-# Storing: the bank
+# -- Storing: the bank ------------------------------------------------------------------------
 
 FORMAT = ["memory3 bank", 1]  # and its version
 DELETED = 255  # in count.bin

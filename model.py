@@ -27,8 +27,7 @@ import torch.nn.functional as F
 
 from memory import Memories, causal_attention, chunk_attention, select_tokens, token_weights
 
-# ---------------------------------------------------------------------------------------------
-# Shapes
+# -- Shapes -----------------------------------------------------------------------------------
 
 PRESETS = dict(
     toy=dict(
@@ -106,9 +105,7 @@ class Config:
     @property
     def memory_shape(self):
         """(Lm, 2, Hkv, S, dh) = (22, 2, 8, 8, 80) for the paper's model (sec. 3.1)."""
-        return (
-            self.n_memory_layer, 2, self.n_kv_head, self.memory_tokens, self.head_dim
-        )  # fmt: skip
+        return self.n_memory_layer, 2, self.n_kv_head, self.memory_tokens, self.head_dim
 
     @property
     def n_params(self):
@@ -121,8 +118,7 @@ class Config:
         return self.n_layer * layer
 
 
-# ---------------------------------------------------------------------------------------------
-# Layers
+# -- Layers -----------------------------------------------------------------------------------
 
 
 def rope_table(positions, config):
@@ -185,8 +181,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-# ---------------------------------------------------------------------------------------------
-# The decoder
+# -- The decoder ------------------------------------------------------------------------------
 
 
 class Memory3(nn.Module):
@@ -352,13 +347,9 @@ class Cache:
         self.P, self.length, self.max_context = len(c.header) if header else 0, 0, max_context
         slots = c.n_recall * c.memory_tokens if header else 0
         self.slots = [slots if l < c.n_memory_layer else 0 for l in range(c.n_layer)]
-        self.kv = [
-            torch.zeros(
-                2, batch, c.n_kv_head, self.P + s + max_context, c.head_dim,
-                dtype=dtype, device=device,
-            )
-            for s in self.slots
-        ]  # fmt: skip
+        lengths = [self.P + s + max_context for s in self.slots]
+        shapes = [(2, batch, c.n_kv_head, n, c.head_dim) for n in lengths]
+        self.kv = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         # which keys count; the header and the context so far always do
         self.valid = torch.ones(batch, self.P + slots + max_context, dtype=bool, device=device)
         self.valid[:, self.P : self.P + slots] = False
@@ -394,8 +385,7 @@ class Cache:
             self.kv[l][:, :, :, P : P + slots] = kv[l].to(self.kv[l].dtype)
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
+# -- Checkpoints ------------------------------------------------------------------------------
 
 
 def find_device(name):

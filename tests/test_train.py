@@ -411,7 +411,7 @@ def test_explicit_stage_starts_from_the_implicit_one(data, tmp_path):
 def test_out_of_another_run_is_not_continued(data, tmp_path):
     """Catches a run of another stage or shape that silently goes on with what lies in --out."""
     run(data, tmp_path / "out", steps=2)
-    with pytest.raises(ValueError, match="is of a run with --stage implicit, not explicit: choose another"):
+    with pytest.raises(ValueError, match="of a run with --stage implicit, not explicit: choose"):
         run(data, tmp_path / "out", "explicit", steps=3)
     with pytest.raises(ValueError, match="another shape.*choose another --out"):
         train.main(settings(data, tmp_path / "out", steps=3), shape(data, n_layer=5))

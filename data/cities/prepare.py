@@ -211,7 +211,12 @@ def prepare(out, train, n_heldout, n_kb, n_rows, n_cities=None, seed=1):
         print(f"    {n:7,} that {why}")
 
     V = tok.n_vocab
-    corpus.References.create(out / "kb", [refs[c["id"]] for c in kb], V)
+    old = json.loads((out / "meta.json").read_text()) if (out / "meta.json").exists() else {}
+    same = old.get("tokenizer_id") == tok.id and (old["heldout"], old["kb"]) == (n_heldout, len(kb))
+    if same and (out / "kb.idx").exists():  # facts may have been added since, and memories written
+        print("kb is there already, and stays as it is")
+    else:
+        corpus.References.create(out / "kb", [refs[c["id"]] for c in kb], V)
     rng = random.Random(seed + 1)
     with open(out / "questions.jsonl", "w") as f:
         for i, city in enumerate(heldout[: max(2500, n_heldout // 4)]):
