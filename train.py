@@ -219,11 +219,11 @@ def main(cfg, config=None):
     # bfloat16 where the hardware multiplies it (on a CPU: AMX); elsewhere float32 is faster
     cuda = device.type == "cuda"
     bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_amx_tile_supported()
-    dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if bf16 else "float32")
+    fast = "bfloat16" if bf16 else "float32"
+    dtype, reason = (fast, "the fastest here") if cfg.dtype == "auto" else (cfg.dtype, "asked for")
     out, last = Path(cfg.out), Path(cfg.out) / "last.pt"
     out.mkdir(parents=True, exist_ok=True)
 
-    # Model: from a stopped run, from a checkpoint, or new.
     optimizer_state = None
     # Nothing is random but the first weights and the order of windows, and both follow from the
     # seed: with the position, that is all a resumed run needs.
@@ -281,7 +281,7 @@ def main(cfg, config=None):
         f"{per_step // config.chunk_len if explicit else 0:,} references, "
         f"{flops * per_step:.3g} FLOPs\n"
         f"data: {len(train.tokens):,} tokens, {cfg.steps * cfg.batch / train.n:.2f} epochs\n"
-        f"device: {card or device}, {dtype}{', compiled' if cfg.compile else ''}; "
+        f"device: {card or device}, {dtype} ({reason}){', compiled' if cfg.compile else ''}; "
         f"attention: {path} ({why})"
     )
 
