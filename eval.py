@@ -231,5 +231,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as e:
+    except (ValueError, OSError, ImportError, RuntimeError) as e:
         sys.exit(f"eval.py: {e}")

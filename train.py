@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import corpus
+import retrieval
 from memory import attention_path
 from model import PRESETS, Config, Memory3, find_device, load_checkpoint
 
@@ -86,7 +87,7 @@ class Windows:
     neighbors (n_chunks, k) int32 and references: for the explicit stage, else None.
     """
 
-    def __init__(self, cfg, split, config, references=True):
+    def __init__(self, cfg, split, config):
         self.T, self.C, self.bos = cfg.context, config.chunk_len, config.header[0]
         self.config, self.seed, self.shift = config, cfg.seed, cfg.query_shift
         self.tokens = corpus.open_tokens(cfg.data, split)
@@ -94,9 +95,7 @@ class Windows:
         if self.n == 0:
             raise ValueError(f"{cfg.data}/{split}.bin is shorter than one window of {self.T}")
         self.neighbors = None
-        if cfg.stage == "explicit" and references:
-            import retrieval
-
+        if cfg.stage == "explicit":
             if self.T % self.C:
                 raise ValueError(f"--context {self.T} is no multiple of chunk_len {self.C}")
             self.neighbors, name = retrieval.open_neighbors(cfg.data, split, chunk_len=self.C)
@@ -447,7 +446,7 @@ def command_line(argv=None):
 if __name__ == "__main__":
     try:
         main(*command_line())
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as e:
         sys.exit(f"train.py: {e}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; go on with --resume")
