@@ -369,10 +369,16 @@ def main(argv=None):
         references = corpus.References.open(f"{a.data}/{a.references}")
         bank = MemoryBank.open(a.bank, model, references)
         retriever = Retriever.open(f"{a.data}/{a.references}.index", references=references)
+    # what is wrong with the question is said before a fact is written
+    prompt, stop = tokenizer.encode(a.prompt), tokenizer.encoding.encode_ordinary(a.stop)
+    if len(stop) > 1:
+        raise ValueError(f"--stop {a.stop!r} is {len(stop)} tokens; it must be one")
+    if 1 + len(prompt) + a.tokens > c.max_context:
+        n = f"{1 + len(prompt)} prompt tokens and {a.tokens} new ones"
+        raise ValueError(f"{n}; the context is at most {c.max_context}: shorten the prompt")
     for text in a.remember:
         for i in remember(text, tokenizer, c, retriever, bank):
             print(f"remembered as reference {i}")
-    prompt = tokenizer.encode(a.prompt)
     if a.rag:
         query = [tokenizer.bos, *prompt][-c.chunk_len :]  # as a chunk of the prompt recalls
         ids, scores = retriever.search([query], c.n_recall)
@@ -384,16 +390,10 @@ def main(argv=None):
         retriever = bank = None
     elif a.memory == "random":
         retriever = Random(len(references), a.seed)
-    stop = None
-    if a.stop:
-        stop = tokenizer.encoding.encode_ordinary(a.stop)
-        if len(stop) != 1:
-            raise ValueError(f"--stop {a.stop!r} is {len(stop)} tokens; it must be one")
-        stop = stop[0]
     tokens = torch.tensor([[tokenizer.bos, *prompt]])
     out, trace = generate(
         model, tokens, a.tokens, retriever, bank, plain=a.plain or a.rag, temperature=a.temperature,
-        top_k=a.top_k, top_p=a.top_p, seed=a.seed, stop=stop,
+        top_k=a.top_k, top_p=a.top_p, seed=a.seed, stop=stop[0] if stop else None,
     )  # fmt: skip
     answer = tokenizer.decode(out[0, tokens.shape[1] :])
     print(f"\n{a.prompt}\n -> {answer.strip()}\n")

@@ -131,7 +131,7 @@ def recall_table(ids, R, shift=0):
 
     ids (B, c): the reference each chunk retrieved, -1 = none; pool row b*c + i is the memory of
     ids[b, i]. A reference that two of the chunks retrieved is read once. shift 1: a chunk's
-    memories are retrieved by the chunk before it, as in generation. Returns (B, c, R) int64.
+    memories are retrieved by the chunk before it, as for generated chunks. Returns (B, c, R) int64.
 
     >>> recall_table(np.array([[7, 8, 8, -1]]), 2).tolist()
     [[[0, -1], [1, 0], [2, -1], [-1, 2]]]
@@ -263,9 +263,7 @@ def main(cfg, config=None):
     cast = nullcontext()
     if dtype != "float32":
         cast = torch.autocast(device.type, getattr(torch, dtype))
-    step_loss = loss_on
-    if cfg.compile:
-        step_loss = torch.compile(loss_on)
+    step_loss = torch.compile(loss_on) if cfg.compile else loss_on
     longest = cfg.context + explicit * len(config.header)
     path, why = attention_path(device, getattr(torch, dtype), longest)
     flops = flops_per_token(config, cfg.context, explicit)

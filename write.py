@@ -50,7 +50,8 @@ def main(args):
         raise OSError(f"--out {args.out}: {total - on_disk:,} bytes to write, {free:,} are free")
     fill(bank, args.batch)
     if args.quantize:
-        if outdated(args.quantize, bank):
+        if spec := outdated(args.quantize, bank):
+            args.codec = args.codec or spec
             print(f"{args.quantize}: the references have changed since, so it is made anew")
             shutil.rmtree(args.quantize)
         if (Path(args.quantize) / "meta.json").exists():
@@ -74,11 +75,12 @@ def main(args):
 
 
 def outdated(path, bank):
-    """Whether `path` is a quantized twin of this bank, of its text before a live change."""
+    """The codec of a quantized twin of this bank at `path`, if it is of an older text; else ""."""
     meta = Path(path) / "meta.json"
     old = json.loads(meta.read_text()) if meta.exists() else {}
     same = all(old.get(key) == bank.meta[key] for key in ("format", "fingerprint", "references"))
-    return same and old["codec"] and old["references_hash"] != bank.meta["references_hash"]
+    older = same and old["codec"] and old["references_hash"] != bank.meta["references_hash"]
+    return old["codec"].rsplit(":", 1)[0] if older else ""
 
 
 def fill(bank, batch):

@@ -643,6 +643,8 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch):
         (world.args(prompt="Belholm " * 190), "shorten the prompt"),
         (world.args(tokens=0), "--tokens: from 1"),
         (world.args(prompt=" "), "--prompt is empty"),
+        (world.args("--remember", "Bazq", prompt="Belholm " * 190), "shorten the prompt"),
+        (world.args("--remember", "Bazq", stop="one two"), "it must be one"),
         (world.args(stop="three tokens."), "--stop 'three tokens.' is . tokens; it must be one"),
         (world.args("--rag", memory="random"), "--memory random goes with neither"),
         (world.args("--remember", ""), "--remember: the text is empty"),

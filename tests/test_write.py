@@ -94,6 +94,7 @@ def test_codes_follow_a_live_change(place):
     flags = ["--quantize", place / "codes", "--codec", "Residual2x6,PQ5x6"]
     bank = run(place, *flags)
     new = bank.append([65, 66])
+    run(place, *flags[:2])  # as the codec was, even where it is not said again
     run(place, *flags)
     codes = MemoryBank.open(place / "codes", bank.model, bank.references)
     assert len(codes) == new + 1 and codes.verify() == []

