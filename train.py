@@ -37,7 +37,7 @@ class TrainConfig:
     split: str = ""  # training text; default: train, or explicit in the explicit stage
     val: str = ""  # validation splits, comma-separated; default: val,heldout of that stage
     out: str = "out/run"  # checkpoints and log.jsonl go here
-    init: str = ""  # a checkpoint to start from (its weights and its shape, not its optimizer)
+    init: str = ""  # a checkpoint to start from: its weights, not its optimizer
     context: int = 256  # T, tokens of a window
     batch: int = 16  # windows of one step, whatever the hardware
     micro_batch: int = 0  # windows at a time (0 = batch): lower it when memory runs out
