@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-
 class Tokenizer:
     """A tiktoken encoding with the few things a decoder needs around it.
 
@@ -43,7 +42,6 @@ class Tokenizer:
         """The text of token ids; BOS, -1 padding and ids of no token become nothing."""
         ids = [int(t) for t in ids if 0 <= int(t) < self.n_vocab and int(t) != self.bos]
         return self.encoding.decode(ids, errors="replace")
-
 
 def tokenizer(name):
     """The tokenizer of a data directory (its tokenizer.json), or one of tiktoken's by name.
@@ -83,7 +81,6 @@ def tokenizer(name):
         ) from e
     return Tokenizer(encoding, encoding.eot_token, name)
 
-
 def manifest(data_dir):
     """The meta.json of a prepared data set, as a dict."""
     path = Path(data_dir) / "meta.json"
@@ -94,10 +91,8 @@ def manifest(data_dir):
     except json.JSONDecodeError:
         raise ValueError(f"{path} is damaged: run python {Path(data_dir) / 'prepare.py'}") from None
 
-
 def dtype_for(n_vocab):
     return np.uint16 if n_vocab <= 65536 else np.uint32
-
 
 def open_tokens(data_dir, split):
     """The tokens of a split, as a read-only memmap."""
@@ -109,7 +104,6 @@ def open_tokens(data_dir, split):
         raise ValueError(f"{path} is empty: there is no token in it")
     return np.memmap(path, dtype_for(manifest(data_dir)["n_vocab"]), mode="r")
 
-
 def replace_file(path, write):
     """Writes a file beside its place with write(file), then renames it: never a half file."""
     tmp = Path(f"{path}.tmp")
@@ -119,14 +113,11 @@ def replace_file(path, write):
         os.fsync(f.fileno())
     os.replace(tmp, path)
 
-
 def write_json(path, obj):
     replace_file(path, lambda f: f.write((json.dumps(obj, indent=1) + "\n").encode()))
 
-
 def write_tokens(path, tokens, n_vocab):
     replace_file(path, lambda f: f.write(np.asarray(tokens, dtype_for(n_vocab)).tobytes()))
-
 
 class References:
     """The knowledge base as text: N token sequences of at most ref_len tokens (sec. 4.4).

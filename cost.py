@@ -20,16 +20,13 @@ from quantize import default_spec, layout
 TERA = 1e12
 KNOWLEDGE_BASE = 1.12e8  # references; sec. 4.4 prints 1.1e8, its bytes in sec. 3.3 need 1.12e8
 
-
 # -- Compute (App. A) -------------------------------------------------------------------------
 
 def _attention(c):  # multiply-adds of a token in a layer: W_Q W_O, W_K W_V
     return 2 * c.n_embd**2 + 2 * c.n_embd * c.head_dim * c.n_kv_head
 
-
 def _mlp(c):  # gate, up, down
     return 3 * c.n_embd * c.mlp_width
-
 
 def forward(c, n, head=True):
     """FLOPs of one window of n tokens through the plain decoder; head: with the LM head.
@@ -37,17 +34,14 @@ def forward(c, n, head=True):
     body = c.n_layer * (n * (_attention(c) + _mlp(c)) + 2 * n * n / 2 * c.n_embd)
     return 2 * (body + head * n * c.vocab_size * c.n_embd)
 
-
 def write_implicit(c):
     """Into parameters: a training step's share of ref_len tokens of max_context (A.1). A lower
     bound, as one step rarely teaches a fact. 3: the backward costs twice the forward."""
     return 3 * forward(c, c.max_context) * c.ref_len / c.max_context
 
-
 def selection(c):
     """Choosing tokens: scores of all pairs, without a causal mask, in the memory layers (A.2)."""
     return 2 * c.n_memory_layer * c.ref_len**2 * c.n_embd
-
 
 def write_explicit(c):
     """Into an explicit memory: encode the reference up to the last keys and values (A.2), one MLP
@@ -57,11 +51,9 @@ def write_explicit(c):
     encode = Lm * (l * _attention(c) + 2 * l * l / 2 * d) + (Lm - 1) * l * _mlp(c)
     return 2 * encode + selection(c)
 
-
 def read_explicit(c):
     """One chunk attends the S kept tokens of one memory in Lm layers (A.2)."""
     return 2 * c.n_memory_layer * 2 * c.chunk_len * c.memory_tokens * c.n_embd
-
 
 def read_rag(c):
     """One reference as text in the context (A.3): encoded on the spot, attended by one chunk. A
@@ -69,7 +61,6 @@ def read_rag(c):
     l, L = c.ref_len, c.n_layer
     attention = L * (l * _attention(c) + 2 * l * (l / 2 + c.chunk_len) * c.n_embd)
     return 2 * (attention + (L - 1) * l * _mlp(c))
-
 
 def total_cost(c, n):
     """Eq. (1.1) for one piece of knowledge used n times: {format: write + n * read}, FLOPs.
@@ -84,7 +75,6 @@ def total_cost(c, n):
         "model parameters": write_implicit(c),  # reading: at least 0 (A.1)
     }
 
-
 def advantage_interval(c):
     """(low, high): used more than low and less than high times, knowledge is cheapest as an
     explicit memory (Fig. 1.1, A.3). Never, where low >= high.
@@ -96,7 +86,6 @@ def advantage_interval(c):
     low = write_explicit(c) / gain if gain > 0 else math.inf
     return low, (write_implicit(c) - write_explicit(c)) / read_explicit(c)
 
-
 def step_flops(c, explicit):
     """A training step on one window of max_context tokens (sec. 3.6). explicit: each chunk also
     writes a reference and reads R memories. The choice of tokens has no backward: counted once."""
@@ -105,13 +94,11 @@ def step_flops(c, explicit):
     read = 3 * c.n_recall * read_explicit(c)
     return 3 * forward(c, c.max_context) + explicit * chunks * (write + read)
 
-
 def reading_share(c, tokens=256):
     """(FLOPs of reading memories, of the rest) for a prompt and its answer, Remark 7.1: 128 + 128
     tokens, every chunk reads R memories that lie on disk; the LM head is not counted there."""
     chunks = math.ceil(tokens / c.chunk_len)
     return chunks * c.n_recall * read_explicit(c), forward(c, tokens, head=False)
-
 
 # -- Storage (sec. 3.3) -----------------------------------------------------------------------
 
@@ -130,27 +117,22 @@ def memory_bytes(c, form, references=KNOWLEDGE_BASE):
         return vectors * c.head_dim * 2
     return vectors * layout(default_spec(c.head_dim, int(references * vectors)))[1]
 
-
 def weights(c):  # with the embeddings, norms aside
     return c.n_params + c.vocab_size * c.n_embd * (1 if c.tied else 2)
-
 
 def training_bytes(c):
     """Weights, gradients and AdamW's two moments, float32: what a card must hold before the first
     activation. Activations come on top, and --micro_batch makes them smaller."""
     return 16 * weights(c)
 
-
 def answering_bytes(c, batch=1):
     """bf16 weights, and keys and values of max_context tokens and R memories a sequence."""
     slots = c.max_context * c.n_layer + c.n_recall * c.memory_tokens * c.n_memory_layer
     return 2 * weights(c) + batch * slots * 2 * c.n_kv_head * c.head_dim * 2
 
-
 def sparsity(c, form="bf16"):
     """How many times less than "full": layers x heads x tokens = 2 * 5 * 16, then the codec."""
     return memory_bytes(c, "full") / memory_bytes(c, form)
-
 
 def plan(c, references, uses, flops, utilisation):
     """A knowledge base in every format: [(format, bytes, hours to write, FLOPs in all)].
@@ -176,7 +158,6 @@ def plan(c, references, uses, flops, utilisation):
         row("explicit memory, codes", memory_bytes(c, "codes", references), write),
         row("model parameters", 0, write_implicit(c)),  # no bytes beyond the model's own
     ]
-
 
 # -- What is printed and drawn ----------------------------------------------------------------
 
@@ -213,7 +194,6 @@ def table(c):
         ("reading over all else, %", 100 * reading / rest, "0.228", "Remark 7.1"),
     ]
 
-
 def plot(c, file):
     """Fig. 1.1 for this Config: total cost over the expected usage count, log-log."""
     try:
@@ -237,7 +217,6 @@ def plot(c, file):
     ax.set(xlabel="expected usage count n", ylabel="write + n * read, TFlops")
     ax.figure.legend(loc="outside upper center", ncols=4, frameon=False)
     ax.figure.savefig(file, dpi=150)
-
 
 def main(argv=None):
     title, examples, *_ = __doc__.split("\n\n")
@@ -274,7 +253,6 @@ def main(argv=None):
     if a.plot:
         plot(c, a.plot)
         print(f"\nwritten to {a.plot}")
-
 
 if __name__ == "__main__":
     try:

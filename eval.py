@@ -33,7 +33,6 @@ CONDITIONS = dict(
     rag="text in context (RAG: the same {R} references)",
 )
 
-
 def load_questions(path, n):
     """The first n questions of a questions.jsonl; the file takes the relations in turns."""
     if not Path(path).exists():
@@ -45,7 +44,6 @@ def load_questions(path, n):
         return [json.loads(line) for line in lines]
     except json.JSONDecodeError as e:
         raise ValueError(f"{path} is damaged: {e}") from None
-
 
 class Asker:
     """Asks questions under a condition: exactness, nats and time of each answer."""
@@ -136,7 +134,6 @@ class Asker:
             return float(np.mean([len(t.encode()) for t in texts]))
         return (self.codes if condition == "quantized" else self.bank).record_bytes
 
-
 def measure(asker, rows, conditions=CONDITIONS, timed=24):
     """-> {condition: dict(exact={"all", ...}, found, nats, bytes_per_reference, ms_per_token)}"""
     relations = list(dict.fromkeys(r["relation"] for r in rows))
@@ -156,7 +153,6 @@ def measure(asker, rows, conditions=CONDITIONS, timed=24):
         )
     return table
 
-
 def markdown(table, names):
     """The table of conditions, as the README shows it."""
     relations = list(next(iter(table.values()))["exact"])
@@ -168,7 +164,6 @@ def markdown(table, names):
         cells += [f"{row['ms_per_token']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -183,7 +178,6 @@ def parser():
     p.add_argument("--json", default="", help="write the results there too")
     p.add_argument("--device", default="auto")
     return p
-
 
 def main(argv=None):
     a = parser().parse_args(argv)
@@ -226,7 +220,6 @@ def main(argv=None):
         corpus.write_json(a.json, result)
         print(f"\nwritten to {a.json}")
     return result
-
 
 if __name__ == "__main__":
     try:

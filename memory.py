@@ -30,7 +30,6 @@ aten = torch.ops.aten
 
 # -- What a memory is -------------------------------------------------------------------------
 
-
 @dataclass
 class Memories:
     """A pool of M explicit memories.
@@ -62,9 +61,7 @@ class Memories:
     def cat(pools):
         return Memories(torch.cat([p.kv for p in pools]), torch.cat([p.count for p in pools]))
 
-
 # -- Writing: which tokens of a reference are worth keeping -----------------------------------
-
 
 def token_weights(q, k, mask, approximate=False):
     """How much attention each token of a reference receives from all of it (sec. 3.3).
@@ -100,7 +97,6 @@ def token_weights(q, k, mask, approximate=False):
     a = a * mask[:, None, None, :, None]  # padding asks for nothing
     return a.sum((2, 3))  # over the query heads of the group and over i
 
-
 def select_tokens(weights, mask, s):
     """The s tokens of largest weight for each reference and key-value head, in ascending order.
 
@@ -121,7 +117,6 @@ def select_tokens(weights, mask, s):
     top = top.masked_fill(~real, n).sort(-1).values  # padding to the end
     return top.masked_fill(top == n, -1)
 
-
 # -- Reading: chunk attention ------------------------------------------------------------------
 #
 # Every context token attends [memories of its chunk | header + causal context] in one softmax. A
@@ -137,7 +132,6 @@ def select_tokens(weights, mask, s):
 # each part's own backward computes exactly its share. (Autograd cannot do this by itself: the
 # fused op gives lse no gradient.)
 
-
 def attention_path(device, dtype, n):
     """Which code computes causal attention over n tokens, and why: every entry point prints it."""
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
@@ -149,7 +143,6 @@ def attention_path(device, dtype, n):
     # In bfloat16 on a CPU with AMX the plain product is 5 times as fast as the fused op at n = 128,
     # twice at 256, even at 512 (4 heads of 32). In float32: as fast at 40, half as fast at 256.
     return "math", f"{device.type}, {n} tokens: few enough for the plain product"
-
 
 def _causal(q, k, v, path):
     """Causal attention. q (B, H, n, dh), k v (B, Hkv, n, dh) -> out, lse (B, H, n), and what the
@@ -165,7 +158,6 @@ def _causal(q, k, v, path):
     scores = scores.masked_fill(~torch.ones(n, n, dtype=bool, device=q.device).tril(), -math.inf)
     lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
     return (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse, ()
-
 
 def _causal_backward(dout, q, k, v, out, lse, path, saved):
     """The causal part's share of dq, and dk, dv, given the merged out and lse."""
@@ -185,7 +177,6 @@ def _causal_backward(dout, q, k, v, out, lse, path, saved):
         dq, dk, dv = ds @ k, ds.mT @ q, p.mT @ dout
     return dq, _sum_groups(dk, Hkv), _sum_groups(dv, Hkv)
 
-
 def causal_attention(q, k, v):
     """The attention of a plain decoder. q (B, H, n, dh), k v (B, Hkv, n, dh) -> (B, H, n, dh)."""
     if attention_path(q.device, q.dtype, q.shape[2])[0] != "math":
@@ -195,14 +186,11 @@ def causal_attention(q, k, v):
     scores = (q / math.sqrt(q.shape[-1])) @ _repeat(k, q.shape[1]).mT + future
     return scores.softmax(-1) @ _repeat(v, q.shape[1])
 
-
 def _repeat(x, H):  # (B, Hkv, ...) -> (B, H, ...): query head h reads key-value head h // (H/Hkv)
     return x if x.shape[1] == H else x.repeat_interleave(H // x.shape[1], dim=1)
 
-
 def _sum_groups(x, Hkv):  # the gradient of _repeat
     return x if x.shape[1] == Hkv else x.unflatten(1, (Hkv, -1)).sum(2)
-
 
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
@@ -253,7 +241,6 @@ class _ChunkAttention(torch.autograd.Function):
         dmem_v = _scatter(p.mT @ dm, mem_v, recall)
         return dq, dk, dv, dmem_k, dmem_v, None, None, None, None, None
 
-
 def _chunks(x, Hkv, C):
     """(B, H, T, d) -> (B, Hkv, c, G*C, d): the queries of a chunk and of a head group side by side,
     since they read the same keys. The last chunk is padded with zeros."""
@@ -261,15 +248,12 @@ def _chunks(x, Hkv, C):
     x = F.pad(x, (0, 0, 0, -T % C)).view(B, Hkv, H // Hkv, -1, C, d)
     return x.transpose(2, 3).flatten(3, 4)
 
-
 def _unchunk(x, H, T):  # (B, Hkv, c, G*C, d) -> (B, H, T, d)
     B, Hkv, c, _, d = x.shape
     return x.view(B, Hkv, c, H // Hkv, -1, d).transpose(2, 3).reshape(B, H, -1, d)[:, :, :T]
 
-
 def _gather(mem, recall):  # (M, Hkv, S, dh), (B, c, R) -> (B, Hkv, c, R*S, dh)
     return mem[recall].permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
-
 
 def _scatter(grad, mem, recall):
     """The gradient of _gather: a memory that several chunks recalled sums what each says."""
@@ -277,7 +261,6 @@ def _scatter(grad, mem, recall):
     M, Hkv, S, dh = mem.shape
     grad = grad.view(B, Hkv, c, R, S, dh).permute(0, 2, 3, 1, 4, 5).reshape(-1, Hkv, S, dh)
     return torch.zeros_like(mem).index_add_(0, recall.reshape(-1), grad.to(mem.dtype))
-
 
 def chunk_attention(q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header, path=None):
     """Self-attention in which each chunk of the context also reads its own memories (eq. 3.1).
@@ -310,14 +293,12 @@ def chunk_attention(q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header, p
     valid = valid.flatten(2)[:, None, :, None, :]  # (B, 1, c, 1, R*S), over heads and queries
     return _ChunkAttention.apply(q, k, v, mem_k, mem_v, valid, index, chunk_len, n_header, path)
 
-
 # -- Storing: the bank ------------------------------------------------------------------------
 
 FORMAT = ["memory3 bank", 1]  # and its version
 DELETED = 255  # in count.bin
 THREADS = 8
 WINDOW = 64 << 20  # bytes that are read at a time where the whole bank is
-
 
 class MemoryBank:
     """The memories of a whole knowledge base, on disk: row i is that of reference i (sec. 3.1).
@@ -650,16 +631,13 @@ class MemoryBank:
         os.rename(new, path)
         return MemoryBank.open(path, self.model, self.references)
 
-
 def files(record_bytes):
     """The files with a row a reference, and the bytes of a row."""
     return {"memories.bin": record_bytes, "count.bin": 1, "crc.bin": 4}
 
-
 def checksum(row, count):
     """The CRC-32 of a record and its count; never 0, which says "not written"."""
     return zlib.crc32(row, int(count)) or 1
-
 
 def codec_name(codec):
     return f"{codec.spec}:{zlib.crc32(codec.table.cpu().numpy()):08x}"

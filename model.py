@@ -43,7 +43,6 @@ PRESETS = dict(
                     mlp_width=3200)},
 )  # fmt: skip
 
-
 @dataclass
 class Config:
     """The shape of a model and of its memories. The defaults are the paper's (sec. 3.3, 3.4)."""
@@ -117,9 +116,7 @@ class Config:
         layer = 2 * d * d + 2 * d * self.head_dim * self.n_kv_head + 3 * d * self.mlp_width
         return self.n_layer * layer
 
-
 # -- Layers -----------------------------------------------------------------------------------
-
 
 def rope_table(positions, config):
     """cos and sin (n, dh) at the given positions (n,). float32, whatever the weights are."""
@@ -129,12 +126,10 @@ def rope_table(positions, config):
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
 
-
 def apply_rope(x, cos, sin):
     """Turns the pairs (x_i, x_{i + dh/2}) of x (..., n, dh) by their position's angles."""
     a, b = x.chunk(2, -1)
     return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
-
 
 class Attention(nn.Module):
     def __init__(self, config):
@@ -153,7 +148,6 @@ class Attention(nn.Module):
     def merge(self, y):  # (B, H, n, dh) -> (B, n, d)
         return self.out(y.transpose(1, 2).flatten(2))
 
-
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate x) * up x). The paper says "gated", without the activation."""
 
@@ -165,7 +159,6 @@ class MLP(nn.Module):
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)
-
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -180,9 +173,7 @@ class Block(nn.Module):
         x = x + self.attn.merge(y)
         return x + self.mlp(self.norm2(x))
 
-
 # -- The decoder ------------------------------------------------------------------------------
-
 
 class Memory3(nn.Module):
     def __init__(self, config):
@@ -333,7 +324,6 @@ class Memory3(nn.Module):
         memories = Memories(torch.stack(kept, 1), mask.sum(1).clamp(max=S))
         return (memories, torch.stack(chosen, 1)) if return_indices else memories
 
-
 class Cache:
     """Keys and values of B sequences while they are generated, preallocated.
 
@@ -384,9 +374,7 @@ class Cache:
         for l in range(c.n_memory_layer):
             self.kv[l][:, :, :, P : P + slots] = kv[l].to(self.kv[l].dtype)
 
-
 # -- Checkpoints ------------------------------------------------------------------------------
-
 
 def find_device(name):
     """"auto": CUDA where there is one. ValueError for a name that PyTorch does not know."""
@@ -395,7 +383,6 @@ def find_device(name):
         return torch.empty(0, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
-
 
 def load_checkpoint(path, with_optimizer=False):
     """-> model (on the CPU), meta (config, stage, step, tokenizer id ...) and, if asked for, the

@@ -26,7 +26,6 @@ ITERATIONS = 10  # of each k-means; FAISS's 25 take 2.5 times as long for at mos
 BITS = "([1-9]|1[0-6])"
 SPEC = re.compile(rf"(?:OPQ\d+(?:_\d+)?,)?Residual([1-4])x{BITS},PQ(\d+)x{BITS}")
 
-
 def default_spec(dh, n):
     """The FAISS factory string for vectors of dh numbers (even), n of which are there to train on.
 
@@ -48,7 +47,6 @@ def default_spec(dh, n):
     bits = max((b for b in (6, 8, 10) if n >= 39 << b), default=4)
     return f"Residual2x{bits},PQ{pieces}x{bits}"
 
-
 def layout(spec):
     """Where the centroid numbers lie in a code: [(first bit, bits), ...] and the bytes of a code.
 
@@ -66,7 +64,6 @@ def layout(spec):
     fields += [(second + m * fine, fine) for m in range(pieces)]
     return fields, second // 8 + -(-pieces * fine // 8)
 
-
 def unpack(codes, fields):
     """codes (n, bytes) uint8 -> the numbers at the fields' bits, (n, len(fields)) int32.
 
@@ -80,7 +77,6 @@ def unpack(codes, fields):
     codes = F.pad(codes, (0, 2)).int()  # two zero bytes, for numbers that end with the code
     words = codes[:, byte] | codes[:, byte + 1] << 8 | codes[:, byte + 2] << 16
     return (words >> (start % 8)) & ((1 << bits) - 1)
-
 
 class Codec:
     """Vectors of dh numbers <-> codes of `.bytes` bytes; `.spec` says how (see the top).
@@ -196,7 +192,6 @@ class Codec:
             self.index = _faiss().read_index(str(self.file))
         return self.index
 
-
 def fold(index):
     """All centroids of a trained FAISS index, rotated back: (rows, dh) float32.
 
@@ -212,7 +207,6 @@ def fold(index):
         rows += list(centroids @ A.reshape(pq.M, pq.dsub, index.d))  # (ksub, dh) each, float64
     return torch.from_numpy(np.concatenate(rows).astype(np.float32))
 
-
 def _stages(index):
     """(rotation or None, coarse, fine) of an index: an OPQMatrix and two ProductQuantizers."""
     faiss, rotation = _faiss(), None
@@ -220,7 +214,6 @@ def _stages(index):
         rotation = faiss.downcast_VectorTransform(index.chain.at(0))
         index = faiss.downcast_index(index.index)
     return rotation, faiss.downcast_index(index.q1.quantizer).pq, index.pq
-
 
 def _rows(x, dh=None):
     """x (..., dh), tensor or array -> (n, dh) float32 as FAISS takes it."""
@@ -230,7 +223,6 @@ def _rows(x, dh=None):
     if not x.isfinite().all():
         raise ValueError("codec: NaN or infinity among the vectors: check what wrote them")
     return np.ascontiguousarray(x.reshape(-1, x.shape[-1]).numpy())
-
 
 def _faiss():
     try:

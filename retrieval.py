@@ -43,7 +43,6 @@ def overlap(t, r):
     t, r = _lists(t, r)
     return _longest(t, r) / len(r)
 
-
 def exceeds(t, r, threshold):
     """overlap(t, r) > threshold (paper: 0.9 in training, sec. 3.6; 2/3 in evaluation, sec. 4.4).
 
@@ -53,12 +52,10 @@ def exceeds(t, r, threshold):
     need = sum(n / len(r) <= threshold for n in range(len(r) + 1))  # smallest N that exceeds
     return (Counter(t) & Counter(r)).total() >= need and _longest(t, r, need - 1) >= need
 
-
 def _lists(t, r):
     if len(r) == 0:
         raise ValueError("overlap with an empty reference: eq. (3.3) divides by its length")
     return np.asarray(t).tolist(), np.asarray(r).tolist()
-
 
 def _longest(t, r, best=0):
     """N of eq. (3.3). With `best` > 0: only whether it is larger; returns the first that is.
@@ -81,11 +78,9 @@ def _longest(t, r, best=0):
         best, start = max(best, length), start + max(best - length, 0) + 1
     return best
 
-
 # -- Embedders: .name, .id (names the vectors exactly), .dim, .fit(texts), .encode(texts), .state
 
 WORD = re.compile(r"\w+")
-
 
 class HashEmbedder:
     """Hashed tf-idf of words and of their character 3- and 4-grams: no download, no training.
@@ -136,7 +131,6 @@ class HashEmbedder:
                 x += self._vector(word)
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
 
-
 class HuggingFaceEmbedder:
     """Any Hugging Face encoder: the normalised output feature of its first token, <cls> (3.1)."""
 
@@ -167,7 +161,6 @@ class HuggingFaceEmbedder:
             out[i : i + 64] = torch.nn.functional.normalize(cls, dim=-1).cpu().numpy()
         return out
 
-
 def embedder(name, state=None):
     """The embedder called "hash", "hash:DIM", "hf:NAME" or "bge-m3" (the paper's), or ValueError.
     state: the .state of the same embedder after .fit, from disk. An object is returned as it is."""
@@ -180,7 +173,6 @@ def embedder(name, state=None):
         return HashEmbedder(int(name[5:]), state)
     raise ValueError(f"unknown embedder {name!r}: take hash, hash:DIM, bge-m3 or hf:NAME")
 
-
 make_embedder = embedder  # for where an argument has the name
 
 # -- The index --------------------------------------------------------------------------------
@@ -190,7 +182,6 @@ def _rebuild(path, embedder=None):
     data, name = os.path.split(path)
     cure = f"make it anew with: python retrieval.py index --data {data} --references "
     return cure + name.removesuffix(".index") + (f" --embedder {embedder}" if embedder else "")
-
 
 def choose_factory(n, dim):
     """The FAISS factory string for n vectors: exact to 100,000, then about 4 sqrt(n) lists.
@@ -202,7 +193,6 @@ def choose_factory(n, dim):
     ('IDMap2,Flat', 'IVF4096,Flat')
     """
     return "IDMap2,Flat" if n <= 100_000 else f"IVF{1 << round(np.log2(4 * n**0.5))},Flat"
-
 
 class Retriever:
     """References that are found by text. On disk: index.faiss, embedder.npy, meta.json."""
@@ -326,7 +316,6 @@ class Retriever:
         self.remove(ids)
         self.add(ids, texts)
 
-
 # -- Neighbours for training (sec. 3.6) -------------------------------------------------------
 
 def neighbors(tokens, chunk_len, references, retriever, k, *, threshold=0.9, context=2048,
@@ -356,7 +345,6 @@ def neighbors(tokens, chunk_len, references, retriever, k, *, threshold=0.9, con
             out[row, j] = i
     return out
 
-
 def write_neighbors(path, tokens, chunk_len, references, retriever, k, *, threshold=0.9,
                     context=2048, batch=4096, progress=True):  # fmt: skip
     """Writes `neighbors` of a split: path (int32, (n_chunks, k)) and the same name in .json.
@@ -385,10 +373,8 @@ def write_neighbors(path, tokens, chunk_len, references, retriever, k, *, thresh
             f.flush()
     part.replace(path)
 
-
 def _digest(tokens):
     return hashlib.blake2b(np.ascontiguousarray(tokens)).hexdigest()[:16]
-
 
 def open_neighbors(data, split, chunk_len=None):
     """The neighbours of a split in a data directory: (n_chunks, k) int32, and its references' name.
@@ -413,7 +399,6 @@ def open_neighbors(data, split, chunk_len=None):
     if path.stat().st_size != 4 * meta["n_chunks"] * meta["k"]:
         raise ValueError(f"{path} is cut off; {cure}")
     return np.memmap(path, np.int32, "r", shape=(meta["n_chunks"], meta["k"])), meta["name"]
-
 
 # -- Command line -----------------------------------------------------------------------------
 
@@ -453,7 +438,6 @@ def main(argv=None):
             print(f"{path}: {len(rows):,} chunks x {args.k}, {(rows < 0).mean():.2%} empty")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(f"retrieval.py: {error}") from None
-
 
 if __name__ == "__main__":
     main()

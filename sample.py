@@ -27,7 +27,6 @@ from retrieval import Retriever
 
 # -- Where memories come from: anything with .search(queries, k) -> ids (n, k), scores (n, k) ---
 
-
 class Random:
     """Recalls k memories at random, whatever the query: what noise does."""
 
@@ -36,7 +35,6 @@ class Random:
 
     def search(self, queries, k):
         return self.rng.integers(0, self.n, (len(queries), k)), np.zeros((len(queries), k))
-
 
 class Given:
     """Recalls references ids (B, n), whatever the query: the right one of each sequence, say."""
@@ -50,9 +48,7 @@ class Given:
         ids[:, : self.ids.shape[1]] = self.ids[sequence, :k]
         return ids, np.zeros((len(queries), k))
 
-
 # -- Generation -------------------------------------------------------------------------------
-
 
 @dataclass
 class Trace:
@@ -78,7 +74,6 @@ class Trace:
             table[:, r["chunk"] :] = r["ids"][:, None]
         return table
 
-
 def pool_of(bank, ids, model):
     """Loads the memories that ids (any shape, -1 = none) name: a pool, and ids as its rows."""
     names, rows = np.unique(ids, return_inverse=True)
@@ -89,7 +84,6 @@ def pool_of(bank, ids, model):
     if len(names) == 0:
         return Memories.empty(model.config, device=model.device), table
     return bank.recall(names).to(model.device), table
-
 
 def choose(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> one token a row. temperature 0: the likeliest."""
@@ -105,7 +99,6 @@ def choose(logits, temperature, top_k, top_p, generator):
         ordered = ordered.masked_fill(p.cumsum(-1) - p > top_p, -math.inf)  # keeps the first
         logits = torch.full_like(logits, -math.inf).scatter(-1, index, ordered)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
-
 
 @torch.inference_mode()
 def generate(
@@ -196,9 +189,7 @@ def generate(
     trace.logprobs, trace.greedy = torch.stack(logprobs, 1), torch.stack(greedy, 1)
     return tokens, trace
 
-
 # -- Looking at it ----------------------------------------------------------------------------
-
 
 @torch.inference_mode()
 def attention_shares(model, tokens, pool, table):
@@ -238,7 +229,6 @@ def attention_shares(model, tokens, pool, table):
         x = block.finish(x, y)
     return torch.stack(shares)
 
-
 def marked(tokenizer, reference, chosen):
     """The text of a reference, each kept token followed by how many heads kept it.
 
@@ -253,7 +243,6 @@ def marked(tokenizer, reference, chosen):
         for t, n in zip(reference, kept, strict=True)
     ]
     return "".join(pieces).strip()
-
 
 def explain(model, tokenizer, references, tokens, trace, bank):
     """Lines that say, chunk by chunk, what sequence 0 recalled and how much it read of each."""
@@ -287,7 +276,6 @@ def explain(model, tokenizer, references, tokens, trace, bank):
             )
     return lines
 
-
 def remember(text, tokenizer, config, retriever, bank):
     """Writes a text into the knowledge base, the bank and the index, now. Returns reference ids.
 
@@ -309,9 +297,7 @@ def remember(text, tokenizer, config, retriever, bank):
         retriever.save(bank.references)
     return ids
 
-
 # -- Command line -----------------------------------------------------------------------------
-
 
 def open_model(checkpoint, data, device):
     """-> model and tokenizer, checked against each other; prints what runs and why."""
@@ -330,7 +316,6 @@ def open_model(checkpoint, data, device):
         f"prompt of one chunk: {path} ({why})"
     )
     return model, tokenizer
-
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -352,7 +337,6 @@ def parser():
     p.add_argument("--explain", action="store_true", help="what was recalled, kept, attended to")
     p.add_argument("--device", default="auto")
     return p
-
 
 def main(argv=None):
     a = parser().parse_args(argv)
@@ -408,7 +392,6 @@ def main(argv=None):
         + (f"; {bank.stats()}" if bank else "")
     )
     return answer
-
 
 if __name__ == "__main__":
     try:

@@ -27,7 +27,6 @@ import retrieval
 from memory import attention_path
 from model import PRESETS, Config, Memory3, find_device, load_checkpoint
 
-
 @dataclass
 class TrainConfig:
     """What a run is. Every field is a flag: --steps 1000. Shapes of the model are flags too."""
@@ -75,9 +74,7 @@ class TrainConfig:
         if self.batch % self.micro_batch:
             raise ValueError(f"--batch {self.batch}: no multiple of micro_batch {self.micro_batch}")
 
-
 # -- Batches ----------------------------------------------------------------------------------
-
 
 class Windows:
     """The windows of a split, in a seeded order that depends on nothing but the position.
@@ -125,7 +122,6 @@ class Windows:
         )
         return tokens, targets, references, recall_table(ids, self.config.n_recall, self.shift)
 
-
 def recall_table(ids, R, shift=0):
     """Which memories each chunk reads in training: those of chunks c-R+1..c (sec. 3.6).
 
@@ -148,16 +144,13 @@ def recall_table(ids, R, shift=0):
                     recall[b, i, r] = b * c + j
     return torch.from_numpy(recall)
 
-
 def loss_on(model, batch, device):
     """The loss of one batch; writes its references first, where it has any."""
     tokens, targets, references, recall = (t if t is None else t.to(device) for t in batch)
     memories = None if references is None else model.write(references)
     return model(tokens, targets, memories, recall)[1]
 
-
 # -- Schedule, optimizer, checkpoints ---------------------------------------------------------
-
 
 def lr_at(step, cfg):
     """Warmup-stable-decay (sec. 5.1), as a share of cfg.lr.
@@ -169,7 +162,6 @@ def lr_at(step, cfg):
     left = (cfg.steps - step) / max(1.0, cfg.decay * cfg.steps)
     return min(1.0, (step + 1) / max(1, cfg.warmup), left)
 
-
 def make_optimizer(model, cfg):
     """AdamW; weight decay on matrices only, not on norms."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -180,17 +172,14 @@ def make_optimizer(model, cfg):
     ]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
 
-
 def save_checkpoint(path, model, optimizer, meta):
     """One file, written beside and renamed. Names carry no prefix of torch.compile."""
     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), meta=meta)
     corpus.replace_file(path, lambda f: torch.save(state, f))
     corpus.write_json(Path(path).parent / "meta.json", meta)
 
-
 # bf16 peak of cards, FLOP/s without sparsity; MFU is printed only for these
 PEAK = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}
-
 
 def flops_per_token(config, T, explicit):
     """Training FLOPs of one token: 3 passes, 2 per multiply-add (App. A.1). In the explicit stage
@@ -206,9 +195,7 @@ def flops_per_token(config, T, explicit):
         flops += c.n_memory_layer * 2 * c.n_recall * c.memory_tokens * d
     return 6 * flops
 
-
 # -- The run ----------------------------------------------------------------------------------
-
 
 def main(cfg, config=None):
     """Trains; returns dict(model, losses, val, step). config: the model's shape; None = that of
@@ -382,9 +369,7 @@ def main(cfg, config=None):
     corpus.replace_file(out / "model.pt", lambda f: torch.save(state, f))
     return dict(model=model, losses=losses, val=val, step=step)
 
-
 # -- Command line: default < preset or checkpoint < flag --------------------------------------
-
 
 def add_flags(parser, cls, skip=()):
     """A flag for every field of a dataclass, with its comment as the help text."""
@@ -404,16 +389,13 @@ def add_flags(parser, cls, skip=()):
             kind = type(default) if default is not None else str
             parser.add_argument(f"--{f.name}", type=kind, help=f"{text} (default {default})")
 
-
 def given(args, cls):
     names = {f.name for f in fields(cls)}
     return {k: v for k, v in vars(args).items() if k in names and v is not None}
 
-
 # flags of the shape that no weight depends on: a new stage may change them
 OF_MEMORIES = ("n_memory_layer", "memory_tokens", "n_recall", "chunk_len", "ref_len")
 OF_MEMORIES += ("max_context", "approximate_weights")
-
 
 def command_line(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -439,7 +421,6 @@ def command_line(argv=None):
     tok = corpus.tokenizer(corpus.manifest(cfg.data)["tokenizer"])
     shape = dict(given(args, Config), vocab_size=tok.n_vocab, header=tuple(tok.header))
     return cfg, Config.preset(args.preset, **shape)
-
 
 if __name__ == "__main__":
     try:

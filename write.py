@@ -22,7 +22,6 @@ from memory import MemoryBank, attention_path
 from model import find_device, load_checkpoint
 from quantize import layout
 
-
 def main(args):
     """Writes the bank, and with args.quantize its quantized twin; returns the bank (of --out)."""
     device = find_device(args.device)
@@ -73,7 +72,6 @@ def main(args):
         )
     return bank
 
-
 def outdated(path, bank):
     """The codec of a quantized twin of this bank at `path`, if it is of an older text; else ""."""
     meta = Path(path) / "meta.json"
@@ -82,20 +80,17 @@ def outdated(path, bank):
     older = same and old["codec"] and old["references_hash"] != bank.meta["references_hash"]
     return old["codec"].rsplit(":", 1)[0] if older else ""
 
-
 def fill(bank, batch):
     began = time.time()
     n = bank.write(batch)
     rate = f"{n:,} written, {n / (time.time() - began):,.0f} memories/s"
     print(f"{bank.path}: {rate if n else 'complete, nothing to write'}")
 
-
 def relative_error(bank, codes, n=256):
     """|codes - bank| / |bank| over the keys and over the values of n memories."""
     ids = np.random.default_rng(0).permutation(bank.live())[:n]
     x, y = bank.recall(ids).kv.float(), codes.recall(ids).kv  # (n, Lm, 2, Hkv, S, dh)
     return [float((y - x)[:, :, j].norm() / x[:, :, j].norm()) for j in (0, 1)]
-
 
 def command_line(argv=None):
     form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
@@ -110,7 +105,6 @@ def command_line(argv=None):
     p.add_argument("--batch", type=int, default=64, help="references at a time")
     p.add_argument("--device", default="auto", help="cuda, cpu, or auto: cuda where there is one")
     return p.parse_args(argv)
-
 
 if __name__ == "__main__":
     try:
