@@ -1,11 +1,12 @@
-# make demo    set up, write 20,000 references into memory, ask 600 questions
-# make test    set up, run the tests
-# make toy     train the shipped toy again, both stages, into out/
+# make demo     set up, write 20,000 references into memory, ask 600 questions
+# make test     set up, run the tests
+# make kernels  compile the CUDA kernels (needs nvcc, no GPU)
+# make toy      train the shipped toy again, both stages, into out/
 
 PY := .venv/bin/python
 DATA := data/cities
 
-.PHONY: setup demo test toy
+.PHONY: setup demo test kernels toy
 
 setup: .venv/ready
 
@@ -27,6 +28,10 @@ demo: .venv/ready $(DATA)/kb.index/meta.json
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
+
+# Which GPUs: CUDA_ARCHS=80,90 (setup.py).
+kernels: .venv/ready
+	USE_CUDA=1 $(PY) setup.py --quiet build_ext --inplace
 
 # Both stages with the seeds of the shipped toy. A stopped run goes on where it was.
 toy: .venv/ready

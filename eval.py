@@ -1,10 +1,13 @@
-"""What explicit memory is worth, measured on questions about references the model never read.
+"""What explicit memory is worth, in numbers: section 7's comparisons at the model's own scale.
 
-    python eval.py --bank out/kb.bank --codes out/kb.codes --json out/demo.json
+    python eval.py --json out/demo.json           questions about references it never read
+    python eval.py --text                         loss on validation text
+    python eval.py --leak                         how much of that is copying (Table C.2)
+    python eval.py --choices FILE                 multiple choice (sec. 7.1)
+    python eval.py --drift A.pt B.pt C.pt         memories of older checkpoints (Remark A.1)
 
-Each question is asked under six conditions (section 7's comparisons at the model's own scale): no
-memory, memories of random references, recalled, recalled from the quantized bank, the right
-reference given, and the recalled references as text in the context (RAG).
+Each question is asked under the seven conditions below. The other four commands are files of their
+own in experiments/: text.py, choices.py and drift.py, with one idea each.
 """
 
 import argparse
@@ -20,11 +23,14 @@ import torch
 from tqdm import tqdm
 
 import corpus
+from corpus import need
 from memory import MemoryBank
 from retrieval import Retriever
-from sample import Given, Random, explain, generate, open_model
+from sample import Given, Random, generate, open_model
+from views.explain import explain
 
 CONDITIONS = dict(
+    plain="no memory, no header (the plain decoder)",
     none="no memory (header, empty pool)",
     random="memories of random references",
     recalled="recalled: {embedder}, top {R}",
@@ -37,13 +43,13 @@ def load_questions(path, n):
     """The first n questions of a questions.jsonl; the file takes the relations in turns."""
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} is missing: run python {Path(path).parent}/prepare.py")
-    lines = list(open(path))[:n]
-    if not lines:
-        raise ValueError(f"{path} holds no question")
+    lines = [line for line in open(path) if line.strip()][:n]
+    need(lines, f"{path} holds no question")
+    keys = "question", "answer", "sentences", "relation", "city", "reference"
     try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is damaged: {e}") from None
+        return [{key: row[key] for key in keys} for row in map(json.loads, lines)]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is damaged: {e!r}") from None
 
 class Asker:
     """Asks questions under a condition: exactness, nats and time of each answer."""
@@ -57,8 +63,7 @@ class Asker:
         """-> prompt tokens: the question, and the name with which its answer begins.
 
         RAG reads in the plain format, best reference first: this is how the implicit stage has
-        taught it to read, and what serves it best here (with the header it loses a third).
-        """
+        taught it to read, and what serves it best here (with the header it loses a third)."""
         prompt = self.tok.encode(row["question"]) + self.tok.encode(row["city"])
         if condition == "rag":
             query = [self.tok.bos, *prompt][-self.model.config.chunk_len :]  # the same references
@@ -68,8 +73,8 @@ class Asker:
 
     def sources(self, rows, condition):
         """-> retriever and bank for a batch of questions, as generate takes them."""
-        if condition in ("none", "rag"):
-            return None, None
+        if condition in ("plain", "none", "rag"):
+            return None, None  # nothing recalled
         if condition == "random":
             return Random(len(self.references), seed=rows[0]["reference"]), self.bank
         if condition == "oracle":
@@ -83,87 +88,111 @@ class Asker:
         exact if in one of them each token was the likeliest, which is when greedy generation would
         have written it, full stop included. nats: -log of the sum of their probabilities (the
         branches of Definition 2.6). found: whether the right reference was among the memories read
-        at the answer's start.
-        """
-        groups = defaultdict(list)
+        at the answer's start."""
+        groups, plain = defaultdict(list), condition in ("plain", "rag")
         for i, row in enumerate(rows):
             prompt = self.prompt(row, condition)
             for sentence in row["sentences"]:
-                answer = self.tok.encode(sentence)
-                groups[len(prompt), len(answer)].append((i, row, prompt, answer))
+                answer = self.tok.encode(sentence)  # with the full stop
+                groups[len(prompt), len(answer)].append((i, prompt, answer))
         results = [dict(exact=False, nats=math.inf, found=False) for _ in rows]
-        for group in tqdm(groups.values(), condition, leave=False):
+        for (start, n), group in tqdm(groups.items(), condition, leave=False):
+            chunk = (start - 1) // self.model.config.chunk_len  # the last of the prompt
             for at in range(0, len(group), batch):
-                part = group[at : at + batch]
-                retriever, bank = self.sources([row for _, row, _, _ in part], condition)
-                prompts = torch.tensor([p for _, _, p, _ in part])
-                answers = torch.tensor([a for _, _, _, a in part])
-                _, trace = generate(
-                    self.model, prompts, answers.shape[1], retriever, bank,
-                    plain=condition == "rag", forced=answers,
-                )  # fmt: skip
+                numbers, prompts, answers = zip(*group[at : at + batch], strict=True)
+                prompts, answers = torch.tensor(prompts), torch.tensor(answers)
+                memory = self.sources([rows[i] for i in numbers], condition)
+                _, trace = generate(self.model, prompts, n, *memory, plain=plain, forced=answers)
                 exact, logp = trace.greedy.all(1).tolist(), trace.logprobs.sum(1).tolist()
-                for b, (i, row, prompt, _) in enumerate(part):
-                    chunk = (len(prompt) - 1) // self.model.config.chunk_len
+                for b, i in enumerate(numbers):
                     read = trace.table(chunk + 1)[b, chunk] if trace.recalls else []
-                    result = results[i]
-                    result["exact"] |= exact[b]
-                    result["nats"] = -float(np.logaddexp(-result["nats"], logp[b]))
-                    result["found"] = row["reference"] in read
+                    results[i]["exact"] |= exact[b]
+                    results[i]["nats"] = -float(np.logaddexp(-results[i]["nats"], logp[b]))
+                    results[i]["found"] = rows[i]["reference"] in read
         return results
 
     def ms_per_token(self, rows, condition):
         """Milliseconds a generated token, batch 1: search, load, prefill and steps together."""
-        seconds = tokens = 0
+        seconds, tokens, plain = 0, 0, condition in ("plain", "rag")
         for row in rows:
             start = time.perf_counter()
             prompt = self.prompt(row, condition)  # for RAG this searches
             answer = self.tok.encode(row["sentences"][0])
-            retriever, bank = self.sources([row], condition)
-            plain = condition == "rag"
-            generate(self.model, torch.tensor([prompt]), len(answer), retriever, bank, plain=plain)
-            seconds += time.perf_counter() - start
+            memory = self.sources([row], condition)
+            generate(self.model, torch.tensor([prompt]), len(answer), *memory, plain=plain)
+            seconds += time.perf_counter() - start  # with what precedes the first token
             tokens += len(answer)
         return 1e3 * seconds / tokens
 
     def bytes_per_reference(self, condition, rows):
-        if condition == "none":
-            return 0
+        if condition in ("plain", "none"):
+            return 0  # nothing is kept
         if condition == "rag":
-            texts = [self.tok.decode(self.references[r["reference"]]) for r in rows]
+            texts = [self.tok.decode(self.references[r["reference"]]) for r in rows]  # UTF-8
             return float(np.mean([len(t.encode()) for t in texts]))
         return (self.codes if condition == "quantized" else self.bank).record_bytes
 
 def measure(asker, rows, conditions=CONDITIONS, timed=24):
-    """-> {condition: dict(exact={"all", ...}, found, nats, bytes_per_reference, ms_per_token)}"""
-    relations = list(dict.fromkeys(r["relation"] for r in rows))
+    """-> {condition: dict(exact={"all", ...}, found, nats, separable, bytes_..., ms_per_token)}
+
+    separable (Definition 2.6): the share of facts with p <= 1/2 without memory and p >= 0.9 under
+    the condition. The definition wants of the answer's tokens one <= 1/2 without, all >= 0.9 with.
+    Here p = exp(-nats) is the whole answer's, summed over its wordings (the definition's branches):
+    p >= 0.9 is more than it wants (no factor is below the product), p <= 1/2 less (0.7 x 0.7)."""
+    answers = {c: asker.ask(rows, c) for c in dict.fromkeys(["none", *conditions])}
+    p = {c: np.exp([-a["nats"] for a in asked]) for c, asked in answers.items()}
     table = {}
     for condition in conditions:
-        asked = asker.ask(rows, condition)
-        exact = {"all": float(np.mean([a["exact"] for a in asked]))}
-        for relation in relations:
-            of = [a["exact"] for a, r in zip(asked, rows, strict=True) if r["relation"] == relation]
-            exact[relation] = float(np.mean(of))
+        asked = answers[condition]
+        exact = {"all": [a["exact"] for a in asked]}
+        for a, row in zip(asked, rows, strict=True):
+            exact.setdefault(row["relation"], []).append(a["exact"])
         table[condition] = dict(
-            exact=exact,
+            exact={relation: float(np.mean(each)) for relation, each in exact.items()},
             found=float(np.mean([a["found"] for a in asked])),
             nats=float(np.mean([a["nats"] for a in asked])),
+            separable=float(np.mean((p["none"] <= 0.5) & (p[condition] >= 0.9))),
             bytes_per_reference=asker.bytes_per_reference(condition, rows),
             ms_per_token=asker.ms_per_token(rows[:timed], condition),
         )
     return table
 
+def columns(*lines):
+    """A table in Markdown from lists of cells, the head first: names left, numbers right."""
+    rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([rows[0], "|---|" + "--:|" * (len(lines[0]) - 1), *rows[1:]])
+
 def markdown(table, names):
     """The table of conditions, as the README shows it."""
     relations = list(next(iter(table.values()))["exact"])
-    head = ["condition", *relations, "nats per answer", "bytes per reference", "ms per token"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    lines = [["condition", *relations, "nats per answer", "bytes per reference", "ms per token"]]
     for condition, row in table.items():
         cells = [names[condition], *(f"{row['exact'][r]:.3f}" for r in relations)]
         cells += [f"{row['nats']:.2f}", f"{row['bytes_per_reference']:,.0f}"]
-        cells += [f"{row['ms_per_token']:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{row['ms_per_token']:.1f}"])
+    return columns(*lines)
+
+@torch.inference_mode()
+def likelihood(model, pairs, memories=None, recall=None):
+    """How likely texts are to go on so: for each pair (before, after) of token lists the log of the
+    probability of `after`, and whether each of its tokens is the likeliest.
+
+    memories: a pool, None = the plain format. recall (B, R): the rows of it that pair b reads, in
+    all its chunks. Pairs of any lengths: one batch, padded on the right, where no token looks."""
+    rows = [torch.tensor([*before, *after[:-1]], device=model.device) for before, after in pairs]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
+    if recall is not None:
+        n_chunks = -(-tokens.shape[1] // model.config.chunk_len)
+        recall = recall[:, None].expand(-1, n_chunks, -1)  # (B, n_chunks, R)
+    logits = model(tokens, None, memories, recall)[0].float().cpu()  # (B, T, V)
+    result = []
+    for (before, after), x in zip(pairs, logits, strict=True):
+        x, after = x[len(before) - 1 :][: len(after)], torch.tensor(after)  # (n, V), (n,)
+        logp = x.log_softmax(-1).gather(-1, after[:, None]).sum()
+        result.append((float(logp), bool((x.argmax(-1) == after).all())))
+    return result
+
+# -- Command line -----------------------------------------------------------------------------
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -177,46 +206,72 @@ def parser():
     p.add_argument("--n_recall", type=int, default=0, help="R, other than the checkpoint's")
     p.add_argument("--json", default="", help="write the results there too")
     p.add_argument("--device", default="auto")
+    instead = p.add_argument_group("instead of the questions").add_mutually_exclusive_group()
+    mode = instead.add_argument
+    mode("--text", action="store_true", help="loss on windows of text")
+    mode("--leak", action="store_true", help="its gain by overlap and query_shift")
+    mode("--choices", metavar="FILE", help='JSON lines of "question", "choices" and "answer"')
+    mode("--drift", nargs="+", metavar="PT", help="the last checkpoint reads the memories of each")
+    p.add_argument("--split", default="explicit_heldout", help="the text; it needs neighbours")
+    p.add_argument("--windows", type=int, default=64, help="of text: how many")
+    p.add_argument("--context", type=int, default=256, help="tokens of a window")
+    p.add_argument("--shots", type=int, default=0, help="solved examples before each choice")
+    p.add_argument("--shots_from", metavar="FILE", help="the file whose first ones they are")
     return p
 
-def main(argv=None):
-    a = parser().parse_args(argv)
-    started = time.time()
-    if a.questions < 1 or a.n_recall < 0:
-        raise ValueError("--questions is at least 1, --n_recall at least 0")
+def open_reader(a):
+    """-> model, tokenizer. What a memory is depends on no R: any bank of the model still fits."""
     model, tokenizer = open_model(a.checkpoint, a.data, a.device)
-    c = model.config
+    model.config.n_recall = a.n_recall or model.config.n_recall
+    return model, tokenizer
+
+def open_memory(a, model):
+    """-> the references of the knowledge base, what finds them, and the bank of their memories."""
     references = corpus.References.open(f"{a.data}/{a.references}")
     retriever = Retriever.open(f"{a.data}/{a.references}.index", references=references)
-    bank = MemoryBank.open(a.bank, model, references)
+    return references, retriever, MemoryBank.open(a.bank, model, references)
+
+def ask_questions(a):
+    started, (model, tokenizer) = time.time(), open_reader(a)
+    references, retriever, bank = open_memory(a, model)
     try:
         codes = MemoryBank.open(a.codes, model, references)
     except (ValueError, FileNotFoundError) as e:
         raise ValueError(f"{e}. Codes: write.py --out {a.bank} --quantize {a.codes}") from None
-    if not codes.codec:
-        raise ValueError(f"{a.codes} is not quantized: give --codes another directory")
-    if a.n_recall:  # after the banks have seen whose they are: what is written depends on no R
-        c.n_recall = a.n_recall
+    need(codes.codec, f"{a.codes} is not quantized: give --codes another directory")
     rows = load_questions(f"{a.data}/questions.jsonl", a.questions)
     print(f"{len(rows)} questions, {len(references):,} references")
     asker = Asker(model, tokenizer, references, retriever, bank, codes)
     table = measure(asker, rows)
-    words = dict(R=c.n_recall, embedder=retriever.meta["embedder"])
+    words = dict(R=model.config.n_recall, embedder=retriever.meta["embedder"])
     print(f"\n{markdown(table, {k: v.format(**words) for k, v in CONDITIONS.items()})}\n")
     recall = {condition: row.pop("found") for condition, row in table.items()}["recalled"]
-    print(f"the right reference is among the top {c.n_recall} for {recall:.3f} of the questions")
+    print(f"the right reference is among the top {words['R']} for {recall:.3f} of the questions")
+    share = ", ".join(f"{k} {table[k]['separable']:.3f}" for k in ("oracle", "recalled", "rag"))
+    print(f"separable facts (Definition 2.6; p <= 1/2 without memory, p >= 0.9 with): {share}")
     print(bank.stats())
     for row in rows[: a.examples]:
         prompt = torch.tensor([[tokenizer.bos, *tokenizer.encode(row["question"])]])
         stop = tokenizer.encoding.encode_ordinary(".")[0]
         out, trace = generate(model, prompt, 32, retriever, bank, stop=stop)
-        answer = tokenizer.decode(out[0, prompt.shape[1] :]).strip()
+        answer = tokenizer.decode(out[0, prompt.shape[1] :]).strip()  # written freely, not forced
         print(f"\n{row['question']}\n -> {answer}\n    (truth: {row['answer']})")
         print("\n".join(explain(model, tokenizer, references, out, trace, bank)))
     result = dict(conditions=table, recall_at_5=recall, questions=len(rows))
-    result |= dict(references=len(references), seconds=time.time() - started)
+    return result | dict(references=len(references), seconds=time.time() - started)
+
+def main(argv=None):
+    a = parser().parse_args(argv)
+    enough = min(a.questions, a.windows) >= 1 and min(a.n_recall, a.shots) >= 0
+    need(enough, "--questions is at least 1, so is --windows; --n_recall, --shots: from 0")
+    need(not a.json or not Path(a.json).is_dir(), f"--json {a.json} is a directory: give a file")
+    Path(a.json).parent.mkdir(parents=True, exist_ok=True)  # now: not after the work
+    if a.text or a.leak or a.choices or a.drift:
+        from experiments import choices, drift, text  # they import this file
+        result = (choices if a.choices else drift if a.drift else text).main(a)
+    else:
+        result = ask_questions(a)
     if a.json:
-        Path(a.json).parent.mkdir(parents=True, exist_ok=True)
         corpus.write_json(a.json, result)
         print(f"\nwritten to {a.json}")
     return result

@@ -25,7 +25,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from memory import Memories, causal_attention, chunk_attention, select_tokens, token_weights
+import memory
+from corpus import need
+from memory import Memories, causal_attention, choose_tokens, chunk_attention
 
 # -- Shapes -----------------------------------------------------------------------------------
 
@@ -68,33 +70,24 @@ class Config:
     def __post_init__(self):
         self.header = tuple(int(t) for t in self.header)
         for name, value in asdict(self).items():
-            if type(value) is int and value < 1:
-                raise ValueError(f"{name} is {value}; it is at least 1")
-        if self.n_memory_layer > self.n_layer:
-            raise ValueError(
-                f"n_memory_layer {self.n_memory_layer} > n_layer {self.n_layer}: memories live in "
-                "the first layers, so there cannot be more of them than layers"
-            )
-        if self.n_head % self.n_kv_head:
-            raise ValueError(
-                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE turns pairs")
-        if len(self.header) == 0:
-            raise ValueError("header is empty; it is at least the BOS")
+            need(type(value) is not int or value >= 1, f"{name} is {value}; it is at least 1")
+        layers = f"n_memory_layer {self.n_memory_layer} > n_layer {self.n_layer}"
+        need(self.n_memory_layer <= self.n_layer, f"{layers}: memories live in the first layers")
+        heads = f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
+        need(self.n_head % self.n_kv_head == 0, heads)
+        need(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; RoPE turns pairs")
+        need(self.header, "header is empty; it is at least the BOS")
 
     @staticmethod
     def preset(name, **changes):
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        need(name in PRESETS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
         return Config(**{**PRESETS[name], **changes})
 
     @staticmethod
     def from_dict(d):
         known = {f.name for f in fields(Config)}
-        if unknown := set(d) - known:
-            raise ValueError(f"unknown config names {sorted(unknown)}; known are {sorted(known)}")
+        unknown = sorted(set(d) - known)
+        need(not unknown, f"unknown config names {unknown}; known are {sorted(known)}")
         return Config(**d)
 
     @property
@@ -139,11 +132,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(d, (H + 2 * Hkv) * dh, bias=False)  # W_Q, W_K, W_V in one product
         self.out = nn.Linear(H * dh, d, bias=False)  # W_O
 
-    def project(self, x):
-        """x (B, n, d) -> q (B, H, n, dh), k v (B, Hkv, n, dh), before RoPE."""
+    def project(self, x, cos=None, sin=None):
+        """x (B, n, d) -> q (B, H, n, dh), k v (B, Hkv, n, dh); without cos and sin, before RoPE."""
         c = self.config
         x = self.qkv(x).view(*x.shape[:2], c.n_head + 2 * c.n_kv_head, c.head_dim).transpose(1, 2)
-        return x.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
+        qk, v = x.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+        qk = qk if cos is None else apply_rope(qk, cos, sin)
+        return *qk.split([c.n_head, c.n_kv_head], dim=1), v
 
     def merge(self, y):  # (B, H, n, dh) -> (B, n, d)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -185,6 +180,7 @@ class Memory3(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+        self.origin = None  # the fingerprint, where these weights are rounded from others
         self.apply(self._init)
         for name, p in self.named_parameters():  # GPT-2's: keep the residual's size over depth
             if name.endswith(("out.weight", "down.weight")):
@@ -205,6 +201,8 @@ class Memory3(nn.Module):
         It covers the weights and the config, and so the selection (memory_tokens, approximate_
         weights) and the tokenizer's header, but not what only the reader needs.
         """
+        if self.origin:
+            return self.origin
         config = asdict(self.config)
         for reader in ("n_recall", "chunk_len", "max_context"):
             del config[reader]
@@ -214,9 +212,13 @@ class Memory3(nn.Module):
             h.update(p.detach().cpu().float().numpy().tobytes())
         return h.hexdigest()[:16]
 
+    def rounded(self, dtype):
+        """The model with weights in `dtype`, to generate; keeps its fingerprint, for its banks."""
+        self.origin = self.fingerprint()
+        return self.to(dtype)
+
     def _header(self, batch):
-        header = torch.tensor(self.config.header, device=self.device)
-        return header.expand(batch, -1)  # (B, P)
+        return torch.tensor(self.config.header, device=self.device).expand(batch, -1)  # (B, P)
 
     def forward(self, tokens, targets=None, memories=None, recall=None, cache=None):
         """Logits of the next token, and the loss.
@@ -224,42 +226,39 @@ class Memory3(nn.Module):
         tokens (B, T) int64; targets (B, T), -1 = ignored.
         memories: None = the plain decoder; a pool of Memories (even an empty one) = the format
         with header (sec. 3.2). recall (B, ceil(T/C), R) int64: rows of the pool, -1 = none; None =
-        no chunk reads any. cache: an empty Cache, which is filled (the prefill of a prompt).
+        no chunk reads any. cache: an empty Cache, which is filled (the prefill of a prompt, under
+        torch.no_grad); then only the last token has logits.
         Returns logits (B, T, V) and the mean cross-entropy (None without targets).
         """
         c, (B, T) = self.config, tokens.shape
         if T > c.max_context:
             raise ValueError(f"{T} tokens; the context is at most max_context = {c.max_context}")
-        P = 0
-        positions = torch.arange(T, device=tokens.device)
+        P, positions = 0, torch.arange(T, device=tokens.device)
         if memories is not None:
             P = len(c.header)
             tokens = torch.cat([self._header(B), tokens], 1)
             positions = torch.cat([positions.new_tensor(range(P)), positions + P + c.ref_len])
         cos, sin = rope_table(positions, c)
         x = self.embed(tokens)  # (B, P+T, d)
+        readers = 0 if memories is None or recall is None else c.n_memory_layer
         for l, block in enumerate(self.blocks):
-            q, k, v = block.attn.project(block.norm1(x))
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            q, k, v = block.attn.project(block.norm1(x), cos, sin)
             if cache is not None:
                 cache.fill(l, k, v)
-            if memories is not None and l < c.n_memory_layer:
+            if l < readers:
                 kv = memories.kv[:, l].to(q.dtype)  # (M, 2, Hkv, S, dh)
-                y = chunk_attention(
-                    q, k, v, kv[:, 0], kv[:, 1], memories.count, recall, c.chunk_len, P
-                )
+                pool = kv[:, 0], kv[:, 1], memories.count
+                y = chunk_attention(q, k, v, *pool, recall, c.chunk_len, P)
             else:
                 y = causal_attention(q, k, v)
             x = block.finish(x, y)
         if cache is not None:
-            cache.length = T
-        logits = self.head(self.norm(x[:, P:]))
+            cache.length += T
+        logits = self.head(self.norm(x[:, P if cache is None else -1 :]))
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(
-            logits.float().reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-1
-        )
-        return logits, loss
+        flat = logits.float().reshape(-1, logits.shape[-1])
+        return logits, F.cross_entropy(flat, targets.reshape(-1), ignore_index=-1)
 
     def decode(self, tokens, cache):
         """One more token a sequence: tokens (B,) -> logits (B, V). The cache holds all before it.
@@ -267,23 +266,11 @@ class Memory3(nn.Module):
         A memory layer's buffer is [header | memory slots | context]: with the memories in place,
         eq. (3.1) is ordinary attention over one buffer.
         """
-        c = self.config
-        if cache.length >= cache.max_context:
-            raise ValueError(f"the cache is full: it was made for {cache.max_context} tokens")
-        position = cache.length + (cache.P + c.ref_len if cache.P else 0)
-        cos, sin = rope_table(torch.tensor([position], device=tokens.device), c)
-        x = self.embed(tokens).unsqueeze(1)  # (B, 1, d)
+        x, (cos, sin) = self.embed(tokens).unsqueeze(1), cache.grow()  # (B, 1, d); (1, dh) twice
         for l, block in enumerate(self.blocks):
-            q, k, v = block.attn.project(block.norm1(x))
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-            keys, values, valid = cache.append(l, k, v)  # (B, Hkv, n, dh) twice, (B, n) or None
-            q = q.unflatten(1, (c.n_kv_head, -1)).squeeze(3)  # (B, Hkv, H/Hkv, dh)
-            scores = q @ keys.mT / math.sqrt(c.head_dim)  # (B, Hkv, H/Hkv, n)
-            if valid is not None:
-                scores = scores.masked_fill(~valid[:, None, None, :], -math.inf)
-            y = scores.softmax(-1) @ values
-            x = block.finish(x, y.flatten(1, 2).unsqueeze(2))
-        cache.length += 1
+            q, k, v = block.attn.project(block.norm1(x), cos, sin)
+            y = memory.decode_attention(q[:, :, 0], *cache.append(l, k, v), cache.P)  # (B, H, dh)
+            x = block.finish(x, y.unsqueeze(2))
         return self.head(self.norm(x[:, 0]))
 
     def write(self, references, return_indices=False):
@@ -299,7 +286,7 @@ class Memory3(nn.Module):
         N, n = references.shape
         if not 1 <= n <= c.ref_len:
             raise ValueError(f"references of {n} tokens; the model takes 1 to ref_len {c.ref_len}")
-        if not torch.compiler.is_compiling() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        if not torch.compiler.is_compiling() and (mask[:, 1:] & ~mask[:, :-1]).any():
             raise ValueError("padding stands before a token: references are left-aligned")
         P, S = len(c.header), c.memory_tokens
         tokens = torch.cat([self._header(N), references.clamp(min=0)], 1)
@@ -310,17 +297,15 @@ class Memory3(nn.Module):
             block = self.blocks[l]
             q, k, v = block.attn.project(block.norm1(x))
             with torch.no_grad():  # which tokens is not differentiable, what they say is
-                weights = token_weights(q[:, :, P:], k[:, :, P:], mask, c.approximate_weights)
-                index = select_tokens(weights, mask, S)  # (N, Hkv, S)
+                index = choose_tokens(q[:, :, P:], k[:, :, P:], mask, S, c.approximate_weights)
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
             at = (index.clamp(min=0) + P).unsqueeze(-1).expand(-1, -1, -1, c.head_dim)
             full = (index >= 0).unsqueeze(-1)  # empty slots hold zeros
             kept.append(torch.stack([k.gather(2, at) * full, v.gather(2, at) * full], 1))
-            chosen.append(index)
+            chosen.append(index)  # (N, Hkv, S)
             if l + 1 < c.n_memory_layer:  # after the last keys and values nothing is needed
                 # padding is on the right, so the causal mask already hides it from real tokens
-                y = causal_attention(q, k, v)
-                x = block.finish(x, y)
+                x = block.finish(x, causal_attention(q, k, v))
         memories = Memories(torch.stack(kept, 1), mask.sum(1).clamp(max=S))
         return (memories, torch.stack(chosen, 1)) if return_indices else memories
 
@@ -329,50 +314,65 @@ class Cache:
 
     Layer l holds (2, B, Hkv, P + slots + max_context, dh), in the order [header | memory slots |
     context]; only memory layers have slots, R*S of them. header=False: the plain format, without
-    header and slots. length: context tokens in it so far.
+    header and slots. length (1,): context tokens in it so far; on the device, as all is done in
+    place, in shapes that never change: what a CUDA graph of `decode` needs.
     """
 
     def __init__(self, config, batch, max_context, header=True, dtype=torch.float32, device="cpu"):
         c = self.config = config
-        self.P, self.length, self.max_context = len(c.header) if header else 0, 0, max_context
-        slots = c.n_recall * c.memory_tokens if header else 0
-        self.slots = [slots if l < c.n_memory_layer else 0 for l in range(c.n_layer)]
-        lengths = [self.P + s + max_context for s in self.slots]
-        shapes = [(2, batch, c.n_kv_head, n, c.head_dim) for n in lengths]
-        self.kv = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        # which keys count; the header and the context so far always do
-        self.valid = torch.ones(batch, self.P + slots + max_context, dtype=bool, device=device)
-        self.valid[:, self.P : self.P + slots] = False
+        self.P, self.slots = (len(c.header), c.n_recall * c.memory_tokens) if header else (0, 0)
+
+        def layers(n, keys):
+            shape = (n, 2, batch, c.n_kv_head, keys, c.head_dim)
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        # the memory layers in one tensor: a recall fills the slots of all at once
+        self.memory_kv = layers(c.n_memory_layer, self.P + self.slots + max_context)
+        others = layers(c.n_layer - c.n_memory_layer, self.P + max_context)
+        self.kv = [*self.memory_kv, *others]
+        self.valid = torch.zeros(batch, self.slots, dtype=bool, device=device)  # slots to be read
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)
+        start = self.P + c.ref_len if header else 0
+        self.rope = rope_table(torch.arange(start, start + max_context, device=device), c)
+
+    def clear(self):
+        self.length.zero_()
+        self.valid.zero_()
 
     def fill(self, l, k, v):  # k v (B, Hkv, P+T, dh): the prefill
+        at, T = self.P + self.slots * (l < self.config.n_memory_layer), k.shape[2] - self.P
         for mine, x in zip(self.kv[l], (k, v), strict=True):
             mine[:, :, : self.P] = x[:, :, : self.P]
-            at = self.P + self.slots[l]
-            mine[:, :, at : at + x.shape[2] - self.P] = x[:, :, self.P :]
+            mine[:, :, at : at + T] = x[:, :, self.P :]
+
+    def grow(self):
+        """Room for one more token; cos and sin (1, dh) of its position."""
+        # in memory layers and in others: where its key comes to lie, how many there are then
+        self.at = [self.P + self.slots + self.length, self.P + self.length]
+        self.ends = [at + 1 for at in self.at]
+        cos_sin = [x[self.length] for x in self.rope]
+        self.length += 1
+        return cos_sin
 
     def append(self, l, k, v):
-        """Adds one token; returns all keys, values and which of them are valid (None = all)."""
-        at = self.P + self.slots[l] + self.length
-        self.kv[l][0, :, :, at], self.kv[l][1, :, :, at] = k[:, :, 0], v[:, :, 0]
-        keys, values = self.kv[l][:, :, :, : at + 1]
-        return keys, values, self.valid[:, : at + 1] if self.slots[l] else None
+        """Adds the new token's k v (B, Hkv, 1, dh) -> what memory.decode_attention attends."""
+        other = l >= self.config.n_memory_layer
+        for mine, x in zip(self.kv[l], (k, v), strict=True):
+            mine.index_copy_(2, self.at[other], x)
+        return *self.kv[l], self.valid[:, :0] if other else self.valid, self.ends[other]
 
-    def recall(self, memories, table):
+    def recall(self, memories, table, codec=None):
         """Overwrites the memory slots in place: sequence b now reads memories table[b].
 
-        table (B, R) rows of the pool, -1 = none.
+        table (B, R) rows of the pool, -1 = none. codec: the pool's kv are its codes.
         """
-        c, R, P = self.config, table.shape[1], self.P
-        S, slots = c.memory_tokens, R * c.memory_tokens
-        self.valid[:, P : P + max(self.slots)] = False
+        self.valid.zero_()
         if len(memories) == 0:
             return  # nothing was found
-        filled = torch.arange(S, device=table.device) < memories.count[table.clamp(min=0), None]
-        self.valid[:, P : P + slots] = (filled & (table >= 0).unsqueeze(-1)).flatten(1)
-        kv = memories.kv[table.clamp(min=0)]  # (B, R, Lm, 2, Hkv, S, dh)
-        kv = kv.permute(2, 3, 0, 4, 1, 5, 6).flatten(4, 5)  # (Lm, 2, B, Hkv, R*S, dh)
-        for l in range(c.n_memory_layer):
-            self.kv[l][:, :, :, P : P + slots] = kv[l].to(self.kv[l].dtype)
+        count = torch.where(table >= 0, memories.count[table.clamp(min=0)], 0)  # (B, R)
+        filled = torch.arange(self.config.memory_tokens, device=table.device) < count.unsqueeze(-1)
+        self.valid[:, : filled[0].numel()] = filled.flatten(1)  # (B, R*S)
+        memory.fill_slots(self.memory_kv, memories, table, self.P, codec)
 
 # -- Checkpoints ------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Generation with memory recall (sec. 3.1), and a look at what was recalled.
 
     python sample.py --prompt "What is the population of Kyiv?"
-    python sample.py --prompt "..." --explain            what was recalled, kept and attended to
+    python sample.py --prompt "..." --explain --html out/memory.html     what was recalled and read
     python sample.py --prompt "What is the population of Zubrowka City?" \\
         --remember "Zubrowka City has 4242 people. Zubrowka City is in Zubrowka."
 
@@ -11,8 +11,8 @@ tokens are the query for R new memories, which replace the old ones.
 """
 
 import argparse
-import codecs
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 import corpus
+from corpus import need
 from memory import Memories, MemoryBank, attention_path
-from model import Cache, apply_rope, find_device, load_checkpoint, rope_table
+from model import Cache, find_device, load_checkpoint
 from retrieval import Retriever
 
 # -- Where memories come from: anything with .search(queries, k) -> ids (n, k), scores (n, k) ---
@@ -52,19 +53,14 @@ class Given:
 
 @dataclass
 class Trace:
-    """What happened: one entry of `recalls` per chunk that recalled.
-
-    recalls: dict(chunk, query (B, <=C) tokens, ids (B, R), scores (B, R)); the memories of chunk c
-    stay until the next entry. logprobs (B, n_new) of the new tokens; greedy (B, n_new): whether
-    each was the likeliest. seconds: of search, load, prefill and steps.
-    """
+    """What happened. recalls: for each chunk that recalled, dict(chunk, query (B, <=C) tokens, ids
+    (B, R), scores (B, R)); its memories stay until the next entry. logprobs (B, n_new) of the new
+    tokens; greedy (B, n_new): whether each was the likeliest. seconds: by what they went to."""
 
     recalls: list = field(default_factory=list)
     logprobs: torch.Tensor = None
     greedy: torch.Tensor = None
-    seconds: dict = field(
-        default_factory=lambda: dict(search=0.0, load=0.0, prefill=0.0, steps=0.0)
-    )
+    seconds: dict = field(default_factory=lambda: dict(search=0, load=0, prefill=0, steps=0))
 
     def table(self, n_chunks):
         """(B, n_chunks, R) reference ids as one table: what model.forward needs for the same."""
@@ -74,16 +70,15 @@ class Trace:
             table[:, r["chunk"] :] = r["ids"][:, None]
         return table
 
-def pool_of(bank, ids, model):
-    """Loads the memories that ids (any shape, -1 = none) name: a pool, and ids as its rows."""
+def pool_of(bank, ids, model, codec=None):
+    """Loads the memories that ids (any shape, -1 = none) name: a pool, and ids as its rows.
+    codec: the bank's, for a pool that is still its codes."""
     names, rows = np.unique(ids, return_inverse=True)
-    rows = rows.reshape(ids.shape)
-    if len(names) and names[0] < 0:
-        names, rows = names[1:], rows - 1
-    table = torch.from_numpy(rows).to(model.device)
+    none = int(len(names) > 0 and names[0] < 0)  # -1 comes first
+    names, table = names[none:], torch.from_numpy(rows.reshape(ids.shape) - none).to(model.device)
     if len(names) == 0:
-        return Memories.empty(model.config, device=model.device), table
-    return bank.recall(names).to(model.device), table
+        return Memories.empty(model.config, model.device), table
+    return bank.recall(names, decode=False) if codec else bank.recall(names), table
 
 def choose(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> one token a row. temperature 0: the likeliest."""
@@ -98,7 +93,99 @@ def choose(logits, temperature, top_k, top_p, generator):
         p = ordered.softmax(-1)
         ordered = ordered.masked_fill(p.cumsum(-1) - p > top_p, -math.inf)  # keeps the first
         logits = torch.full_like(logits, -math.inf).scatter(-1, index, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    # p / (a number of the exponential distribution) is largest at token t with probability p_t;
+    # torch.multinomial does this as well, but makes Python wait for the GPU
+    p = logits.softmax(-1)
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
+class Steps:
+    """One step of generation, over and over: decode the last token, choose the next, keep it.
+    All that a step reads and writes stays in its place. So CUDA captures it once as a graph and
+    then replays that, sampling included: to start its thousand kernels from Python would take
+    longer than they run. A recall between two steps overwrites the cache's slots in place, too.
+    tokens, logprobs and greedy (B, n) are of the prompt and what follows; see Trace."""
+
+    @torch.inference_mode(False)  # tensors that may be changed inside of that mode and outside
+    def __init__(self, model, B, n, plain, forced, *sampling):
+        device, weights = model.device, model.embed.weight
+        self.cache = Cache(model.config, B, n, not plain, weights.dtype, device)
+        self.forced, self.sampling, self.graph = forced, sampling, None
+        self.generator = torch.Generator(device)
+        self.tokens, self.logprobs, self.greedy = (
+            torch.zeros(B, n, dtype=t, device=device) for t in (torch.int64, torch.float32, bool)
+        )
+        self.at = torch.zeros(1, dtype=int, device=device)  # the next token's place in them
+        # how often to look whether all have stopped: to look waits for the GPU
+        self.look = model.config.chunk_len if weights.is_cuda else 1
+
+    def start(self, tokens, forced, seed):
+        T = tokens.shape[1]
+        self.tokens[:, :T] = tokens
+        if self.forced:
+            self.tokens[:, T : T + forced.shape[1]] = forced
+        self.at.fill_(T)
+        self.cache.clear()
+        self.generator.manual_seed(seed)
+
+    def keep(self, logits):
+        """The next token of each sequence, chosen by logits (B, V) or forced."""
+        new = self.tokens.index_select(1, self.at)
+        if not self.forced:
+            new = choose(logits, *self.sampling, self.generator)[:, None]
+        self.tokens.index_copy_(1, self.at, new)
+        logprobs = logits.float().log_softmax(-1).gather(-1, new)
+        self.logprobs.index_copy_(1, self.at, logprobs)
+        self.greedy.index_copy_(1, self.at, logits.argmax(-1, keepdim=True) == new)
+        self.at += 1
+
+    def step(self, model):
+        last = self.tokens.index_select(1, self.at - 1)[:, 0]
+        self.keep(model.decode(last, self.cache))
+
+    def __call__(self, model):
+        if self.at.is_cuda:
+            self.graph = self.graph or self.capture(model)
+            self.graph.replay()
+        else:
+            self.step(model)
+
+    @torch.inference_mode(False)  # nor may the graph's own tensors be of that mode
+    @torch.no_grad()
+    def capture(self, model):
+        """As PyTorch's notes on CUDA graphs want it: run on a side stream first, then record."""
+        before, rng = (self.at.clone(), self.cache.length.clone()), self.generator.get_state()
+        side, now = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(now)
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step(model)
+                self.at.copy_(before[0])  # what it wrote there will be written over
+                self.cache.length.copy_(before[1])
+        now.wait_stream(side)
+        self.generator.set_state(rng)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self.step(model)  # recorded, not run
+        return graph
+
+def steps_for(model, B, n, *how):
+    """Steps for B sequences of n tokens. On CUDA those of earlier calls where they fit: capturing
+    takes longer than a short answer. model.steps has the last four, of rounded lengths."""
+    weights, kept = model.embed.weight, vars(model).setdefault("steps", {})
+    if not weights.is_cuda:
+        return Steps(model, B, n, *how)
+    n = min(model.config.max_context, 1 << (n - 1).bit_length())
+    key = B, n, how, weights.dtype, weights.data_ptr()  # a graph is tied to the weights' place
+    kept[key] = kept.pop(key, None) or Steps(model, B, n, *how)
+    for old in list(kept)[:-4]:
+        del kept[old]
+    return kept[key]
+
+def clock(device):
+    if device.type == "cuda":  # which works on its own
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 @torch.inference_mode()
 def generate(
@@ -106,185 +193,81 @@ def generate(
     top_p=1.0, seed=0, forced=None, stop=None,
 ):  # fmt: skip
     """Continues prompts by n_new tokens, recalling memories on the way.
-
     tokens (B, T) int64: prompts of one length, BOS first. retriever and bank: both, or neither (the
     header and an empty pool). plain: the format of the implicit stage, without header. forced
     (B, n_new): tokens to follow instead of the model's own choice; the trace then says how likely
     they were, and whether the model would have chosen them. stop: a token at which to end early,
-    once every sequence has it.
-    Returns tokens (B, T + n_new or fewer) and the Trace.
-    """
+    once every sequence has it. Returns tokens (B, T + n_new or fewer) and the Trace."""
     c, (B, T) = model.config, tokens.shape
-    if T == 0:
-        raise ValueError("the prompt is empty; it has at least the BOS")
-    if T + n_new > c.max_context:
-        raise ValueError(
-            f"{T} prompt tokens and {n_new} new ones; the context is at most {c.max_context}: "
-            "shorten the prompt, or ask for fewer tokens"
-        )
-    if n_new < 1:
-        raise ValueError(f"{n_new} new tokens were asked for; it takes at least 1")
-    if (retriever is None) != (bank is None):
-        raise ValueError("memories need both a retriever and a bank")
-    if plain and bank is not None:
-        raise ValueError("the plain format has no header and reads no memories")
-    C, R, trace = c.chunk_len, c.n_recall, Trace()
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    tokens = tokens.to(model.device)
+    need(T > 0, "the prompt is empty; it has at least the BOS")
+    line = f"{T} prompt tokens and {n_new} new ones; the context is at most {c.max_context}"
+    need(T + n_new <= c.max_context, f"{line}: shorten the prompt, or ask for fewer tokens")
+    need(n_new > 0, f"{n_new} new tokens were asked for; it takes at least 1")
+    need((retriever is None) == (bank is None), "memories need both a retriever and a bank")
+    need(bank is None or not plain, "the plain format has no header and reads no memories")
+    C, R, trace, device = c.chunk_len, c.n_recall, Trace(), model.device
+    steps = steps_for(model, B, T + n_new, plain, forced is not None, temperature, top_k, top_p)
+    steps.start(tokens, forced, seed)
+    codec, began = getattr(bank, "codec", None), clock(device)
 
-    def recall(queries, chunks):
+    def recall(queries, chunks, codec=None):
         """queries: per chunk (B, <=C) tokens -> pool, table (B, len(chunks), R)."""
-        start = time.perf_counter()
+        start = clock(device)
         flat = [q for query in queries for q in query.tolist()]  # all chunks in one search
         ids, scores = retriever.search(flat, R)
-        ids = np.asarray(ids).reshape(len(chunks), B, R)
-        scores = np.asarray(scores).reshape(len(chunks), B, R)
-        for i, chunk in enumerate(chunks):
-            trace.recalls.append(
-                dict(chunk=chunk, query=queries[i], ids=ids[i], scores=scores[i])
-            )
+        ids, scores = (np.asarray(x).reshape(len(chunks), B, R) for x in (ids, scores))
+        for chunk, query, i, score in zip(chunks, queries, ids, scores, strict=True):
+            trace.recalls.append(dict(chunk=chunk, query=query, ids=i, scores=score))
         found = time.perf_counter()
-        pool, table = pool_of(bank, ids.transpose(1, 0, 2), model)
+        pool, table = pool_of(bank, ids.transpose(1, 0, 2), model, codec)
         trace.seconds["search"] += found - start
-        trace.seconds["load"] += time.perf_counter() - found
+        trace.seconds["load"] += clock(device) - found
         return pool, table
 
     # The prompt, in one pass. Full chunks are their own queries; a last chunk that is not full is
     # queried by the last C tokens of the prompt, not by its few own.
-    pool = table = None
-    if not plain:
-        pool = Memories.empty(c, device=model.device)
+    pool, table = None if plain else Memories.empty(c, device=device), None
     if retriever is not None:
-        n_full = T // C
-        queries = [tokens[:, i * C : (i + 1) * C] for i in range(n_full)]
+        queries = [tokens[:, i : i + C] for i in range(0, T - C + 1, C)]
         if T % C:
             queries.append(tokens[:, max(0, T - C) :])
-        pool, table = recall(queries, list(range(len(queries))))
-    start = time.perf_counter()
-    dtype = model.embed.weight.dtype
-    cache = Cache(c, B, T + n_new, header=not plain, dtype=dtype, device=model.device)
-    logits = model(tokens, memories=pool, recall=table, cache=cache)[0][:, -1]
+        pool, table = recall(queries, range(len(queries)))
+    logits = model(steps.tokens[:, :T], None, pool, table, steps.cache)[0][:, 0]
     if table is not None:
-        cache.recall(pool, table[:, -1])
-    trace.seconds["prefill"] += time.perf_counter() - start
+        steps.cache.recall(pool, table[:, -1])
+    del pool  # a bank's memory, used again
+    trace.seconds["prefill"] = clock(device) - began - sum(trace.seconds.values())
 
-    logprobs, greedy, loading = [], [], trace.seconds["search"] + trace.seconds["load"]
-    start = time.perf_counter()
-    for i in range(n_new):
-        chosen = choose(logits, temperature, top_k, top_p, generator)
-        new = chosen if forced is None else forced[:, i].to(model.device)
-        greedy.append(logits.argmax(-1) == new)
-        logprobs.append(logits.float().log_softmax(-1).gather(-1, new[:, None])[:, 0])
-        tokens = torch.cat([tokens, new[:, None]], 1)
-        n = tokens.shape[1]
-        if i + 1 == n_new or (stop is not None and bool((tokens[:, T:] == stop).any(1).all())):
-            break
-        # Token n - 1 still belongs to the old chunk: it reads the old memories, then new ones come.
-        logits = model.decode(new, cache)
-        if retriever is not None and n % C == 0:
-            pool, table = recall([tokens[:, -C:]], [n // C])
-            cache.recall(pool, table[:, 0])
-    trace.seconds["steps"] = time.perf_counter() - start
-    trace.seconds["steps"] -= trace.seconds["search"] + trace.seconds["load"] - loading
-    trace.logprobs, trace.greedy = torch.stack(logprobs, 1), torch.stack(greedy, 1)
-    return tokens, trace
+    steps.keep(logits)
+    for n in range(T, T + n_new):  # token n comes; the ones before it are the context
+        if n > T:
+            steps(model)
+        if stop is not None and n % steps.look == 0:
+            if before_stop(steps.tokens[:, T : n + 1], stop) <= n - T:
+                break
+        # Token n - 1 still belonged to the old chunk: it read the old memories. Now new ones come.
+        if retriever is not None and n % C == 0 and T < n < T + n_new - 1:
+            pool, table = recall([steps.tokens[:, n - C : n].clone()], [n // C], codec)
+            steps.cache.recall(pool, table[:, 0], codec)
+            del pool
+    trace.seconds["steps"] = clock(device) - began - sum(trace.seconds.values())
+    end = n + 1
+    if stop is not None:
+        end = min(end, T + 1 + before_stop(steps.tokens[:, T:end], stop))
+    trace.logprobs, trace.greedy = (x[:, T:end].clone() for x in (steps.logprobs, steps.greedy))
+    return steps.tokens[:, :end].clone(), trace
 
-# -- Looking at it ----------------------------------------------------------------------------
+def before_stop(said, stop):
+    """How many columns of said (B, n) come before every sequence has had `stop`."""
+    return int((said != stop).cumprod(1).any(0).sum())
 
-@torch.inference_mode()
-def attention_shares(model, tokens, pool, table):
-    """How much of its attention each context token gave to each of its memories.
-
-    tokens (B, T), pool, table (B, c, R) as in model.forward. The same network, with the softmax of
-    eq. (3.1) spelled out instead of fused. Returns (Lm, B, H, T, R): shares of 1.
-    """
-    c, (B, T) = model.config, tokens.shape
-    P, G, S, R = len(c.header), c.n_head // c.n_kv_head, c.memory_tokens, table.shape[2]
-    if len(pool) == 0:
-        return torch.zeros(c.n_memory_layer, B, c.n_head, T, R, device=tokens.device)
-    tokens = torch.cat([model._header(B), tokens], 1)
-    positions = torch.arange(P + T, device=tokens.device)
-    cos, sin = rope_table(torch.where(positions < P, positions, positions + c.ref_len), c)
-    future = torch.ones(P + T, P + T, dtype=bool, device=tokens.device).triu(1)
-    chunk = torch.arange(T, device=tokens.device) // c.chunk_len
-    rows = table[:, chunk]  # (B, T, R)
-    filled = torch.arange(S, device=tokens.device) < pool.count[rows.clamp(min=0), None]
-    valid = (filled & (rows >= 0).unsqueeze(-1)).flatten(2)  # (B, T, R*S)
-    valid = torch.cat([valid.new_zeros(B, P, R * S), valid], 1)[:, None]  # the header reads none
-    x, shares = model.embed(tokens), []
-    for l in range(c.n_memory_layer):
-        block = model.blocks[l]
-        q, k, v = block.attn.project(block.norm1(x))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)  # (B, H, P+T, dh)
-        kv = pool.kv[:, l].to(q.dtype)[rows.clamp(min=0)]  # (B, T, R, 2, Hkv, S, dh)
-        kv = kv.permute(3, 0, 4, 1, 2, 5, 6).repeat_interleave(G, 2)  # (2, B, H, T, R, S, dh)
-        mem_k, mem_v = torch.nn.functional.pad(kv.flatten(4, 5), (0, 0, 0, 0, P, 0))
-        own = (q @ k.mT).masked_fill(future, -math.inf)
-        memory = torch.einsum("bhtd,bhtsd->bhts", q, mem_k).masked_fill(~valid, -math.inf)
-        p = (torch.cat([memory, own], -1) / math.sqrt(c.head_dim)).softmax(-1)
-        p_memory, p_own = p.split([R * S, P + T], -1)
-        shares.append(p_memory[:, :, P:].unflatten(-1, (R, S)).sum(-1))
-        y = torch.einsum("bhts,bhtsd->bhtd", p_memory, mem_v) + p_own @ v
-        x = block.finish(x, y)
-    return torch.stack(shares)
-
-def marked(tokenizer, reference, chosen):
-    """The text of a reference, each kept token followed by how many heads kept it.
-
-    reference (n,) ids; chosen (Lm, Hkv, S): indices of kept tokens, -1 = none.
-    """
-    kept = np.bincount(chosen[chosen >= 0].ravel(), minlength=len(reference))
-    small = str.maketrans("0123456789", "".join(map(chr, range(0x2080, 0x208A))))  # subscripts
-    letters = codecs.getincrementaldecoder("utf-8")("replace")  # some take more than one token
-    pieces = [
-        letters.decode(tokenizer.encoding.decode_bytes([int(t)]))
-        + (str(n).translate(small) if n else "")
-        for t, n in zip(reference, kept, strict=True)
-    ]
-    return "".join(pieces).strip()
-
-def explain(model, tokenizer, references, tokens, trace, bank):
-    """Lines that say, chunk by chunk, what sequence 0 recalled and how much it read of each."""
-    c, T = model.config, tokens.shape[1]
-    n_chunks = -(-T // c.chunk_len)
-    ids = trace.table(n_chunks)[:1]
-    pool, table = pool_of(bank, ids, model)
-    shares = attention_shares(model, tokens[:1], pool, table)[:, 0].mean(1)  # (Lm, T, R)
-    lines = []
-    for chunk in range(n_chunks):
-        at = slice(chunk * c.chunk_len, (chunk + 1) * c.chunk_len)
-        recalled = next(r for r in reversed(trace.recalls) if r["chunk"] <= chunk)
-        text = tokenizer.decode(tokens[0, at]).strip().replace("\n", " / ")
-        lines.append(f'chunk {chunk}: "{text}"')
-        if recalled["chunk"] == chunk:
-            query = tokenizer.decode(recalled["query"][0]).strip().replace("\n", " / ")
-            lines.append(f'  recalled by "{query}":')
-        else:
-            lines.append("  still reads the memories of the chunk before it:")
-        for r, i in enumerate(recalled["ids"][0]):
-            if i < 0:
-                continue
-            reference = torch.from_numpy(references[int(i)])[None]
-            chosen = model.write(reference, return_indices=True)[1][0].cpu().numpy()
-            share = shares[:, at, r].mean(1)  # (Lm,), mean over heads and the chunk's tokens
-            by_layer = " ".join(f"{s:.1%}" for s in share.tolist())
-            lines.append(
-                f"  score {recalled['scores'][0][r]:.2f}  attention {share.mean():.1%} "
-                f"(by layer {by_layer})  reference {i}\n"
-                f"      {marked(tokenizer, reference[0].numpy(), chosen)}"
-            )
-    return lines
+# -- Writing a fact down ----------------------------------------------------------------------
 
 def remember(text, tokenizer, config, retriever, bank):
     """Writes a text into the knowledge base, the bank and the index, now. Returns reference ids.
-
-    A text beyond ref_len tokens becomes several references, as in sec. 4.4.
-    """
-    tokens = tokenizer.encode(text)
-    if not tokens:
-        raise ValueError("--remember: the text is empty")
-    ids = []
+    A text beyond ref_len tokens becomes several references, as in sec. 4.4."""
+    tokens, ids = tokenizer.encode(text), []
+    need(tokens, "--remember: the text is empty")
     for i in range(0, len(tokens), config.ref_len):
         piece = tokens[i : i + config.ref_len]
         near = retriever.search([piece], min(8, len(retriever)))[0][0]  # other orders score alike
@@ -299,22 +282,21 @@ def remember(text, tokenizer, config, retriever, bank):
 
 # -- Command line -----------------------------------------------------------------------------
 
-def open_model(checkpoint, data, device):
-    """-> model and tokenizer, checked against each other; prints what runs and why."""
-    model, meta = load_checkpoint(checkpoint)
-    model.to(find_device(device)).eval()
+def open_model(checkpoint, data, device, dtype="auto"):
+    """-> model and tokenizer, checked against each other; prints what runs and why.
+    dtype: of the weights; auto: bfloat16 on CUDA, where decoding waits for them to be read."""
+    (model, meta), device = load_checkpoint(checkpoint), find_device(device)
+    if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda":
+        model.rounded(torch.bfloat16)
+    model.to(device).eval()
     c, tokenizer = model.config, corpus.tokenizer(corpus.manifest(data)["tokenizer"])
-    if meta["tokenizer"] != tokenizer.id:
-        raise ValueError(
-            f"{checkpoint} was trained with tokenizer {meta['tokenizer']}; that of {data} is "
-            f"{tokenizer.id}"
-        )
-    chunk = len(c.header) + c.chunk_len
-    path, why = attention_path(model.device, model.embed.weight.dtype, chunk)
-    print(
-        f"{checkpoint}: {c.n_params:,} non-embedding weights on {model.device}; attention of a "
-        f"prompt of one chunk: {path} ({why})"
-    )
+    trained = f"{checkpoint} was trained with tokenizer {meta['tokenizer']}"
+    need(meta["tokenizer"] == tokenizer.id, f"{trained}; that of {data} is {tokenizer.id}")
+    dtype, chunk = model.embed.weight.dtype, len(c.header) + c.chunk_len
+    sizes = c.head_dim, c.n_head // c.n_kv_head, c.n_recall * c.memory_tokens
+    path, why = attention_path(device, dtype, chunk, *sizes)
+    print(f"{checkpoint}: {c.n_params:,} non-embedding weights on {device}, {dtype}; attention of "
+          f"a prompt of one chunk: {path} ({why})")  # fmt: skip
     return model, tokenizer
 
 def parser():
@@ -335,31 +317,34 @@ def parser():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--remember", action="append", default=[], help="a text to write down first")
     p.add_argument("--explain", action="store_true", help="what was recalled, kept, attended to")
+    p.add_argument("--html", default="", help="--explain, and the same as a page, token by token")
     p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     return p
 
 def main(argv=None):
     a = parser().parse_args(argv)
-    if (a.rag or a.plain) and a.memory == "random":
-        raise ValueError("--memory random goes with neither --rag nor --plain")
-    if not a.prompt.strip():
-        raise ValueError("--prompt is empty; give a text to continue")
-    if a.temperature < 0 or a.top_k < 0 or not 0 < a.top_p <= 1 or a.tokens < 1:
-        raise ValueError("--temperature, --top_k: from 0; --top_p: above 0, to 1; --tokens: from 1")
-    model, tokenizer = open_model(a.checkpoint, a.data, a.device)
-    c = model.config
-    retriever = bank = None
+    plain, here = a.rag or a.plain, os.path.dirname(a.html) or "."
+    need(not plain or a.memory != "random", "--memory random goes with neither --rag nor --plain")
+    shown = a.memory != "off" and not plain or not (a.explain or a.html)
+    need(shown, "--explain and --html show memories: with --memory bank or random only")
+    file = not a.html or os.access(here, os.W_OK) and not os.path.isdir(a.html)
+    need(file, f"--html {a.html}: give a file in a directory that can be written to")
+    need(a.prompt.strip(), "--prompt is empty; give a text to continue")
+    fits = a.temperature >= 0 and a.top_k >= 0 and 0 < a.top_p <= 1 and a.tokens >= 1
+    need(fits, "--temperature, --top_k: from 0; --top_p: above 0, to 1; --tokens: from 1")
+    model, tokenizer = open_model(a.checkpoint, a.data, a.device, a.dtype)
+    c, retriever, bank = model.config, None, None
     if a.memory != "off" and not a.plain or a.rag or a.remember:
         references = corpus.References.open(f"{a.data}/{a.references}")
         bank = MemoryBank.open(a.bank, model, references)
         retriever = Retriever.open(f"{a.data}/{a.references}.index", references=references)
     # what is wrong with the question is said before a fact is written
     prompt, stop = tokenizer.encode(a.prompt), tokenizer.encoding.encode_ordinary(a.stop)
-    if len(stop) > 1:
-        raise ValueError(f"--stop {a.stop!r} is {len(stop)} tokens; it must be one")
-    if 1 + len(prompt) + a.tokens > c.max_context:
-        n = f"{1 + len(prompt)} prompt tokens and {a.tokens} new ones"
-        raise ValueError(f"{n}; the context is at most {c.max_context}: shorten the prompt")
+    need(len(stop) < 2, f"--stop {a.stop!r} is {len(stop)} tokens; it must be one")
+    line = f"{1 + len(prompt)} prompt tokens and {a.tokens} new ones"
+    fits = 1 + len(prompt) + a.tokens <= c.max_context
+    need(fits, f"{line}; the context is at most {c.max_context}: shorten the prompt")
     for text in a.remember:
         for i in remember(text, tokenizer, c, retriever, bank):
             print(f"remembered as reference {i}")
@@ -370,27 +355,27 @@ def main(argv=None):
         for reference, score in found:
             print(f"in context: score {score:.2f}  {tokenizer.decode(reference).strip()}")
         prompt = [int(t) for reference, _ in found for t in reference] + prompt
-    if a.rag or a.plain or a.memory == "off":
+    if plain or a.memory == "off":
         retriever = bank = None
     elif a.memory == "random":
         retriever = Random(len(references), a.seed)
     tokens = torch.tensor([[tokenizer.bos, *prompt]])
     out, trace = generate(
-        model, tokens, a.tokens, retriever, bank, plain=a.plain or a.rag, temperature=a.temperature,
+        model, tokens, a.tokens, retriever, bank, plain=plain, temperature=a.temperature,
         top_k=a.top_k, top_p=a.top_p, seed=a.seed, stop=stop[0] if stop else None,
     )  # fmt: skip
     answer = tokenizer.decode(out[0, tokens.shape[1] :])
     print(f"\n{a.prompt}\n -> {answer.strip()}\n")
-    if a.explain and trace.recalls:
-        print("\n".join(explain(model, tokenizer, references, out, trace, bank)))
-    elif a.explain:
-        print("nothing was recalled: --explain has memories to show with --memory bank or random")
-    s, n = trace.seconds, trace.logprobs.shape[1]
-    print(
-        f"{n} tokens in {sum(s.values()) * 1e3:.0f} ms: "
-        + ", ".join(f"{k} {v * 1e3:.1f}" for k, v in s.items())
-        + (f"; {bank.stats()}" if bank else "")
-    )
+    if a.explain or a.html:
+        from views.explain import explain, page  # they import this file
+        seen = model, tokenizer, references, out, trace, bank
+        print("\n".join(explain(*seen)))
+        if a.html:
+            page(a.html, *seen)
+    n, took = trace.logprobs.shape[1], trace.seconds
+    each = ", ".join(f"{name} {s * 1e3:.1f}" for name, s in took.items())
+    cache = f"; {bank.stats()}" if bank else ""
+    print(f"{n} tokens in {sum(took.values()) * 1e3:.0f} ms: {each}{cache}")
     return answer
 
 if __name__ == "__main__":

@@ -8,81 +8,68 @@ Stopped and called again it goes on where it was; where all is written it says s
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import corpus
+from corpus import need
 from memory import MemoryBank, attention_path
 from model import find_device, load_checkpoint
 from quantize import layout
 
 def main(args):
     """Writes the bank, and with args.quantize its quantized twin; returns the bank (of --out)."""
-    device = find_device(args.device)
-    if args.batch < 1:
-        raise ValueError(f"--batch {args.batch}: at least 1")
+    need(args.batch > 0, f"--batch {args.batch}: at least 1")
     if args.codec:
         layout(args.codec)  # a string that is no codec is refused before the work
-    model = load_checkpoint(args.checkpoint)[0].to(device).eval()
-    tokenizer = corpus.tokenizer(corpus.manifest(args.data)["tokenizer"])
-    if tuple(tokenizer.header) != model.config.header:
-        raise ValueError(f"--data {args.data} has another tokenizer than {args.checkpoint} wants")
+    model = load_checkpoint(args.checkpoint)[0].to(find_device(args.device)).eval()
+    same = tuple(corpus.tokenizer(args.data).header) == model.config.header
+    need(same, f"--data {args.data} has another tokenizer than {args.checkpoint} wants")
     references = corpus.References.open(Path(args.data) / args.references)
     bank = MemoryBank.create(args.out, model, references, args.dtype)
     total = len(bank) * bank.record_bytes
-    card = torch.cuda.get_device_name() if device.type == "cuda" else device
     dtype, longest = model.embed.weight.dtype, model.config.ref_len + len(model.config.header)
-    path, why = attention_path(model.device, dtype, longest)
-    print(
-        f"device: {card}, {dtype}; attention: {path} ({why})\n"
-        f"bank: {args.out}, {len(bank):,} memories of {bank.record_bytes:,} bytes ({args.dtype} "
-        f"{bank.shape}), {total:,} bytes in all"
-    )
-    on_disk = os.stat(bank.path / "memories.bin").st_blocks * 512  # the file is sparse
-    if (free := shutil.disk_usage(bank.path).free) < total - on_disk:
-        raise OSError(f"--out {args.out}: {total - on_disk:,} bytes to write, {free:,} are free")
+    path, why = attention_path(model.device, dtype, longest, model.config.head_dim)
+    print(f"device: {model.device}, {dtype}; attention: {path} ({why})")
+    print(f"bank: {args.out}, {len(bank):,} memories of {bank.record_bytes:,} bytes ({args.dtype} "
+          f"{bank.shape}), {total:,} bytes in all")  # fmt: skip
+    left = total - (bank.path / "memories.bin").stat().st_blocks * 512  # the file is sparse
+    free = shutil.disk_usage(bank.path).free
+    need(free >= left, f"--out {args.out}: {left:,} bytes to write, {free:,} are free", OSError)
     fill(bank, args.batch)
     if args.quantize:
-        if spec := outdated(args.quantize, bank):
-            args.codec = args.codec or spec
-            print(f"{args.quantize}: the references have changed since, so it is made anew")
-            shutil.rmtree(args.quantize)
-        if (Path(args.quantize) / "meta.json").exists():
-            codes = MemoryBank.open(args.quantize, model, references)
-            if not codes.codec:
-                raise ValueError(f"--quantize {args.quantize} holds a bank that is not quantized")
-            if args.codec not in (None, has := codes.codec.spec):
-                raise ValueError(f"{args.quantize} has codec {has}; remove it, or drop --codec")
-            fill(codes, args.batch)
-        else:
-            began = time.time()
-            codes = bank.quantize(args.quantize, spec=args.codec)
-            print(f"quantized in {time.time() - began:.1f} s, training the codec included")
-        keys, values = relative_error(bank, codes)
-        print(
-            f"codes: {args.quantize}, {codes.codec.spec}, {codes.record_bytes:,} bytes a memory, "
-            f"{bank.record_bytes / codes.record_bytes:.1f} times fewer; relative error of keys "
-            f"{keys:.3f}, of values {values:.3f}"
-        )
+        quantize(args.quantize, bank, args.codec, args.batch)
     return bank
 
-def outdated(path, bank):
-    """The codec of a quantized twin of this bank at `path`, if it is of an older text; else ""."""
-    meta = Path(path) / "meta.json"
-    old = json.loads(meta.read_text()) if meta.exists() else {}
-    same = all(old.get(key) == bank.meta[key] for key in ("format", "fingerprint", "references"))
-    older = same and old["codec"] and old["references_hash"] != bank.meta["references_hash"]
-    return old["codec"].rsplit(":", 1)[0] if older else ""
+def quantize(path, bank, spec, batch):
+    """The quantized twin of this bank at `path` (sec. 3.3): completed, made, or made anew."""
+    file = Path(path) / "meta.json"
+    old = json.loads(file.read_text()) if file.exists() else {}
+    ours = all(old.get(key) == bank.meta[key] for key in ("format", "fingerprint", "references"))
+    if ours and old["codec"] and old["references_hash"] != bank.meta["references_hash"]:
+        print(f"{path}: the references have changed since, so it is made anew")
+        spec = spec or old["codec"].rsplit(":", 1)[0]
+        shutil.rmtree(path)
+    if file.exists():
+        codes = MemoryBank.open(path, bank.model, bank.references)
+        need(codes.codec, f"--quantize {path} holds a bank that is not quantized")
+        its = codes.codec.spec
+        need(spec in (None, its), f"{path} has codec {its}; remove it, or drop --codec")
+        fill(codes, batch)
+    else:
+        began, codes = time.time(), bank.quantize(path, spec=spec)
+        print(f"quantized in {time.time() - began:.1f} s, training the codec included")
+    error = "of keys {:.3f}, of values {:.3f}".format(*relative_error(bank, codes))
+    print(f"codes: {path}, {codes.codec.spec}, {codes.record_bytes:,} bytes a memory, "
+          f"{bank.record_bytes / codes.record_bytes:.1f} times fewer; relative error {error}")
 
 def fill(bank, batch):
-    began = time.time()
-    n = bank.write(batch)
+    """Encodes the references whose memories are missing, `batch` at a time, and says how fast."""
+    began, n = time.time(), bank.write(batch)
     rate = f"{n:,} written, {n / (time.time() - began):,.0f} memories/s"
     print(f"{bank.path}: {rate if n else 'complete, nothing to write'}")
 
@@ -109,7 +96,5 @@ def command_line(argv=None):
 if __name__ == "__main__":
     try:
         main(command_line())
-    except (ValueError, OSError, ImportError, RuntimeError) as e:
-        sys.exit(f"write.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit("write.py: stopped; the same command goes on")
+    except (ValueError, OSError, ImportError, RuntimeError, KeyboardInterrupt) as e:
+        sys.exit(f"write.py: {str(e) or 'stopped; the same command goes on'}")

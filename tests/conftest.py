@@ -1,9 +1,12 @@
-"""What the tests share: the repository's root on the path, and one tiny model.
+"""What the tests share: the repository's root on the path, one tiny model, and kernels.cu compiled
+for the CPU.
 
 All sizes of the tiny model are distinct and most are odd, so that a swapped axis cannot pass.
 """
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import kernels  # noqa: E402
 import model as model_module  # noqa: E402
 
 TINY = dict(
@@ -56,3 +60,33 @@ def references():
         return rows
 
     return make
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """compiled(source) -> the library of the source, or of kernels.cu, for the CPU: cuda_on_cpu.h
+    plays the GPU, and misaligned loads and wrong indices are errors. Each is compiled once."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++ to compile the kernels for the CPU with")
+    folder, header = tmp_path_factory.mktemp("kernels"), ROOT / "tests/cuda_on_cpu.h"
+    flags = "-x c++ -O1 -fno-strict-aliasing -shared -fPIC -fsanitize=alignment,bounds"
+    flags += f" -fsanitize-undefined-trap-on-error -include {header}"
+
+    def make(source=ROOT / "kernels.cu"):
+        library = folder / f"{source.stem}.so"
+        if not library.exists():
+            subprocess.run(["g++", *flags.split(), source, "-o", library], check=True)
+        return library
+
+    return make
+
+
+@pytest.fixture
+def emulator(compiled, monkeypatch):
+    """kernels.cu behind the operators on the CPU, for one test: its library."""
+    monkeypatch.delenv("MEMORY3_KERNELS", raising=False)
+    for name in ("libraries", "reasons"):
+        monkeypatch.setattr(kernels, name, dict(getattr(kernels, name)))
+    kernels.load(compiled())
+    yield kernels.libraries["cpu"]
+    kernels.libraries["cpu"].emulator_reverse(0)

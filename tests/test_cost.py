@@ -9,9 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import cost
-from cost import TERA
+import memory
 from memory import Memories
 from model import Config, Memory3
+from views import costs
+from views.costs import TERA
 
 PAPER = Config.preset("2.4b")
 
@@ -35,6 +37,12 @@ def counted(f):
     with FlopCounterMode(display=False) as mode:
         f()
     return mode.get_total_flops()
+
+
+@pytest.fixture(autouse=True)
+def plain_products(monkeypatch):
+    """The counter counts matrix products only: no fused attention, however long the text is."""
+    monkeypatch.setattr(memory, "attention_path", lambda *_: ("math", "to be counted"))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +102,7 @@ def test_remark_7_1_and_the_steps():
 
 def test_table_matches_the_paper():
     """A row of the printed table beside the wrong figure."""
-    rows = [r for r in cost.table(PAPER) if r[2] and r[2][0] != ">"]
+    rows = [r for r in costs.table(PAPER) if r[2] and r[2][0] != ">"]
     assert len(rows) == 16
     for quantity, ours, figure, _ in rows:
         assert printed(ours, figure), quantity
@@ -228,8 +236,8 @@ def test_plot(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(ValueError, match="pip install matplotlib"):
-            cost.plot(PAPER, tmp_path / "fig.png")
+            costs.plot(PAPER, tmp_path / "fig.png")
     pytest.importorskip("matplotlib")
     for c in (PAPER, replace(TINY, memory_tokens=10**6)):  # the second has no interval
-        cost.plot(c, tmp_path / "fig.png")
+        costs.plot(c, tmp_path / "fig.png")
         assert (tmp_path / "fig.png").read_bytes()[:4] == b"\x89PNG"

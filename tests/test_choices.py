@@ -1,0 +1,184 @@
+"""eval.py --choices: what is asked, recalled and counted; the adapter to lm-evaluation-harness."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_sample import PLACES, World, text_of
+
+import corpus
+import eval as evaluation
+from experiments import choices
+from experiments.choices import Filtered, answer, load
+from memory import Memories
+from retrieval import overlap
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    tok = corpus.tokenizer(evaluation.__file__.removesuffix("eval.py") + "data/cities")
+    return World(tmp_path_factory.mktemp("choices") / "world", tok)
+
+
+def items():
+    """Questions about 9 places, the right choice at every position, given as number or as text."""
+    for i in range(9):
+        name = PLACES[i] + "holm"
+        words = "has {} people.", "has a population of {}."  # choices of two lengths
+        said = [f"{name} {words[(i + k) % 2].format(1013 * (i + 3 + k))}" for k in range(2 + i % 3)]
+        right = said.pop(0)
+        said.insert(i % (len(said) + 1), right)
+        number = said.index(right)
+        question = f"What is the population of {name}?"
+        yield dict(question=question, choices=said, answer=right if i % 2 else number), number
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row, _ in items()))
+    return path
+
+
+def test_load(file, tmp_path):
+    """An answer by its text taken for a number, a line of another form that is a traceback."""
+    rows = load(file)
+    assert rows == [(row["question"], row["choices"], number) for row, number in items()]
+    assert {number for *_, number in rows} == {0, 1, 2}
+    good = dict(question="q", choices=["a", "b"], answer=1)
+    wrong_answers = [dict(good, answer=x) for x in (2, "c", -1, None, 1.0)]
+    wrong_choices = [dict(good, choices=x) for x in ([], ["a", 3], ["a", " "], "ab", None)]
+    for bad in (*wrong_answers, *wrong_choices, dict(good, question=""), dict(answer=1), [good], 5):
+        wrong = tmp_path / "wrong.jsonl"
+        wrong.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+        with pytest.raises(ValueError, match="wrong.jsonl, line 2: a line is") as e:
+            load(wrong)
+        assert "\n" not in str(e.value), bad
+    wrong.write_text("")
+    with pytest.raises(ValueError, match="wrong.jsonl is empty"):
+        load(wrong)
+
+
+def test_filtered_recalls_no_copy_of_its_query(world):
+    """A copy that is recalled all the same, its place left empty, the order or the scores lost."""
+    retriever, bank = world.open()
+    references = bank.references
+    copied, other = references[4].tolist(), world.tok.encode("Which country is Belholm in?")
+    plain = retriever.search([copied, other], 12)
+    ids, scores = Filtered(retriever, references).search([copied, other], 5)
+    assert ids.shape == scores.shape == (2, 5) and plain[0][0, 0] == 4 and (ids >= 0).all()
+    for row, query in enumerate((copied, other)):
+        kept = [i for i in plain[0][row] if overlap(query, references[int(i)]) <= 2 / 3]
+        assert ids[row].tolist() == kept[:5]
+        score = dict(zip(plain[0][row].tolist(), plain[1][row].tolist(), strict=True))
+        assert scores[row].tolist() == [score[i] for i in kept[:5]]
+    assert 4 not in ids[0] and ids[1].tolist() == plain[0][1, :5].tolist()
+    none = Filtered(retriever, references, threshold=0.0).search([copied], 3)[0]
+    assert none.tolist() == [[-1, -1, -1]]  # each shares a token with it
+
+
+def test_answer_is_the_likeliest_choice_a_character(world, file, monkeypatch):
+    """A long choice at a disadvantage, memories recalled by the shots or the choices, examples
+    without their answers, a condition with another's memories."""
+    rows, shots = load(file), load(file)[7:]
+    retriever, bank = world.open()
+    asked, calls, unfair = [], [], []
+
+    def search(queries, k):
+        asked.append(queries)
+        return retriever.search(queries, k)
+
+    def spy(model, pairs, memories=None, recall=None):
+        calls.append((pairs, memories, recall))
+        return real(model, pairs, memories, recall)
+
+    real = choices.likelihood
+    monkeypatch.setattr(choices, "likelihood", spy)
+    finder = type("Finder", (), dict(search=staticmethod(search)))
+    right = answer(world.model, world.tok, rows, shots, finder, bank)
+    assert asked == [[world.tok.encode(question)] for question, _, _ in rows]
+    assert list(right) == ["plain", "none", "recalled"] and len(calls) == 3 * len(rows)
+    text = "".join(f" {q} {said[number]}\n" for q, said, number in shots)
+    for i, (question, said, number) in enumerate(rows):
+        for (pairs, memories, recall), condition in zip(calls[3 * i :], right, strict=False):
+            assert [world.tok.decode(after) for _, after in pairs] == [f" {x}" for x in said]
+            assert {world.tok.decode(before) for before, _ in pairs} == {f"{text} {question}"}
+            scores = []
+            for before, after in pairs:  # each choice alone, in one full forward
+                tokens = torch.tensor([before + after])
+                table = None
+                if condition == "recalled":
+                    found = retriever.search([question], 3)[0]
+                    assert memories.count.shape == (3,) and recall.shape == (len(said), 3)
+                    table = torch.arange(3).expand(1, -(-tokens.shape[1] // 16), -1)
+                    pool = bank.recall(found[0])
+                elif condition == "none":
+                    pool = Memories.empty(world.model.config)
+                logits = world.model(
+                    tokens, memories=None if condition == "plain" else pool, recall=table
+                )[0]
+                logp = logits[0, len(before) - 1 : -1].log_softmax(-1)
+                scores.append(float(logp[range(len(after)), after].sum().detach()))
+            best = max(range(len(said)), key=lambda k: scores[k] / len(f" {said[k]}"))
+            unfair.append(best != max(range(len(said)), key=lambda k: scores[k]))
+            assert right[condition][i] == (best == number)
+    assert any(unfair) and {True, False} == {x for each in right.values() for x in each}
+
+
+def test_main(world, file, tmp_path, capsys):
+    """An accuracy of other items, an error that is no standard error, a flag that is dropped."""
+    flags = ["--checkpoint", world.checkpoint, "--data", world.data, "--bank", world.bank]
+    flags = [*map(str, flags), "--device", "cpu", "--choices", str(file)]
+    out = tmp_path / "choices.json"
+    result = evaluation.main([*flags, "--json", str(out)])
+    assert json.loads(out.read_text()) == result and result["items"] == 9
+    for condition in ("plain", "none", "recalled"):
+        p = result[condition]["accuracy"]
+        assert p * 9 == pytest.approx(round(p * 9))
+        assert result[condition]["standard_error"] == pytest.approx(math.sqrt(p * (1 - p) / 8))
+    assert "| recalled by the question: top 3, overlap at most 2/3 | 9 |" in capsys.readouterr().out
+    more = evaluation.main([*flags, "--shots", "1", "--shots_from", str(file), "--n_recall", "1"])
+    assert more["shots"] == 1 and "top 1" in capsys.readouterr().out
+    many = tmp_path / "many.jsonl"
+    many.write_text(file.read_text() * 3)
+    for wrong, line in [
+        (["--shots", "2"], "--shots needs --shots_from"),
+        (["--shots", "10", "--shots_from", str(file)], "has 9 examples, --shots wants 10"),
+        (["--shots", "20", "--shots_from", str(many)], "and 20 --shots are .* max_context = 190"),
+    ]:
+        with pytest.raises(ValueError, match=line):
+            evaluation.main([*flags, *wrong])
+
+
+def test_lm_evaluation_harness(world, file, tmp_path):
+    """An adapter that the harness cannot call: a task of local files, with the accuracy of ours."""
+    pytest.importorskip("lm_eval")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from experiments.lm_eval_adapter import Memory3LM
+
+    rows = "".join(json.dumps(dict(row, answer=number)) + "\n" for row, number in items())
+    (tmp_path / "local.jsonl").write_text(rows)
+    (tmp_path / "places.yaml").write_text(
+        f"task: places\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {tmp_path}/local.jsonl\n  cache_dir: {tmp_path}/cache\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list:\n  - metric: acc_norm\n"
+    )
+    flags = dict(checkpoint=str(world.checkpoint), data=str(world.data), device="cpu")
+    retriever, bank = world.open()
+    finder = Filtered(retriever, bank.references)
+    ours = answer(world.model, world.tok, load(file), [], finder, bank)
+    for more, condition in (({}, "none"), (dict(bank=str(world.bank)), "recalled")):
+        model = Memory3LM(**flags, **more)
+        tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+        result = simple_evaluate(model, tasks=["places"], task_manager=tasks, bootstrap_iters=0)
+        theirs = result["results"]["places"]["acc_norm,none"]
+        assert theirs == pytest.approx(sum(ours[condition]) / 9)
+        request = [type("Request", (), dict(args=(text_of(5) * 19,)))]  # beyond max_context
+        tokens = world.tok.encode(text_of(5) * 19)
+        assert len(tokens) > 190 and 0 > model.loglikelihood_rolling(request)[0] > -12 * len(tokens)
+        how = dict(until=[PLACES[0]], max_gen_toks=7)
+        request = [type("Request", (), dict(args=("How many people live in Belholm?", how)))]
+        assert isinstance(model.generate_until(request)[0], str)
