@@ -29,6 +29,7 @@ from retrieval import Retriever
 from sample import Given, Random, generate, open_model
 from views.explain import explain
 
+ANSWER = 32  # tokens, at most
 CONDITIONS = dict(
     plain="no memory, no header (the plain decoder)",
     none="no memory (header, empty pool)",
@@ -68,7 +69,10 @@ class Asker:
         if condition == "rag":
             query = [self.tok.bos, *prompt][-self.model.config.chunk_len :]  # the same references
             ids = self.retriever.search([query], self.R)[0][0]
-            prompt = [int(t) for i in ids if i >= 0 for t in self.references[int(i)]] + prompt
+            texts = [[int(t) for t in self.references[int(i)]] for i in ids if i >= 0]
+            while len(prompt) + sum(map(len, texts)) > self.model.config.max_context - ANSWER:
+                texts.pop()  # where not all fit: without the worst
+            prompt = sum(texts, []) + prompt
         return [self.tok.bos, *prompt]
 
     def sources(self, rows, condition):
@@ -253,7 +257,7 @@ def ask_questions(a):
     for row in rows[: a.examples]:
         prompt = torch.tensor([[tokenizer.bos, *tokenizer.encode(row["question"])]])
         stop = tokenizer.encoding.encode_ordinary(".")[0]
-        out, trace = generate(model, prompt, 32, retriever, bank, stop=stop)
+        out, trace = generate(model, prompt, ANSWER, retriever, bank, stop=stop)
         answer = tokenizer.decode(out[0, prompt.shape[1] :]).strip()  # written freely, not forced
         print(f"\n{row['question']}\n -> {answer}\n    (truth: {row['answer']})")
         print("\n".join(explain(model, tokenizer, references, out, trace, bank)))

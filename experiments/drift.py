@@ -8,7 +8,7 @@ The references of validation text are written by each checkpoint, and all are re
 What has changed is looked at in two ways: the keys and values of the tokens that the last
 checkpoint keeps, as the older one would have written them (cosine), and which tokens they keep.
 What it costs is the loss of the last checkpoint on the text, with stale and with fresh memories.
-The plot (pip install matplotlib) goes to pictures/drift.png.
+The plot (pip install matplotlib) goes to out/drift.png.
 """
 
 from pathlib import Path
@@ -88,7 +88,7 @@ def plot(rows, without, path):
     pyplot.close(figure)
     print(f"\nplotted in {path}")
 
-def main(a, picture="pictures/drift.png"):
+def main(a, picture="out/drift.png"):
     """a: eval.py's arguments. Prints a table, plots it, returns what goes into the JSON file."""
     opened = [load_checkpoint(path) for path in a.drift]
     if len(opened) < 2:

@@ -155,6 +155,19 @@ def test_the_given_reference_is_given(numbers):
     assert all(a["found"] for a in asked)
 
 
+def test_rag_leaves_out_the_worst_where_not_all_fit(numbers, monkeypatch):
+    """A large --n_recall that ends the whole evaluation at its last condition; the best left out
+    instead of the worst; no room for the answer."""
+    asker, rows = numbers
+    whole = asker.prompt(rows[0], "rag")
+    question = asker.prompt(rows[0], "none")[1:]
+    ids = asker.retriever.search([[96, *question][-7:]], asker.R)[0][0]
+    texts = [asker.references[int(i)] for i in ids]
+    assert whole[1:] == sum(texts, []) + question and len(texts) > 2
+    monkeypatch.setattr(asker.model.config, "max_context", evaluation.ANSWER + len(whole) - 2)
+    assert asker.prompt(rows[0], "rag")[1:] == sum(texts[:-1], []) + question
+
+
 def test_rag_puts_the_same_references_into_the_context(asker, world):
     """Text of other references than those recalled, or after the question."""
     row = list(questions())[9]
