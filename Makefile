@@ -41,4 +41,5 @@ toy: .venv/ready
 	test -f $(DATA)/explicit.neighbors.bin || $(PY) retrieval.py neighbors --data $(DATA) \
 		--references train_refs --split explicit --chunk_len 32 --context 256
 	$(PY) train.py --preset toy --stage implicit --out out/implicit --steps 2500 --lr 3e-3 --compile
-	$(PY) train.py --init out/implicit --stage explicit --out out/toy --steps 2500 --decay 0.4 --compile
+	$(PY) train.py --init out/implicit --stage explicit --out out/toy --steps 2500 --decay 0.4 \
+		--compile

@@ -224,6 +224,7 @@ def main(argv=None):
     file = Path(b.out) / f"{file_name(name_of(b.device))}.json"
     parts = json.loads(file.read_text()) if b.out and file.exists() else {}
     for part in PARTS if b.part == "all" else [b.part]:
+        gc.collect()  # what a part leaves, models of billions of weights
         toy = not cuda and part in ("throughput", "train")  # a whole model
         preset = b.preset or ("toy" if toy else "2.4b")
         b.config = Config.preset(preset)
@@ -239,7 +240,6 @@ def main(argv=None):
         for name, x in made["figures"].items():
             print(f"  {name:42} {x:12.5g}" if isinstance(x, float) else f"  {name:42} {x!s:>12}")
         parts[part] = made
-        gc.collect()  # models of billions of weights, before the next
         if b.out:
             corpus.write_json(file, parts)  # after each part: a kill loses one
     print("", *table.lines(parts), json.dumps(parts), sep="\n")

@@ -305,7 +305,8 @@ class MemoryBank:
     A record is on disk before its checksum is, so a writer may die at any moment: what it left half
     done counts as missing. With a model, `write` makes all missing records (warm start), `recall`
     those that it needs (cold start); without one the bank is read-only. Only the model that wrote
-    memories can read them (Remark A.1): meta.json has its fingerprint. One process writes at once.
+    memories can read them (Remark A.1): meta.json has its fingerprint. One process writes at once,
+    and one thread recalls.
 
         bank = MemoryBank.create("out/kb.bank", model, corpus.References.open("data/cities/kb"))
         bank.write()
@@ -381,7 +382,8 @@ class MemoryBank:
             known = meta["format"] == FORMAT
         except (ValueError, KeyError, TypeError):
             known = False
-        need(known, f"{file} is not of a memory bank of version {FORMAT[1]}: give another path")
+        line = f"{file} is not of a memory bank of version {FORMAT[1]}: give another path"
+        need(known, f"{line}, or remove an older bank")
         references = references or corpus.References.open(meta["references"])
         now, then, writer = references.hash, meta["references_hash"], meta["fingerprint"]
         line = f"{references.path} is not the text that {path} was written from"

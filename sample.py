@@ -154,7 +154,8 @@ class Steps:
     def capture(self, model):
         """As PyTorch's notes on CUDA graphs want it: run on a side stream first, then record."""
         before, rng = (self.at.clone(), self.cache.length.clone()), self.generator.get_state()
-        side, now = torch.cuda.Stream(), torch.cuda.current_stream()
+        device = self.at.device  # which need not be the current one
+        side, now = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         side.wait_stream(now)
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -165,7 +166,7 @@ class Steps:
         self.generator.set_state(rng)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             self.step(model)  # recorded, not run
         return graph
 
@@ -176,7 +177,8 @@ def steps_for(model, B, n, *how):
     if not weights.is_cuda:
         return Steps(model, B, n, *how)
     n = min(model.config.max_context, 1 << (n - 1).bit_length())
-    key = B, n, how, weights.dtype, weights.data_ptr()  # a graph is tied to the weights' place
+    places = tuple(p.data_ptr() for p in model.parameters())  # where a graph reads weights
+    key = B, n, how, model.config.n_recall, weights.dtype, places
     kept[key] = kept.pop(key, None) or Steps(model, B, n, *how)
     for old in list(kept)[:-4]:
         del kept[old]
@@ -184,7 +186,7 @@ def steps_for(model, B, n, *how):
 
 def clock(device):
     if device.type == "cuda":  # which works on its own
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 @torch.inference_mode()
@@ -203,6 +205,8 @@ def generate(
     line = f"{T} prompt tokens and {n_new} new ones; the context is at most {c.max_context}"
     need(T + n_new <= c.max_context, f"{line}: shorten the prompt, or ask for fewer tokens")
     need(n_new > 0, f"{n_new} new tokens were asked for; it takes at least 1")
+    short = forced is not None and forced.shape != (B, n_new)
+    need(not short, f"forced is to be ({B}, {n_new}) tokens: B, n_new")
     need((retriever is None) == (bank is None), "memories need both a retriever and a bank")
     need(bank is None or not plain, "the plain format has no header and reads no memories")
     C, R, trace, device = c.chunk_len, c.n_recall, Trace(), model.device
@@ -284,9 +288,10 @@ def remember(text, tokenizer, config, retriever, bank):
 
 def open_model(checkpoint, data, device, dtype="auto"):
     """-> model and tokenizer, checked against each other; prints what runs and why.
-    dtype: of the weights; auto: bfloat16 on CUDA, where decoding waits for them to be read."""
+    dtype: of the weights; auto: bfloat16 on a GPU that has it: decoding waits for their bytes."""
     (model, meta), device = load_checkpoint(checkpoint), find_device(device)
-    if dtype == "bfloat16" or dtype == "auto" and device.type == "cuda":
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" or dtype == "auto" and fast:
         model.rounded(torch.bfloat16)
     model.to(device).eval()
     c, tokenizer = model.config, corpus.tokenizer(corpus.manifest(data)["tokenizer"])

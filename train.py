@@ -223,9 +223,9 @@ def main(cfg, config=None):
     cfg.init. Resumes where cfg.out holds a last.pt of the same run."""
     torch.manual_seed(cfg.seed)
     device = find_device(cfg.device)
-    # bfloat16 where the hardware multiplies it (on a CPU: AMX); elsewhere float32 is faster
+    # bfloat16 where hardware multiplies it (False: not emulated; CPU: AMX); else float32 is faster
     cuda, reason = device.type == "cuda", "asked for" if cfg.dtype != "auto" else "the fastest here"
-    bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_amx_tile_supported()
+    bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_amx_tile_supported()
     auto = "bfloat16" if bf16 else "float32"
     dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
     cast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -248,7 +248,7 @@ def main(cfg, config=None):
 
     tokens = cfg.batch * cfg.context  # of a step
     flops = cfg.batch * cost.step_flops(config, explicit, cfg.context)
-    card = torch.cuda.get_device_name() if cuda else ""
+    card = torch.cuda.get_device_name(device) if cuda else ""
     peak = next((v for k, v in PEAK.items() if k in card), None)
     n, keys = cfg.context + explicit * len(config.header), config.n_recall * config.memory_tokens
     group = config.n_head // config.n_kv_head

@@ -201,15 +201,15 @@ def pieces(b, model, bank, B):
     c, T, R, rng = b.config, 2 * b.config.chunk_len, b.config.n_recall, np.random.default_rng(0)
     words = Path(__file__).read_text().split()
     texts = [" ".join(rng.choice(words, c.chunk_len)) for _ in range(B)]
-    pool = MemoryBank.open(bank.path, model, bank.references).recall(np.arange(B * R))
-    recall = torch.arange(B * R, device=b.device).view(B, 1, R).repeat(1, 2, 1)
+    pool = MemoryBank.open(bank.path, model, bank.references).recall(np.arange(2 * B * R))
+    recall = torch.arange(2 * B * R, device=b.device).view(B, 2, R)  # each chunk has its own
     codec = random_codec(c).to(b.device)
     codes = random_codes(c, codec, B * R)
     runs = dict(embed=partial(retrieval.embedder("hash").encode, texts))
     with suppress(ImportError):  # without FAISS it is not measured
         runs["search"] = partial(flat(512, B)[0].search, texts, R)
     if b.device.type == "cuda":
-        runs["copy bf16"] = partial(pool.kv.cpu().pin_memory().to, b.device)
+        runs["copy bf16"] = partial(pool.kv[: B * R].cpu().pin_memory().to, b.device)
         runs["copy codes"] = partial(codes.pin_memory().to, b.device)
     runs["decode codes"] = decoding(b, B, codec)
     tokens = torch.randint(c.vocab_size, (B, T), device=b.device)

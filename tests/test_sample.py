@@ -230,6 +230,22 @@ def test_the_step_of_a_cuda_graph(build, bank, monkeypatch, T):
     assert before == [x.data_ptr() for x in (steps.tokens, steps.at, steps.logprobs, steps.greedy)]
 
 
+def test_a_graph_is_replayed_only_on_the_weights_it_was_captured_on(build, monkeypatch):
+    """Steps of an earlier call, replayed where one layer's weights lie elsewhere by now (.cpu() and
+    .cuda() again), where something else is asked for, or never: captured anew for each answer."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # as steps_for sees it
+    model = build()
+    how = False, False, 0.0, 0, 1.0
+    first = sample.steps_for(model, 2, 20, *how)
+    assert sample.steps_for(model, 2, 31, *how) is first and first.tokens.shape == (2, 32)
+    others = [(3, 20, *how), (2, 33, *how), (2, 20, False, True, *how[2:])]
+    assert first not in [sample.steps_for(model, *key) for key in others]
+    assert sample.steps_for(model, 2, 20, *how) is first
+    last = model.blocks[-1].mlp.down.weight
+    last.data = last.data.clone()
+    assert sample.steps_for(model, 2, 20, *how) is not first and len(model.steps) == 4
+
+
 def test_a_quantized_bank_recalls_its_codes(build, bank):
     """Codes read as if they were numbers; a step's recall that differs from the prompt's."""
     model = build(dtype=torch.float32)
@@ -402,6 +418,7 @@ def test_refusals(build, bank):
         (lambda: generate(model, tokens, 3, None, bank), "both a retriever and a bank"),
         (lambda: generate(model, tokens, 3, Log(19), bank, plain=True), "plain"),
         (lambda: generate(model, tokens, 0), "0 new"),
+        (lambda: generate(model, tokens, 3, forced=tokens[:, :2]), "forced is to be .1, 3. tokens"),
     ]:
         with pytest.raises(ValueError, match=line) as e:
             call()
