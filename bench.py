@@ -1,6 +1,6 @@
 """How fast it is beside how fast it could be, on the machine at hand (sec. 7.5, Remark 7.1).
 
-    python bench.py all            everything, in under 10 minutes on a GPU
+    python bench.py all            everything; meant to fit into 10 minutes on a GPU
     python bench.py attention      chunk attention beside concatenating, looping, and no memory
     python bench.py throughput     the workload of Table 7.6, and where its time goes
     python bench.py train          a training step of both stages

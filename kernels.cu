@@ -5,7 +5,7 @@
 // Plain C functions of raw pointers, sizes and a stream; kernels.py calls them through ctypes.
 // Each has a PyTorch equivalent in memory.py or quantize.py. Data is bfloat16, sums are float32.
 //
-// None of this has ever run on a GPU. Every line of it runs on a CPU in the tests, where
+// None of this has ever run on a GPU. All but the PTX runs on a CPU in the tests, where
 // tests/cuda_on_cpu.h plays the GPU: that shows the arithmetic, the indexing, the barriers. It
 // shows nothing of speed, so the floor times below are formulas.
 

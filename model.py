@@ -25,9 +25,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import memory
 from corpus import need
-from memory import Memories, causal_attention, choose_tokens, chunk_attention
+from memory import (
+    Memories,
+    causal_attention,
+    choose_tokens,
+    chunk_attention,
+    decode_attention,
+    fill_slots,
+)
 
 # -- Shapes -----------------------------------------------------------------------------------
 
@@ -269,7 +275,7 @@ class Memory3(nn.Module):
         x, (cos, sin) = self.embed(tokens).unsqueeze(1), cache.grow()  # (B, 1, d); (1, dh) twice
         for l, block in enumerate(self.blocks):
             q, k, v = block.attn.project(block.norm1(x), cos, sin)
-            y = memory.decode_attention(q[:, :, 0], *cache.append(l, k, v), cache.P)  # (B, H, dh)
+            y = decode_attention(q[:, :, 0], *cache.append(l, k, v), cache.P)  # (B, H, dh)
             x = block.finish(x, y.unsqueeze(2))
         return self.head(self.norm(x[:, 0]))
 
@@ -355,7 +361,7 @@ class Cache:
         return cos_sin
 
     def append(self, l, k, v):
-        """Adds the new token's k v (B, Hkv, 1, dh) -> what memory.decode_attention attends."""
+        """Adds the new token's k v (B, Hkv, 1, dh) -> what decode_attention attends."""
         other = l >= self.config.n_memory_layer
         for mine, x in zip(self.kv[l], (k, v), strict=True):
             mine.index_copy_(2, self.at[other], x)
@@ -372,7 +378,7 @@ class Cache:
         count = torch.where(table >= 0, memories.count[table.clamp(min=0)], 0)  # (B, R)
         filled = torch.arange(self.config.memory_tokens, device=table.device) < count.unsqueeze(-1)
         self.valid[:, : filled[0].numel()] = filled.flatten(1)  # (B, R*S)
-        memory.fill_slots(self.memory_kv, memories, table, self.P, codec)
+        fill_slots(self.memory_kv, memories, table, self.P, codec)
 
 # -- Checkpoints ------------------------------------------------------------------------------
 

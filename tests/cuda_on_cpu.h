@@ -1,4 +1,4 @@
-// Runs the kernels of kernels.cu on a CPU, every line of them, one thread at a time.
+// Runs the kernels of kernels.cu on a CPU, all but their PTX, one thread at a time.
 //
 //     g++ -x c++ -O1 -fno-strict-aliasing -shared -fPIC -include tests/cuda_on_cpu.h
 //         kernels.cu -o kernels_on_cpu.so
