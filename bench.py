@@ -21,7 +21,6 @@ import gc
 import json
 import math
 import os
-import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import replace
@@ -32,17 +31,18 @@ from types import SimpleNamespace
 
 import torch
 
-import corpus
 import cost
+from bank import MemoryBank
 from benchmarks import baselines, table
 from benchmarks.machine import describe, file_name, name_of, roofline, times
 from benchmarks.training import training_step
-from memory import MemoryBank
-from model import PRESETS, Config, Memory3, find_device
-from sample import generate
+from common import UserError, find_device, run, write_json
+from generate import generate
+from model import PRESETS, Config, Memory3
 from train import TrainConfig
 
 # -- Attention ---------------------------------------------------------------------------------
+
 
 def attention(b):
     """Eq. (3.1) in one layer, T = max_context. Errors: the worst of the output and five gradients
@@ -64,7 +64,9 @@ def attention(b):
     out |= {f"forward + backward: {k}, ms": x * 1e3 for k, x in t.items()}
     return out | {f"merged / {k}": t["merged"] / t[k] for k in t if k != "merged"}
 
+
 # -- Throughput: Table 7.6 ---------------------------------------------------------------------
+
 
 def throughput(b):
     """2C tokens in, 2C out (128 + 128): three retrievals of R memories for each sequence."""
@@ -79,6 +81,7 @@ def throughput(b):
             out |= {f"batch {B}: {k}": x for k, x in workload(b, model, banks, B).items()}
             out |= {f"batch {B}: {k}": x for k, x in apart(b, model, banks["bf16"], B).items()}
     return out
+
 
 def workload(b, model, banks, B):
     """Whole runs and decoding steps."""
@@ -111,6 +114,7 @@ def workload(b, model, banks, B):
             out[f"{name}: {key}, ms"] = 1e3 * median(s[key] for s in traces[name][1:])
     return out
 
+
 def apart(b, model, bank, B):
     """What is not in a run, or not told by its clock: of one retrieval, and of the prompt."""
     with torch.inference_mode():
@@ -118,7 +122,9 @@ def apart(b, model, bank, B):
     out = {f"apart: {k}, ms": s * 1e3 for k, s in t.items()}
     return out | {"prefill, with / without": t["prefill, memory"] / t["prefill, plain"]}
 
+
 # -- Training ----------------------------------------------------------------------------------
+
 
 def train(b):
     """A step of 16 windows of max_context tokens; where not even one fits, with half the layers."""
@@ -127,6 +133,7 @@ def train(b):
         c = replace(c, n_layer=c.n_layer // 2, n_memory_layer=c.n_memory_layer // 2)
         out = {half + name: x for name, x in training(b, c).items()}
     return out or {half + "fits": False}
+
 
 def training(b, c):
     """{} where a window of either stage does not fit into the device's memory."""
@@ -145,7 +152,9 @@ def training(b, c):
         out[f"{stage}: MFU"] = flops / s / b.F
     return out | {"explicit / implicit": t["explicit"] / t["implicit"]}
 
+
 # -- Loading, codec, search --------------------------------------------------------------------
+
 
 def load(b):
     """160 memories a time, from the drive and from the page cache."""
@@ -161,6 +170,7 @@ def load(b):
         out |= {f"{state}: bank / {x}": t[x] / t["bank"] for x in ("preadv", "memmap")}
     return out
 
+
 def codec(b):
     """The codec beside FAISS on one thread: decoding 160 memories, encoding 4,096 vectors."""
     c, codec, faiss = b.config, baselines.random_codec(b.config), None
@@ -168,6 +178,7 @@ def codec(b):
     codes = baselines.random_codes(c, codec, 32 * c.n_recall).view(-1, codec.bytes)  # (N, 14)
     with suppress(ImportError):  # without FAISS: only how fast it decodes
         import faiss
+
         faiss.omp_set_num_threads(1)
         codec, index = baselines.trained(codec, c.head_dim)
     runs = {"decode into the cache": baselines.decoding(b, 32, codec.to(b.device))}
@@ -188,6 +199,7 @@ def codec(b):
         faiss.omp_set_num_threads(torch.get_num_threads())
     return out
 
+
 def search(b):
     """32 queries of 1,024 numbers: Retriever.search beside a product and topk, on the CPU."""
     retriever, x, q = baselines.flat(1024, 32)
@@ -197,9 +209,11 @@ def search(b):
     ratio = {"FAISS / torch": t["FAISS"] / t["torch"]}
     return ratio | {f"{k}, ms": s * 1e3 for k, s in t.items()}
 
+
 # -- Command line ------------------------------------------------------------------------------
 
 PARTS = {f.__name__: f for f in (attention, throughput, train, load, codec, search)}
+
 
 def main(argv=None):
     """Measures, prints and keeps the parts asked for; {part: what was measured on this device}."""
@@ -232,7 +246,7 @@ def main(argv=None):
         print(f"\n{part}:", "; ".join(f"{k} {v}" for k, v in made.items()))
         try:
             made["figures"] = PARTS[part](b)
-        except (ValueError, OSError, ImportError, RuntimeError) as e:
+        except (UserError, OSError, ImportError, RuntimeError) as e:
             if b.part != "all":
                 raise
             print(f"{part} is not measured: {e}")  # the others still are
@@ -241,12 +255,10 @@ def main(argv=None):
             print(f"  {name:42} {x:12.5g}" if isinstance(x, float) else f"  {name:42} {x!s:>12}")
         parts[part] = made
         if b.out:
-            corpus.write_json(file, parts)  # after each part: a kill loses one
+            write_json(file, parts)  # after each part: a kill loses one
     print("", *table.lines(parts), json.dumps(parts), sep="\n")
     return parts
 
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError, RuntimeError) as e:
-        sys.exit(f"bench.py: {e}")
+    run(main)

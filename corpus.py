@@ -10,7 +10,6 @@ Nothing here knows what the texts are about.
 
 import base64
 import hashlib
-import importlib
 import json
 import os
 from pathlib import Path
@@ -18,17 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-def need(condition, line, error=ValueError):
-    """Every refusal of this project: one line that names the file or flag and the cure."""
-    if not condition:
-        raise error(line)
+from common import UserError, check, optional, replace_file
 
-def optional(package):
-    """A package that only some commands need, imported where one does."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ImportError(f"needed: pip install {package.replace('faiss', 'faiss-cpu')}") from None
 
 class Tokenizer:
     """A tiktoken encoding with the few things a decoder needs around it.
@@ -53,6 +43,7 @@ class Tokenizer:
         ids = [int(t) for t in ids if 0 <= int(t) < self.n_vocab and int(t) != self.bos]
         return self.encoding.decode(ids, errors="replace")
 
+
 def tokenizer(name):
     """The tokenizer of a data directory (its tokenizer.json), or one of tiktoken's by name.
     >>> t = tokenizer("data/cities")
@@ -63,8 +54,12 @@ def tokenizer(name):
     if path.exists():
         d = json.loads(path.read_text())
         ranks = {base64.b64decode(t): i for i, t in enumerate(d["ranks"])}
-        encoding = tiktoken.Encoding(d["name"], pat_str=d["pattern"], mergeable_ranks=ranks,
-                                     special_tokens={"<s>": len(ranks)})  # fmt: skip
+        encoding = tiktoken.Encoding(
+            d["name"],
+            pat_str=d["pattern"],
+            mergeable_ranks=ranks,
+            special_tokens={"<s>": len(ranks)},
+        )
         return Tokenizer(encoding, len(ranks), d["name"], d["prefix_space"])
     if path.parent.is_dir() or os.sep in str(name):
         used = manifest(name)["tokenizer"] if path.with_name("meta.json").exists() else name
@@ -73,18 +68,20 @@ def tokenizer(name):
         encoding = tiktoken.get_encoding(name)
     except ValueError:
         known = f"a data directory, or one of {', '.join(tiktoken.list_encoding_names())}"
-        raise ValueError(f"unknown tokenizer {name!r}: {known}") from None
+        raise UserError(f"unknown tokenizer {name!r}: {known}") from None
     except Exception as e:  # tiktoken fetches its files at first use
         what = f"tokenizer {name!r} could not be fetched ({type(e).__name__})"
-        raise RuntimeError(f"{what}: it needs the network once, or TIKTOKEN_CACHE_DIR") from e
+        raise UserError(f"{what}: it needs the network once, or TIKTOKEN_CACHE_DIR") from e
     return Tokenizer(encoding, encoding.eot_token, name)
 
+
 def _present(path):
-    """A file of a prepared data set: its path, or FileNotFoundError with the command to run."""
+    """A file of a prepared data set: its path, or UserError with the command to run."""
     if not path.exists():
         flag = " --train" if path.stem in ("train", "explicit", "train_refs") else ""
-        raise FileNotFoundError(f"{path} is missing: run python {path.parent}/prepare.py{flag}")
+        raise UserError(f"{path} is missing: run python {path.parent}/prepare.py{flag}")
     return path
+
 
 def manifest(data_dir):
     """The meta.json of a prepared data set, as a dict."""
@@ -92,30 +89,23 @@ def manifest(data_dir):
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError:
-        raise ValueError(f"{path} is damaged: run python {path.parent}/prepare.py") from None
+        raise UserError(f"{path} is damaged: run python {path.parent}/prepare.py") from None
+
 
 def dtype_for(n_vocab):
     return np.uint16 if n_vocab <= 65536 else np.uint32
 
+
 def open_tokens(data_dir, split):
     """The tokens of a split, as a read-only memmap."""
     path = _present(Path(data_dir) / f"{split}.bin")
-    need(path.stat().st_size, f"{path} is empty: there is no token in it")
+    check(path.stat().st_size, f"{path} is empty: there is no token in it")
     return np.memmap(path, dtype_for(manifest(data_dir)["n_vocab"]), mode="r")
 
-def replace_file(path, write, tmp=None):
-    """Writes a file beside its place with write(file), then renames it: never a half file."""
-    with open(tmp or f"{path}.tmp", "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f.name, path)
-
-def write_json(path, obj):
-    replace_file(path, lambda f: f.write((json.dumps(obj, indent=1) + "\n").encode()))
 
 def write_tokens(path, tokens, n_vocab):
     replace_file(path, lambda f: f.write(np.asarray(tokens, dtype_for(n_vocab)).tobytes()))
+
 
 class References:
     """The knowledge base as text: N token sequences of at most ref_len tokens (sec. 4.4).
@@ -127,11 +117,11 @@ class References:
     @staticmethod
     def create(path, sequences, n_vocab):
         """Writes <path>.bin and <path>.idx. Refuses an empty list and empty references."""
-        need(len(sequences), f"{path}: no references to write")
+        check(len(sequences), f"{path}: no references to write")
         lengths = np.array([len(s) for s in sequences])
-        need(lengths.all(), f"{path}: reference {lengths.argmin()} is empty")
+        check(lengths.all(), f"{path}: reference {lengths.argmin()} is empty")
         tokens = np.concatenate([np.asarray(s, np.int64) for s in sequences])
-        need(0 <= tokens.min() <= tokens.max() < n_vocab, f"{path}: token ids are below {n_vocab}")
+        check(0 <= tokens.min() <= tokens.max() < n_vocab, f"{path}: token ids are below {n_vocab}")
         offsets = np.append(0, lengths.cumsum()).astype("<i8")
         write_tokens(f"{path}.bin", tokens, n_vocab)
         replace_file(f"{path}.idx", lambda f: f.write(offsets.tobytes()))
@@ -142,18 +132,19 @@ class References:
         """path: "<data dir>/<name>". n_vocab is read from the data set's manifest."""
         text, index = (_present(Path(f"{path}{ext}")) for ext in (".bin", ".idx"))
         n_vocab = n_vocab or manifest(text.parent)["n_vocab"]
-        need(text.stat().st_size, f"{text} is empty: there is no reference in it")
+        check(text.stat().st_size, f"{text} is empty: there is no reference in it")
         tokens, offsets = np.fromfile(text, dtype_for(n_vocab)), np.fromfile(index, "<i8")
         whole = index.stat().st_size % 8 == 0 and len(offsets) > 1 and offsets[0] == 0
         whole = whole and offsets[-1] <= len(tokens) and (np.diff(offsets) > 0).all()
-        need(whole, f"{index} does not fit {text}: one of them is cut off")
+        check(whole, f"{index} does not fit {text}: one of them is cut off")
         return References(Path(path), tokens[: offsets[-1]], offsets, n_vocab)
 
     def __len__(self):
         return len(self.offsets) - 1
 
     def __getitem__(self, i):
-        need(0 <= i < len(self), f"reference {i}; {self.path} has {len(self)}", IndexError)
+        if not 0 <= i < len(self):
+            raise IndexError(f"reference {i}; {self.path} has {len(self)}")
         return self.tokens[self.offsets[i] : self.offsets[i + 1]].astype(np.int64)
 
     def batch(self, ids, width=None):
@@ -172,7 +163,8 @@ class References:
 
     def replace(self, i, sequence):
         """Sets reference i (or, with i = N, appends). The files are written beside and renamed."""
-        need(0 <= i <= len(self), f"reference {i}; {self.path} has {len(self)}", IndexError)
+        if not 0 <= i <= len(self):
+            raise IndexError(f"reference {i}; {self.path} has {len(self)}")
         rows = np.split(self.tokens, self.offsets[1:-1])
         rows[i : i + 1] = [sequence]
         new = References.create(self.path, rows, self.n_vocab)

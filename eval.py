@@ -13,7 +13,6 @@ own in experiments/: text.py, choices.py and drift.py, with one idea each.
 import argparse
 import json
 import math
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 import corpus
-from corpus import need
-from memory import MemoryBank
-from retrieval import Retriever
-from sample import Given, Random, generate, open_model
+from bank import MemoryBank
+from common import UserError, check, run, write_json
+from generate import generate, open_model
+from retrieval import Given, Random, Retriever
 from views.explain import explain
 
 ANSWER = 32  # tokens, at most
@@ -40,17 +39,19 @@ CONDITIONS = dict(
     rag="text in context (RAG: the same {R} references)",
 )
 
+
 def load_questions(path, n):
     """The first n questions of a questions.jsonl; the file takes the relations in turns."""
     if not Path(path).exists():
-        raise FileNotFoundError(f"{path} is missing: run python {Path(path).parent}/prepare.py")
+        raise UserError(f"{path} is missing: run python {Path(path).parent}/prepare.py")
     lines = [line for line in open(path) if line.strip()][:n]
-    need(lines, f"{path} holds no question")
+    check(lines, f"{path} holds no question")
     keys = "question", "answer", "sentences", "relation", "city", "reference"
     try:
         return [{key: row[key] for key in keys} for row in map(json.loads, lines)]
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged: {e!r}") from None
+        raise UserError(f"{path} is damaged: {e!r}") from None
+
 
 class Asker:
     """Asks questions under a condition: exactness, nats and time of each answer."""
@@ -136,6 +137,7 @@ class Asker:
             return float(np.mean([len(t.encode()) for t in texts]))
         return (self.codes if condition == "quantized" else self.bank).record_bytes
 
+
 def measure(asker, rows, conditions=CONDITIONS, timed=24):
     """-> {condition: dict(exact={"all", ...}, found, nats, separable, bytes_..., ms_per_token)}
 
@@ -161,10 +163,12 @@ def measure(asker, rows, conditions=CONDITIONS, timed=24):
         )
     return table
 
+
 def columns(*lines):
     """A table in Markdown from lists of cells, the head first: names left, numbers right."""
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([rows[0], "|---|" + "--:|" * (len(lines[0]) - 1), *rows[1:]])
+
 
 def markdown(table, names):
     """The table of conditions, as the README shows it."""
@@ -176,27 +180,9 @@ def markdown(table, names):
         lines.append([*cells, f"{row['ms_per_token']:.1f}"])
     return columns(*lines)
 
-@torch.inference_mode()
-def likelihood(model, pairs, memories=None, recall=None):
-    """How likely texts are to go on so: for each pair (before, after) of token lists the log of the
-    probability of `after`, and whether each of its tokens is the likeliest.
-
-    memories: a pool, None = the plain format. recall (B, R): the rows of it that pair b reads, in
-    all its chunks. Pairs of any lengths: one batch, padded on the right, where no token looks."""
-    rows = [torch.tensor([*before, *after[:-1]], device=model.device) for before, after in pairs]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
-    if recall is not None:
-        n_chunks = -(-tokens.shape[1] // model.config.chunk_len)
-        recall = recall[:, None].expand(-1, n_chunks, -1)  # (B, n_chunks, R)
-    logits = model(tokens, None, memories, recall)[0].float().cpu()  # (B, T, V)
-    result = []
-    for (before, after), x in zip(pairs, logits, strict=True):
-        x, after = x[len(before) - 1 :][: len(after)], torch.tensor(after)  # (n, V), (n,)
-        logp = x.log_softmax(-1).gather(-1, after[:, None]).sum()
-        result.append((float(logp), bool((x.argmax(-1) == after).all())))
-    return result
 
 # -- Command line -----------------------------------------------------------------------------
+
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -223,11 +209,13 @@ def parser():
     p.add_argument("--shots_from", metavar="FILE", help="the file whose first ones they are")
     return p
 
+
 def open_reader(a):
     """-> model, tokenizer. What a memory is depends on no R: any bank of the model still fits."""
     model, tokenizer = open_model(a.checkpoint, a.data, a.device)
     model.config.n_recall = a.n_recall or model.config.n_recall
     return model, tokenizer
+
 
 def open_memory(a, model):
     """-> the references of the knowledge base, what finds them, and the bank of their memories."""
@@ -235,14 +223,15 @@ def open_memory(a, model):
     retriever = Retriever.open(f"{a.data}/{a.references}.index", references=references)
     return references, retriever, MemoryBank.open(a.bank, model, references)
 
+
 def ask_questions(a):
     started, (model, tokenizer) = time.time(), open_reader(a)
     references, retriever, bank = open_memory(a, model)
     try:
         codes = MemoryBank.open(a.codes, model, references)
-    except (ValueError, FileNotFoundError) as e:
-        raise ValueError(f"{e}. Codes: write.py --out {a.bank} --quantize {a.codes}") from None
-    need(codes.codec, f"{a.codes} is not quantized: give --codes another directory")
+    except UserError as e:
+        raise UserError(f"{e}. Codes: write.py --out {a.bank} --quantize {a.codes}") from None
+    check(codes.codec, f"{a.codes} is not quantized: give --codes another directory")
     rows = load_questions(f"{a.data}/questions.jsonl", a.questions)
     print(f"{len(rows)} questions, {len(references):,} references")
     asker = Asker(model, tokenizer, references, retriever, bank, codes)
@@ -264,24 +253,24 @@ def ask_questions(a):
     result = dict(conditions=table, recall_at_5=recall, questions=len(rows))
     return result | dict(references=len(references), seconds=time.time() - started)
 
+
 def main(argv=None):
     a = parser().parse_args(argv)
     enough = min(a.questions, a.windows) >= 1 and min(a.n_recall, a.shots) >= 0
-    need(enough, "--questions is at least 1, so is --windows; --n_recall, --shots: from 0")
-    need(not a.json or not Path(a.json).is_dir(), f"--json {a.json} is a directory: give a file")
+    check(enough, "--questions is at least 1, so is --windows; --n_recall, --shots: from 0")
+    check(not a.json or not Path(a.json).is_dir(), f"--json {a.json} is a directory: give a file")
     Path(a.json).parent.mkdir(parents=True, exist_ok=True)  # now: not after the work
     if a.text or a.leak or a.choices or a.drift:
         from experiments import choices, drift, text  # they import this file
+
         result = (choices if a.choices else drift if a.drift else text).main(a)
     else:
         result = ask_questions(a)
     if a.json:
-        corpus.write_json(a.json, result)
+        write_json(a.json, result)
         print(f"\nwritten to {a.json}")
     return result
 
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError, RuntimeError) as e:
-        sys.exit(f"eval.py: {e}")
+    run(main)

@@ -18,6 +18,7 @@ BF16, F32, BOOL = torch.bfloat16, torch.float32, torch.bool
 U8, I32, I64 = torch.uint8, torch.int32, torch.int64
 libraries, reasons = {}, {}  # by type of device: the library; why it cannot run, None: not asked
 
+
 def load(path, device="cpu"):
     """Puts the library at `path` behind the operators on `device`: the tests have one for a CPU."""
     library = ctypes.CDLL(str(Path(path).resolve()))
@@ -26,10 +27,12 @@ def load(path, device="cpu"):
     library.memory3_kernels_trouble.restype = ctypes.c_char_p
     libraries[device], reasons[device] = library, None
 
+
 try:
     load(Path(__file__).with_name("libkernels.so"), "cuda")
 except (OSError, AttributeError) as e:  # not there, or not of this kernels.cu
     reasons["cuda"] = f"run make kernels: {e}"
+
 
 def available(device):
     """(True, what runs) or (False, why not). MEMORY3_KERNELS=0 in the environment says no."""
@@ -41,9 +44,11 @@ def available(device):
         why = "MEMORY3_KERNELS=0"
     return not why, why or "kernels.cu"
 
+
 def fits(dtype, head_dim, group=1, keys=0):
     """Whether kernels.cu takes these sizes. group: H / Hkv; keys: R*S or a reference's tokens."""
     return dtype == BF16 and head_dim in range(16, 129, 16) and group <= 16 and keys <= 128
+
 
 def _run(name, *args):
     """Calls the C function: a tensor as its pointer, None as a null one, numbers, then the stream.
@@ -66,6 +71,7 @@ def _run(name, *args):
     if error:
         raise RuntimeError(f"kernels.{name}: CUDA error {error}")
 
+
 @torch.library.custom_op("memory3::memory_attention", mutates_args=("out", "lse"))
 def memory_attention(out: T, lse: T, q: T, k: T, v: T, count: T, recall: T, C: int, P: int) -> None:
     """memory.memory_attention, where the shapes are explained; in place, lse float32."""
@@ -73,9 +79,11 @@ def memory_attention(out: T, lse: T, q: T, k: T, v: T, count: T, recall: T, C: i
     sizes = B, H, Hkv, n, dh, S, c, R, C, P
     _run("memory_attention", BF16, out, F32, lse, BF16, q, k, v, I64, count, recall, *sizes)
 
+
 @torch.library.custom_op("memory3::memory_attention_backward", mutates_args=("dq",))
-def memory_attention_backward(dq: T, dout: T, q: T, out: T, lse: T, k: T, v: T, count: T,
-                              recall: T, C: int, P: int) -> tuple[T, T]:  # fmt: skip
+def memory_attention_backward(
+    dq: T, dout: T, q: T, out: T, lse: T, k: T, v: T, count: T, recall: T, C: int, P: int
+) -> tuple[T, T]:
     """memory.memory_attention_backward. The same bits in every run: uses are added in order."""
     (B, H, n, dh), (M, Hkv, S, _), (_, c, R) = q.shape, k.shape, recall.shape
     memories, uses = recall.flatten().sort(stable=True)  # where the table names memory m:
@@ -85,6 +93,7 @@ def memory_attention_backward(dq: T, dout: T, q: T, out: T, lse: T, k: T, v: T, 
     sizes = B, M, H, Hkv, n, dh, S, c, R, C, P
     _run("memory_attention_backward", BF16, dq, dk, dv, F32, delta, *given, *sizes)
     return dk, dv
+
 
 @torch.library.custom_op("memory3::decode_attention", mutates_args=())
 def decode_attention(q: T, k: T, v: T, valid: T | None, length: T, first: int, slots: int) -> T:
@@ -101,6 +110,7 @@ def decode_attention(q: T, k: T, v: T, valid: T | None, length: T, first: int, s
     _run("decode_attention", BF16, y, F32, parts_y, *keys, *sizes)
     return y
 
+
 @torch.library.custom_op("memory3::decode_codes", mutates_args=("kv",))
 def decode_codes(kv: T, codes: T, table: T, fields: T, rows: T, first: int) -> None:
     """memory.fill_slots of codes (n, Lm, 2, Hkv, S, bytes) uint8. kv (Lm, 2, B, Hkv, N, dh); table
@@ -109,6 +119,7 @@ def decode_codes(kv: T, codes: T, table: T, fields: T, rows: T, first: int) -> N
     (Lm, _, B, Hkv, N, dh), (*_, S, size), R = kv.shape, codes.shape, rows.shape[1]
     sizes = Lm, B, Hkv, N, dh, S, size, len(fields), R, first
     _run("decode_codes", BF16, kv, U8, codes, F32, table, I32, fields, I64, rows, *sizes)
+
 
 @torch.library.custom_op("memory3::select", mutates_args=())
 def select(q: T, k: T, mask: T, s: int, approximate: bool) -> tuple[T, T]:
@@ -119,8 +130,12 @@ def select(q: T, k: T, mask: T, s: int, approximate: bool) -> tuple[T, T]:
     _run("select_tokens", F32, weights, I64, chosen, BF16, q, k, BOOL, mask, *sizes)
     return weights, chosen
 
+
 memory_attention_backward.register_fake(lambda *x: (torch.empty_like(x[5]), torch.empty_like(x[6])))
 decode_attention.register_fake(lambda q, *_: torch.empty_like(q))  # fakes: what they would return
-select.register_fake(lambda q, k, mask, s, _: (
-    q.new_empty(k.shape[:3], dtype=F32), q.new_empty((*k.shape[:2], s), dtype=I64)
-))  # fmt: skip
+select.register_fake(
+    lambda q, k, mask, s, _: (
+        q.new_empty(k.shape[:3], dtype=F32),
+        q.new_empty((*k.shape[:2], s), dtype=I64),
+    )
+)

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from corpus import need
+from common import UserError, check
 from memory import (
     Memories,
     causal_attention,
@@ -50,6 +50,7 @@ PRESETS = dict(
     **{"2.4b": dict(n_layer=44, n_memory_layer=22, n_head=40, n_kv_head=8, head_dim=80,
                     mlp_width=3200)},
 )  # fmt: skip
+
 
 @dataclass
 class Config:
@@ -76,24 +77,24 @@ class Config:
     def __post_init__(self):
         self.header = tuple(int(t) for t in self.header)
         for name, value in asdict(self).items():
-            need(type(value) is not int or value >= 1, f"{name} is {value}; it is at least 1")
+            check(type(value) is not int or value >= 1, f"{name} is {value}; it is at least 1")
         layers = f"n_memory_layer {self.n_memory_layer} > n_layer {self.n_layer}"
-        need(self.n_memory_layer <= self.n_layer, f"{layers}: memories live in the first layers")
+        check(self.n_memory_layer <= self.n_layer, f"{layers}: memories live in the first layers")
         heads = f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
-        need(self.n_head % self.n_kv_head == 0, heads)
-        need(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; RoPE turns pairs")
-        need(self.header, "header is empty; it is at least the BOS")
+        check(self.n_head % self.n_kv_head == 0, heads)
+        check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; RoPE turns pairs")
+        check(self.header, "header is empty; it is at least the BOS")
 
     @staticmethod
     def preset(name, **changes):
-        need(name in PRESETS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        check(name in PRESETS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
         return Config(**{**PRESETS[name], **changes})
 
     @staticmethod
     def from_dict(d):
         known = {f.name for f in fields(Config)}
         unknown = sorted(set(d) - known)
-        need(not unknown, f"unknown config names {unknown}; known are {sorted(known)}")
+        check(not unknown, f"unknown config names {unknown}; known are {sorted(known)}")
         return Config(**d)
 
     @property
@@ -115,7 +116,9 @@ class Config:
         layer = 2 * d * d + 2 * d * self.head_dim * self.n_kv_head + 3 * d * self.mlp_width
         return self.n_layer * layer
 
+
 # -- Layers -----------------------------------------------------------------------------------
+
 
 def rope_table(positions, config):
     """cos and sin (n, dh) at the given positions (n,). float32, whatever the weights are."""
@@ -125,10 +128,12 @@ def rope_table(positions, config):
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
 
+
 def apply_rope(x, cos, sin):
     """Turns the pairs (x_i, x_{i + dh/2}) of x (..., n, dh) by their position's angles."""
     a, b = x.chunk(2, -1)
     return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+
 
 class Attention(nn.Module):
     def __init__(self, config):
@@ -149,6 +154,7 @@ class Attention(nn.Module):
     def merge(self, y):  # (B, H, n, dh) -> (B, n, d)
         return self.out(y.transpose(1, 2).flatten(2))
 
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate x) * up x). The paper says "gated", without the activation."""
 
@@ -160,6 +166,7 @@ class MLP(nn.Module):
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)
+
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -174,7 +181,9 @@ class Block(nn.Module):
         x = x + self.attn.merge(y)
         return x + self.mlp(self.norm2(x))
 
+
 # -- The decoder ------------------------------------------------------------------------------
+
 
 class Memory3(nn.Module):
     def __init__(self, config):
@@ -238,7 +247,7 @@ class Memory3(nn.Module):
         """
         c, (B, T) = self.config, tokens.shape
         if T > c.max_context:
-            raise ValueError(f"{T} tokens; the context is at most max_context = {c.max_context}")
+            raise UserError(f"{T} tokens; the context is at most max_context = {c.max_context}")
         P, positions = 0, torch.arange(T, device=tokens.device)
         if memories is not None:
             P = len(c.header)
@@ -291,9 +300,9 @@ class Memory3(nn.Module):
         mask = references >= 0  # (N, n)
         N, n = references.shape
         if not 1 <= n <= c.ref_len:
-            raise ValueError(f"references of {n} tokens; the model takes 1 to ref_len {c.ref_len}")
+            raise UserError(f"references of {n} tokens; the model takes 1 to ref_len {c.ref_len}")
         if not torch.compiler.is_compiling() and (mask[:, 1:] & ~mask[:, :-1]).any():
-            raise ValueError("padding stands before a token: references are left-aligned")
+            raise UserError("padding stands before a token: references are left-aligned")
         P, S = len(c.header), c.memory_tokens
         tokens = torch.cat([self._header(N), references.clamp(min=0)], 1)
         cos, sin = rope_table(torch.arange(P + n, device=tokens.device), c)
@@ -314,6 +323,7 @@ class Memory3(nn.Module):
                 x = block.finish(x, causal_attention(q, k, v))
         memories = Memories(torch.stack(kept, 1), mask.sum(1).clamp(max=S))
         return (memories, torch.stack(chosen, 1)) if return_indices else memories
+
 
 class Cache:
     """Keys and values of B sequences while they are generated, preallocated.
@@ -380,15 +390,9 @@ class Cache:
         self.valid[:, : filled[0].numel()] = filled.flatten(1)  # (B, R*S)
         fill_slots(self.memory_kv, memories, table, self.P, codec)
 
+
 # -- Checkpoints ------------------------------------------------------------------------------
 
-def find_device(name):
-    """"auto": CUDA where there is one. ValueError for a name that PyTorch does not know."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=auto if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 def load_checkpoint(path, with_optimizer=False):
     """-> model (on the CPU), meta (config, stage, step, tokenizer id ...) and, if asked for, the
@@ -396,7 +400,7 @@ def load_checkpoint(path, with_optimizer=False):
     path = Path(path)
     file = path / "model.pt" if path.is_dir() else path
     if not file.exists():
-        raise FileNotFoundError(f"{file}: no checkpoint there; python train.py makes one")
+        raise UserError(f"{file}: no checkpoint there; python train.py makes one")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         meta = state["meta"]
@@ -404,5 +408,5 @@ def load_checkpoint(path, with_optimizer=False):
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
         why = str(e).split("\n")[0]
-        raise ValueError(f"{file}: not a checkpoint of train.py, or cut off ({why})") from None
+        raise UserError(f"{file}: not a checkpoint of train.py, or cut off ({why})") from None
     return (model, meta, state["optimizer"]) if with_optimizer else (model, meta)

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from corpus import need, optional, replace_file
+from common import UserError, check, optional, replace_file
 
 ITERATIONS = 10  # of each k-means; FAISS's 25 take 2.5 times as long for at most 3 % less error
 BITS = "([1-9]|1[0-6])"
 SPEC = re.compile(rf"(?:OPQ\d+(?:_\d+)?,)?Residual([1-4])x{BITS},PQ(\d+)x{BITS}")
+
 
 def default_spec(dh, n):
     """The FAISS factory string for vectors of dh numbers (even), n of which are there to train on.
@@ -43,6 +44,7 @@ def default_spec(dh, n):
     bits = max((b for b in (6, 8, 10) if n >= 39 << b), default=4)
     return f"Residual2x{bits},PQ{pieces}x{bits}"
 
+
 def layout(spec):
     """Where the centroid numbers lie in a code: [(first bit, bits), ...] and the bytes of a code.
     FAISS packs bits from the low end of each byte on, and both stages begin with a new byte:
@@ -50,12 +52,13 @@ def layout(spec):
     ([(0, 10), (10, 10), (24, 6), (30, 6), (36, 6)], 6)
     """
     match, like = SPEC.fullmatch(spec), "OPQ20_80,Residual2x14,PQ8x10"
-    need(match, f"codec {spec!r}: give a string like {like!r}, at most 16 bits a number")
+    check(match, f"codec {spec!r}: give a string like {like!r}, at most 16 bits a number")
     halves, coarse, pieces, fine = map(int, match.groups())
     second = 8 * -(-halves * coarse // 8)  # first bit of the second stage
     fields = [(m * coarse, coarse) for m in range(halves)]
     fields += [(second + m * fine, fine) for m in range(pieces)]
     return fields, second // 8 + -(-pieces * fine // 8)
+
 
 def unpack(codes, fields):
     """codes (n, bytes) uint8 -> the numbers at the fields' bits, (n, len(fields)) int32.
@@ -68,6 +71,7 @@ def unpack(codes, fields):
     codes = F.pad(codes, (0, 2)).int()  # two zero bytes, for numbers that end with the code
     words = codes[:, byte] | codes[:, byte + 1] << 8 | codes[:, byte + 2] << 16
     return (words >> (start % 8)) & ((1 << bits) - 1)
+
 
 class Codec:
     """Vectors of dh numbers <-> codes of `.bytes` bytes; `.spec` says how (see the top).
@@ -84,7 +88,7 @@ class Codec:
         self.fields, self.bytes = layout(spec)
         sizes = torch.tensor([1 << bits for _, bits in self.fields], device=table.device)
         n = int(sizes.sum())
-        need(len(table) == n, f"codec {spec}: {n} centroids needed, not {len(table)}")
+        check(len(table) == n, f"codec {spec}: {n} centroids needed, not {len(table)}")
         self.first = (sizes.cumsum(0) - sizes).int()  # the row of each number's centroid 0
 
     @staticmethod
@@ -98,11 +102,11 @@ class Codec:
         bits = [bits for _, bits in layout(spec)[0]] + [8] * spec.startswith("OPQ")  # its own PQ
         least = 1 << max(bits)
         few = f"{n} vectors to train on, it needs {least} (and wants {39 * least})"
-        need(n >= least, f"codec {spec}: {few}: give more references or fewer bits")
+        check(n >= least, f"codec {spec}: {few}: give more references or fewer bits")
         try:
             index = faiss.index_factory(dh, spec)
         except RuntimeError as e:
-            raise ValueError(f"codec {spec}: not for vectors of {dh} numbers: uneven pieces") from e
+            raise UserError(f"codec {spec}: not for vectors of {dh} numbers: uneven pieces") from e
         rotation, *pqs = _stages(index)
         if rotation:  # it is fitted to a PQ of its own: give it one that is as quiet as ours
             rotation.niter = rotation.niter_pq_0 = ITERATIONS
@@ -123,7 +127,7 @@ class Codec:
     def decode(self, codes):
         """codes (..., bytes) uint8 -> (..., dh) float32 where the table is. FAISS's `sa_decode`."""
         ours = codes.dtype == torch.uint8 and codes.shape[-1] == self.bytes
-        need(ours, f"codec {self.spec}: {self.bytes} uint8 needed, not another codec's")
+        check(ours, f"codec {self.spec}: {self.bytes} uint8 needed, not another codec's")
         flat = codes.to(self.table.device).reshape(-1, self.bytes)
         rows = unpack(flat, self.fields) + self.first  # (n, numbers a code)
         x = F.embedding_bag(rows, self.table, mode="sum")  # (n, dh)
@@ -146,25 +150,26 @@ class Codec:
     @staticmethod
     def load(path):
         """Opens what `save` wrote; path: the directory or either file. Without codec.faiss or FAISS
-        it only decodes. FileNotFoundError without codec.npz, ValueError if either is damaged."""
+        it only decodes. UserError without codec.npz, or if either is damaged."""
         folder = Path(path).parent if Path(path).suffix in (".npz", ".faiss") else Path(path)
         tables, file = folder / "codec.npz", folder / "codec.faiss"
-        need(tables.exists(), f"{tables}: no codec here: train one", FileNotFoundError)
+        check(tables.exists(), f"{tables}: no codec here: train one")
         try:
             with np.load(tables) as z:
                 crc, table = z["crc"], torch.from_numpy(z["table"])
                 codec = Codec(str(z["spec"]), table, file=file)
         except Exception as e:  # zip, zlib, numpy and we each have errors of our own
-            raise ValueError(f"{tables}: not a whole codec ({e}): train it again") from e
+            raise UserError(f"{tables}: not a whole codec ({e}): train it again") from e
         same = not file.exists() or zlib.crc32(file.read_bytes()) == crc
-        need(same, f"{file}: not what {tables.name} was made with: train the codec again")
+        check(same, f"{file}: not what {tables.name} was made with: train the codec again")
         return codec
 
     def _index(self):
         if self.index is None:
-            need(self.file.exists(), f"{self.file}: missing, and it encodes", FileNotFoundError)
+            check(self.file.exists(), f"{self.file}: missing, and it encodes")
             self.index = optional("faiss").read_index(str(self.file))
         return self.index
+
 
 def fold(index):
     """All centroids of a trained FAISS index, rotated back: (rows, dh) float32.
@@ -177,6 +182,7 @@ def fold(index):
         rows += [*centroids @ A.reshape(pq.M, pq.dsub, index.d)]  # (ksub, dh) each, float64
     return torch.from_numpy(np.concatenate(rows).astype(np.float32))
 
+
 def _stages(index):
     """(rotation or None, coarse, fine) of an index: an OPQMatrix and two ProductQuantizers."""
     faiss, rotation = optional("faiss"), None
@@ -185,10 +191,11 @@ def _stages(index):
         index = faiss.downcast_index(index.index)
     return rotation, faiss.downcast_index(index.q1.quantizer).pq, index.pq
 
+
 def _rows(x, dh=None):
     """x (..., dh), tensor or array -> (n, dh) float32 as FAISS takes it."""
     x = torch.as_tensor(x).detach().float().cpu()
     fits = dh in (None, x.shape[-1])
-    need(fits, f"codec: vectors of {dh} numbers needed, got the shape {tuple(x.shape)}")
-    need(x.isfinite().all(), "codec: NaN or infinity among the vectors: check what wrote them")
+    check(fits, f"codec: vectors of {dh} numbers needed, got the shape {tuple(x.shape)}")
+    check(x.isfinite().all(), "codec: NaN or infinity among the vectors: check what wrote them")
     return np.ascontiguousarray(x.reshape(-1, x.shape[-1]).numpy())

@@ -1,9 +1,9 @@
 """Retrieval: which reference a chunk should recall (sec. 3.1) and which it must not see (sec. 3.6).
 
-    overlap      eq. (3.3): how much of a reference a train sequence already contains
-    embedder     text -> unit vector; one and the same object embeds references and queries
-    Retriever    a FAISS index of references with its embedder, in one directory
-    neighbors    the best references of every training chunk that are no copies of it
+overlap      eq. (3.3): how much of a reference a train sequence already contains
+embedder     text -> unit vector; one and the same object embeds references and queries
+Retriever    a FAISS index of references with its embedder, in one directory
+neighbors    the best references of every training chunk that are no copies of it
 """
 
 import argparse
@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 import corpus
-from corpus import need, optional
+from common import check, optional, replace_file, run, write_json
+
 
 def overlap(t, r, threshold=None):
     """The share of reference r that stands, in order, in one window of train sequence t: eq. (3.3).
@@ -36,7 +37,7 @@ def overlap(t, r, threshold=None):
     0.667
     """
     t, r = np.asarray(t).tolist(), np.asarray(r).tolist()
-    need(r, "overlap with an empty reference: eq. (3.3) divides by its length")
+    check(r, "overlap with an empty reference: eq. (3.3) divides by its length")
     best, enough, n, width = 0, len(r), len(r), 2 * len(r) + 1  # N so far; N that ends the search
     if threshold is not None:
         enough = sum(x / n <= threshold for x in range(n + 1))  # the smallest N above it
@@ -59,17 +60,21 @@ def overlap(t, r, threshold=None):
         best, start = max(best, length), start + max(best - length, 0) + 1
     return best / n
 
+
 def exceeds(t, r, threshold):
     """overlap(t, r) > threshold (paper: 0.9 in training, sec. 3.6; 2/3 in evaluation, sec. 4.4)."""
     return overlap(t, r, threshold) > threshold
+
 
 # -- Embedders: .encode(n texts) -> (n, dim) float32, each of length 1; .fit(texts) -> an embedder;
 #    .name, .id (names the vectors exactly), .dim, .state (what fit has learnt)
 
 WORD = re.compile(r"\w+")
 
+
 def _digest(array):
     return hashlib.blake2b(np.ascontiguousarray(array)).hexdigest()[:16]
+
 
 class HashEmbedder:
     """Hashed tf-idf of words and of their character 3- and 4-grams: no download, no training.
@@ -115,6 +120,7 @@ class HashEmbedder:
                 x += self._vector(word)
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
 
+
 class HuggingFaceEmbedder:
     """Any Hugging Face encoder: the normalised output feature of its first token, <cls> (3.1)."""
 
@@ -137,6 +143,7 @@ class HuggingFaceEmbedder:
             out[i : i + 64] = self.model(**batch.to(self.model.device)).last_hidden_state[:, 0]
         return torch.nn.functional.normalize(out, dim=-1).numpy()
 
+
 def embedder(name, state=None):
     """The embedder called "hash", "hash:DIM", "hf:NAME" or "bge-m3" (the paper's), or ValueError.
     state: the .state of the same embedder after .fit, from disk. An object is returned as it is."""
@@ -146,10 +153,12 @@ def embedder(name, state=None):
     if name.startswith("hf:"):
         return HuggingFaceEmbedder(name[3:])
     known = re.fullmatch(r"hash:[1-9]\d*", name)
-    need(known, f"unknown embedder {name!r}: take hash, hash:DIM, bge-m3 or hf:NAME")
+    check(known, f"unknown embedder {name!r}: take hash, hash:DIM, bge-m3 or hf:NAME")
     return HashEmbedder(int(name[5:]), state)
 
+
 # -- The index --------------------------------------------------------------------------------
+
 
 def choose_factory(n):
     """The FAISS factory string for n vectors: exact to 100,000, then about 4 sqrt(n) lists. One
@@ -159,11 +168,13 @@ def choose_factory(n):
     """
     return "IDMap2,Flat" if n <= 100_000 else f"IVF{1 << round(np.log2(4 * n**0.5))},Flat"
 
+
 def _cure(path, embedder=None):
     """What makes an index that is missing or wrong, as a command with its flags."""
     command = f"index --data {Path(path).parent} --references {Path(path).stem}"
     command += f" --embedder {embedder}" if embedder else ""
     return f"make it anew with: python retrieval.py {command}"
+
 
 class Retriever:
     """References that are found by text. On disk: index.faiss, embedder.npy, meta.json."""
@@ -193,26 +204,31 @@ class Retriever:
             lists.set_direct_map_type(faiss.DirectMap.Hashtable)  # from an id to its vector
         index.train(vectors)
         index.add_with_ids(vectors, np.arange(n))
-        meta = dict(embedder=model.name, embedder_id=model.id, factory=factory,
-                    tokenizer=str(tokenizer_name), tokenizer_id=tokenizer.id)  # fmt: skip
+        meta = dict(
+            embedder=model.name,
+            embedder_id=model.id,
+            factory=factory,
+            tokenizer=str(tokenizer_name),
+            tokenizer_id=tokenizer.id,
+        )
         return Retriever(path, index, model, tokenizer, meta).save(references)
 
     @staticmethod
     def open(path, encoder=None, references=None):
         """Opens what save wrote. encoder: an embedder or its name, instead of that of the index.
-        references: those that the ids are to name. FileNotFoundError without an index, ValueError
+        references: those that the ids are to name. UserError without an index, or
         if its parts, or it and the references, do not belong together."""
         file = Path(path, "meta.json")
-        need(file.exists(), f"{path}: no index here; {_cure(path)}", FileNotFoundError)
+        check(file.exists(), f"{path}: no index here; {_cure(path)}")
         meta, blob = json.loads(file.read_text()), np.fromfile(f"{path}/index.faiss", np.uint8)
         model = embedder(encoder or meta["embedder"], np.load(f"{path}/embedder.npy"))
         tokenizer, cure = corpus.tokenizer(meta["tokenizer"]), _cure(path, model.name)
         for kind, ours in dict(embedder=model, tokenizer=tokenizer).items():
             its = meta[f"{kind}_id"]  # what the index was made with
-            need(its == ours.id, f"{path}: {kind} {its} and {ours.id} do not compare; {cure}")
-        need(zlib.crc32(blob) == meta["crc"], f"{path} is damaged or half renewed; {cure}")
+            check(its == ours.id, f"{path}: {kind} {its} and {ours.id} do not compare; {cure}")
+        check(zlib.crc32(blob) == meta["crc"], f"{path} is damaged or half renewed; {cure}")
         same = references is None or references.hash == meta["references"]
-        need(same, f"{path} is stale: its references have changed since; {cure}")
+        check(same, f"{path} is stale: its references have changed since; {cure}")
         return Retriever(path, optional("faiss").deserialize_index(blob), model, tokenizer, meta)
 
     def save(self, references=None):
@@ -222,17 +238,19 @@ class Retriever:
         names = references.hash if references else self.meta["references"]
         self.meta |= dict(n=len(self), crc=zlib.crc32(blob), references=names)
         Path(self.path).mkdir(parents=True, exist_ok=True)
-        corpus.replace_file(f"{self.path}/embedder.npy", lambda f: np.save(f, self.embedder.state))
-        corpus.replace_file(f"{self.path}/index.faiss", lambda f: f.write(blob))
-        corpus.write_json(f"{self.path}/meta.json", self.meta)
+        replace_file(f"{self.path}/embedder.npy", lambda f: np.save(f, self.embedder.state))
+        replace_file(f"{self.path}/index.faiss", lambda f: f.write(blob))
+        write_json(f"{self.path}/meta.json", self.meta)
         return self
 
     def search(self, queries, k):
         """The k references most similar to each query (cosine, sec. 3.1), best first.
         queries: n texts, or n token sequences: lists, or integers (n, m) with -1 = padding.
         Returns ids (n, k) int64 (-1: an inverted index found no more), scores (n, k) float32."""
-        need(1 <= k <= len(self), f"{self.path}: k = {k} of N = {len(self)} references, not 1 to N")
-        need(not isinstance(queries, str), "search takes a list of texts, not one text")
+        check(
+            1 <= k <= len(self), f"{self.path}: k = {k} of N = {len(self)} references, not 1 to N"
+        )
+        check(not isinstance(queries, str), "search takes a list of texts, not one text")
         queries = queries.tolist() if hasattr(queries, "tolist") else queries
         texts = [q if isinstance(q, str) else self.tokenizer.decode(q) for q in queries]
         # From so many queries x dim on FAISS takes BLAS (default: 128,000); from 4 queries it pays.
@@ -248,28 +266,88 @@ class Retriever:
     def add(self, ids, texts):
         """Like remove and replace: searches know it at once, the disk only after save()."""
         new = len({*ids}) == len(ids) == len(texts) and not any(map(self._has, ids))
-        need(new, f"add: one text for each id, and no id that is there already: {ids}")
+        check(new, f"add: one text for each id, and no id that is there already: {ids}")
         self.index.add_with_ids(self.embedder.encode(texts), np.array(ids, np.int64))
 
     def remove(self, ids):
         unknown = [i for i in ids if not self._has(i)]
-        need(not unknown, f"{self.path} has no references {unknown} to remove or replace")
+        check(not unknown, f"{self.path} has no references {unknown} to remove or replace")
         self.index.remove_ids(np.array(ids, np.int64))
 
     def replace(self, ids, texts):
         self.remove(ids)
         self.add(ids, texts)
 
+
+# -- Other sources: anything with .search(queries, k) -> ids (n, k), scores (n, k) --------------
+
+
+class Random:
+    """Recalls k memories at random, whatever the query: what noise does."""
+
+    def __init__(self, n, seed=0):
+        self.n, self.rng = n, np.random.default_rng(seed)
+
+    def search(self, queries, k):
+        return self.rng.integers(0, self.n, (len(queries), k)), np.zeros((len(queries), k))
+
+
+class Given:
+    """Recalls references ids (B, n), whatever the query: the right one of each sequence, say."""
+
+    def __init__(self, ids):
+        self.ids = np.asarray(ids)
+
+    def search(self, queries, k):
+        ids = np.full((len(queries), k), -1)
+        sequence = np.arange(len(queries)) % len(self.ids)  # queries come chunk by chunk
+        ids[:, : self.ids.shape[1]] = self.ids[sequence, :k]
+        return ids, np.zeros((len(queries), k))
+
+
+class Filtered:
+    """A retriever that recalls no copy of its query: a reference that overlaps it by more than the
+    threshold, eq. (3.3), is dropped, and the next best takes its place (sec. 4.4)."""
+
+    def __init__(self, retriever, references, threshold=2 / 3, extra=16):
+        self.retriever, self.references = retriever, references
+        self.threshold, self.extra = threshold, extra
+
+    def search(self, queries, k):
+        """queries: token lists. As Retriever.search: ids (n, k), -1 = none; scores (n, k)."""
+        most = max(k, min(k + self.extra, len(self.references)))
+        ids, scores = self.retriever.search(queries, most)
+        for query, found, score in zip(queries, ids, scores, strict=True):
+            fit = [i >= 0 and not exceeds(query, self.references[i], self.threshold) for i in found]
+            n = min(k, sum(fit))
+            found[:n], score[:n], found[n:] = found[fit][:n], score[fit][:n], -1
+        return ids[:, :k], scores[:, :k]
+
+
 # -- Neighbours for training (sec. 3.6) -------------------------------------------------------
 
-def neighbors(tokens, chunk_len, references, retriever, k, *, threshold=0.9, context=2048,
-              extra=3, start=0, stop=float("inf")):  # fmt: skip
+
+def neighbors(
+    tokens,
+    chunk_len,
+    references,
+    retriever,
+    k,
+    *,
+    threshold=0.9,
+    context=2048,
+    extra=3,
+    start=0,
+    stop=float("inf"),
+):
     """The k best references, best first, of chunks start..stop that are no copies of their texts.
 
     tokens (n,): a split; chunk c, tokens [cC, (c+1)C), is the query for k + extra references. Those
     that overlap the aligned window of `context` tokens around it by more than the threshold (3.3)
     are dropped: with the answer in memory nothing is learnt. (stop - start, k) int32, -1 = none."""
-    need(context % chunk_len == 0, f"--context {context}: give a multiple of chunk_len {chunk_len}")
+    check(
+        context % chunk_len == 0, f"--context {context}: give a multiple of chunk_len {chunk_len}"
+    )
     stop = min(stop, len(tokens) // chunk_len)
     chunks = np.asarray(tokens[start * chunk_len : stop * chunk_len]).reshape(-1, chunk_len)
     ids, _ = retriever.search(chunks, max(k, min(k + extra, len(retriever))))  # (n, k + extra)
@@ -282,30 +360,51 @@ def neighbors(tokens, chunk_len, references, retriever, k, *, threshold=0.9, con
             out[c - start, j] = i
     return out
 
-def write_neighbors(path, tokens, chunk_len, references, retriever, k, *, threshold=0.9,
-                    context=2048, batch=4096, progress=True):  # fmt: skip
+
+def write_neighbors(
+    path,
+    tokens,
+    chunk_len,
+    references,
+    retriever,
+    k,
+    *,
+    threshold=0.9,
+    context=2048,
+    batch=4096,
+    progress=True,
+):
     """Writes `neighbors` of a split: path (int32, (n_chunks, k)) and the same name in .json.
     After a kill it goes on where it stopped, unless something it depends on has changed."""
     index, its, n = retriever.path, retriever.meta, len(tokens) // chunk_len
     cure = _cure(index, retriever.embedder.name)
-    need(its["references"] == references.hash, f"{index}: an index of other references; {cure}")
-    need(n, f"{path}: the split has no {chunk_len} tokens: give a smaller --chunk_len")
+    check(its["references"] == references.hash, f"{index}: an index of other references; {cure}")
+    check(n, f"{path}: the split has no {chunk_len} tokens: give a smaller --chunk_len")
     options = dict(threshold=threshold, context=context)
-    meta = dict(options, chunk_len=chunk_len, k=k, n_chunks=n, n_tokens=len(tokens), index=its,
-                tokens=_digest(tokens), name=Path(references.path).name,
-                references=references.hash)  # fmt: skip
+    meta = dict(
+        options,
+        chunk_len=chunk_len,
+        k=k,
+        n_chunks=n,
+        n_tokens=len(tokens),
+        index=its,
+        tokens=_digest(tokens),
+        name=Path(references.path).name,
+        references=references.hash,
+    )
     side, part, done = Path(path).with_suffix(".json"), Path(f"{path}.part"), 0
     if part.exists() and side.exists() and json.loads(side.read_text()) == meta:
         done = part.stat().st_size // (4 * k)  # whole rows of int32
     Path(path).unlink(missing_ok=True)  # until the end the sidecar speaks of the .part
     with part.open("ab") as f:
         f.truncate(4 * k * done)  # first: what another sidecar was for must not count as ours
-        corpus.write_json(side, meta)
+        write_json(side, meta)
         for i in tqdm(range(done, n, batch), f"{batch} chunks", disable=not progress):
             rows = dict(start=i, stop=i + batch)
             f.write(neighbors(tokens, chunk_len, references, retriever, k, **rows, **options))
             f.flush()
     part.replace(path)
+
 
 def open_neighbors(data, split, chunk_len=None):
     """The neighbours of a split in a data directory: (n_chunks, k) int32, and its references' name.
@@ -315,18 +414,23 @@ def open_neighbors(data, split, chunk_len=None):
     cure = f"make them with: python retrieval.py neighbors --data {data} --split {split}"
     have, flags = side.exists() and path.exists(), f"--chunk_len {chunk_len or 'C'} --context T"
     line = f"{path}: no neighbours here; {cure} --references NAME {flags}"
-    need(have, line, FileNotFoundError)
+    check(have, line)
     meta, tokens = json.loads(side.read_text()), corpus.open_tokens(data, split)
     references = corpus.References.open(f"{data}/{meta['name']}").hash
-    now = dict(chunk_len=chunk_len or meta["chunk_len"], references=references,
-               n_tokens=len(tokens), tokens=_digest(tokens))  # fmt: skip
+    now = dict(
+        chunk_len=chunk_len or meta["chunk_len"],
+        references=references,
+        n_tokens=len(tokens),
+        tokens=_digest(tokens),
+    )
     cure += f" --references {meta['name']} --chunk_len {now['chunk_len']}"
     cure += "".join(f" --{x} {meta[x]}" for x in ("context", "k", "threshold") if x in meta)
     for key, value in now.items():
         then = meta.get(key, value)
-        need(then == value, f"{path} is for {key} {then}, not {value}; {cure}")
-    need(path.stat().st_size == 4 * meta["n_chunks"] * meta["k"], f"{path} is cut off; {cure}")
+        check(then == value, f"{path} is for {key} {then}, not {value}; {cure}")
+    check(path.stat().st_size == 4 * meta["n_chunks"] * meta["k"], f"{path} is cut off; {cure}")
     return np.memmap(path, np.int32, "r", shape=(meta["n_chunks"], meta["k"])), meta["name"]
+
 
 def main(argv=None):
     """index writes <data>/<references>.index/, neighbors <data>/<split>.neighbors.bin and .json
@@ -348,21 +452,27 @@ def main(argv=None):
     near.add_argument("--context", type=int, default=2048, help="tokens of a train sequence")
     near.set_defaults(embedder="hash", factory=None)
     a = parser.parse_args(argv)
-    try:
-        path = f"{a.data}/{a.references}.index"
-        references = corpus.References.open(f"{a.data}/{a.references}")
-        if a.command == "index" or not Path(path, "meta.json").exists():
-            made = Retriever.build(path, references, a.data, a.embedder, a.factory)
-            print(f"{path}: {len(made):,} references, {made.embedder.id}, {made.meta['factory']}")
-        if a.command == "neighbors":
-            tokens, out = corpus.open_tokens(a.data, a.split), f"{a.data}/{a.split}.neighbors.bin"
-            retriever = Retriever.open(path, references=references)
-            write_neighbors(out, tokens, a.chunk_len, references, retriever, a.k,
-                            threshold=a.threshold, context=a.context)  # fmt: skip
-            rows, _ = open_neighbors(a.data, a.split)
-            print(f"{out}: {len(rows):,} chunks x {a.k}, {(rows < 0).mean():.2%} empty")
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        raise SystemExit(f"retrieval.py: {error}") from None
+    path = f"{a.data}/{a.references}.index"
+    references = corpus.References.open(f"{a.data}/{a.references}")
+    if a.command == "index" or not Path(path, "meta.json").exists():
+        made = Retriever.build(path, references, a.data, a.embedder, a.factory)
+        print(f"{path}: {len(made):,} references, {made.embedder.id}, {made.meta['factory']}")
+    if a.command == "neighbors":
+        tokens, out = corpus.open_tokens(a.data, a.split), f"{a.data}/{a.split}.neighbors.bin"
+        retriever = Retriever.open(path, references=references)
+        write_neighbors(
+            out,
+            tokens,
+            a.chunk_len,
+            references,
+            retriever,
+            a.k,
+            threshold=a.threshold,
+            context=a.context,
+        )
+        rows, _ = open_neighbors(a.data, a.split)
+        print(f"{out}: {len(rows):,} chunks x {a.k}, {(rows < 0).mean():.2%} empty")
+
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,7 +15,6 @@ import inspect
 import json
 import math
 import re
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,9 +25,10 @@ import torch
 import corpus
 import cost
 import retrieval
-from corpus import need
+from common import UserError, check, find_device, replace_file, run, write_json
 from memory import attention_path
-from model import PRESETS, Config, Memory3, find_device, load_checkpoint
+from model import PRESETS, Config, Memory3, load_checkpoint
+
 
 @dataclass
 class TrainConfig:
@@ -63,18 +63,20 @@ class TrainConfig:
 
     def __post_init__(self):
         explicit = self.stage == "explicit"
-        need(explicit or self.stage == "implicit", f"--stage {self.stage}: implicit or explicit")
+        check(explicit or self.stage == "implicit", f"--stage {self.stage}: implicit or explicit")
         known = self.dtype in ("auto", "float32", "bfloat16")
-        need(known, f"--dtype {self.dtype}: auto, float32 or bfloat16")
+        check(known, f"--dtype {self.dtype}: auto, float32 or bfloat16")
         self.split = self.split or ("explicit" if explicit else "train")
         self.val = self.val or ("explicit_val,explicit_heldout" if explicit else "val,heldout")
         self.micro_batch = micro = self.micro_batch or self.batch
         for name in "context batch micro_batch steps eval_every eval_batches save_every".split():
-            need(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: at least 1")
-        need(0 <= self.decay <= 1, f"--decay {self.decay}: a share between 0 and 1")
-        need(self.batch % micro == 0, f"--batch {self.batch}: no multiple of micro_batch {micro}")
+            check(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: at least 1")
+        check(0 <= self.decay <= 1, f"--decay {self.decay}: a share between 0 and 1")
+        check(self.batch % micro == 0, f"--batch {self.batch}: no multiple of micro_batch {micro}")
+
 
 # -- Batches ----------------------------------------------------------------------------------
+
 
 class Windows:
     """The windows of a split, in a seeded order that depends on nothing but the position.
@@ -88,10 +90,10 @@ class Windows:
         self.config, self.seed, self.shift = config, cfg.seed, cfg.query_shift
         self.tokens = corpus.open_tokens(cfg.data, split)
         self.n = len(self.tokens) // self.T
-        need(self.n, f"{cfg.data}/{split}.bin is shorter than one window of {self.T}")
+        check(self.n, f"{cfg.data}/{split}.bin is shorter than one window of {self.T}")
         self.neighbors = None
         if cfg.stage == "explicit":
-            need(self.T % self.C == 0, f"--context {self.T} is no multiple of chunk_len {self.C}")
+            check(self.T % self.C == 0, f"--context {self.T} is no multiple of chunk_len {self.C}")
             self.neighbors, name = retrieval.open_neighbors(cfg.data, split, chunk_len=self.C)
             self.references = corpus.References.open(f"{cfg.data}/{name}")
 
@@ -118,6 +120,7 @@ class Windows:
         references = self.references.batch(np.maximum(ids, 0).ravel(), width)  # none: any, unread
         return tokens, targets, references, recall_table(ids, self.config.n_recall, self.shift)
 
+
 def recall_table(ids, R, shift=0):
     """Which memories each chunk reads in training: those of chunks c-R+1..c (sec. 3.6).
 
@@ -139,13 +142,16 @@ def recall_table(ids, R, shift=0):
                 recall[b, i, r] = b * c + j
     return torch.from_numpy(recall)
 
+
 def loss_on(model, batch, device):
     """The loss of one batch; writes its references first, where it has any."""
     tokens, targets, references, recall = (t if t is None else t.to(device) for t in batch)
     memories = None if references is None else model.write(references)  # (B*c, Lm, 2, ...)
     return model(tokens, targets, memories, recall)[1]
 
+
 # -- Schedule, optimizer, checkpoints ---------------------------------------------------------
+
 
 def lr_at(step, cfg):
     """Warmup-stable-decay (sec. 5.1), as a share of cfg.lr.
@@ -157,6 +163,7 @@ def lr_at(step, cfg):
     left = (cfg.steps - step) / max(1.0, cfg.decay * cfg.steps)
     return min(1.0, (step + 1) / max(1, cfg.warmup), left)
 
+
 def make_optimizer(model, cfg):
     """AdamW; weight decay on matrices only, not on norms."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -164,16 +171,19 @@ def make_optimizer(model, cfg):
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors)]
     return torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), weight_decay=0.0, fused=True)
 
+
 def save_checkpoint(path, model, optimizer, meta):
     """One file, written beside and renamed; the optimizer (or None) is for what a run resumes."""
     state = dict(model=model.state_dict(), meta=meta)
     state |= dict(optimizer=optimizer.state_dict()) if optimizer else {}
-    corpus.replace_file(path, lambda f: torch.save(state, f))  # a kill leaves the old one
-    corpus.write_json(Path(path).parent / "meta.json", meta)
+    replace_file(path, lambda f: torch.save(state, f))  # a kill leaves the old one
+    write_json(Path(path).parent / "meta.json", meta)
+
 
 PEAK = dict(A100=312e12, A800=312e12, H100=989e12, H800=989e12, H200=989e12)  # bf16, FLOP/s
 
 # -- The run ----------------------------------------------------------------------------------
+
 
 def open_run(cfg, config):
     """(model, meta, optimizer's state or None) that the run begins with: those of its own last.pt,
@@ -185,8 +195,8 @@ def open_run(cfg, config):
         cure = "choose another --out"
         for name in ("stage", "data", "split", "init", "context", "batch", "query_shift", "seed"):
             was, now = meta["train"][name], getattr(cfg, name)
-            need(was == now, f"{last} is of a run with --{name} {was}, not {now}: {cure}")
-        need(config in (None, model.config), f"{last} is a model of another shape: {cure}")
+            check(was == now, f"{last} is of a run with --{name} {was}, not {now}: {cure}")
+        check(config in (None, model.config), f"{last} is a model of another shape: {cure}")
         print(f"resuming {last} at step {meta['step']}")
         return model, meta, state
     if not cfg.init:
@@ -197,6 +207,7 @@ def open_run(cfg, config):
         weights, model = model.state_dict(), Memory3(config)
         model.load_state_dict(weights)
     return model, meta | dict(tokenizer=before.get("tokenizer")), None
+
 
 def validate(model, splits, cfg, device, cast):
     """Mean loss over some windows of each split; in the explicit stage also with nothing recalled.
@@ -218,6 +229,7 @@ def validate(model, splits, cfg, device, cast):
     print("validation:", *(f"{k} {v:.4f}" for k, v in result.items()), sep="  ")
     return result
 
+
 def main(cfg, config=None):
     """Trains; returns dict(model, losses, val, step). config: the model's shape; None = that of
     cfg.init. Resumes where cfg.out holds a last.pt of the same run."""
@@ -237,7 +249,7 @@ def main(cfg, config=None):
     tok = corpus.tokenizer(corpus.manifest(cfg.data)["tokenizer"])
     same = meta.get("tokenizer") in (None, tok.id) and tok.n_vocab <= config.vocab_size
     if not same or tuple(tok.header) != config.header:
-        raise ValueError(f"the checkpoint's tokenizer is not that of {cfg.data} ({tok.id})")
+        raise UserError(f"the checkpoint's tokenizer is not that of {cfg.data} ({tok.id})")
     meta |= dict(stage=cfg.stage, config=asdict(config), tokenizer=tok.id, train=asdict(cfg))
     optimizer = make_optimizer(model.to(device), cfg)
     if optimizer_state:
@@ -255,11 +267,15 @@ def main(cfg, config=None):
     path, why = attention_path(device, dtype, n, config.head_dim, group, explicit * keys)
     print(f"weights: {cost.weights(config):,}, non-embedding {config.n_params:,} (norms aside)")
     print(f"memory: {config.memory_shape}, {cost.memory_bytes(config, 'bf16'):,} bytes in bfloat16")
-    print(f"step: {tokens:,} tokens = {cfg.batch} windows of {cfg.context}, {flops:.3g} FLOPs, "
-          f"{explicit * tokens // config.chunk_len:,} references")  # fmt: skip
+    print(
+        f"step: {tokens:,} tokens = {cfg.batch} windows of {cfg.context}, {flops:.3g} FLOPs, "
+        f"{explicit * tokens // config.chunk_len:,} references"
+    )
     print(f"data: {len(train.tokens):,} tokens, {cfg.steps * cfg.batch / train.n:.2f} epochs")
-    print(f"device: {card or device}, {dtype} ({reason}){', compiled' * cfg.compile}; "
-          f"attention: {path} ({why})")  # fmt: skip
+    print(
+        f"device: {card or device}, {dtype} ({reason}){', compiled' * cfg.compile}; "
+        f"attention: {path} ({why})"
+    )
 
     log = open(out / "log.jsonl", "a", buffering=1)  # each line at once
     losses, started = [], time.time()
@@ -295,7 +311,7 @@ def main(cfg, config=None):
             step, losses = meta["step"], []
             continue
         line = f"step {step}: the loss is {loss_sum}, its gradient's norm {norm}"
-        need(finite, f"{line}. Resume with a smaller --lr, or --back_off 0.5", FloatingPointError)
+        check(finite, f"{line}. Resume with a smaller --lr, or --back_off 0.5")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         meta["step"] = step = step + 1
@@ -307,8 +323,11 @@ def main(cfg, config=None):
         if step % 10 == 0 or end or cfg.steps <= 20:
             left = (time.time() - started) / (step - start) * (cfg.steps - step) / 60
             mfu = f"  MFU {row['mfu']:.3f}" if peak else ""
-            print(f"step {step}/{cfg.steps}  loss {loss_sum:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
-                  f"{rate:,.0f} tokens/s{mfu}  {left:.1f} min left", flush=True)  # fmt: skip
+            print(
+                f"step {step}/{cfg.steps}  loss {loss_sum:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
+                f"{rate:,.0f} tokens/s{mfu}  {left:.1f} min left",
+                flush=True,
+            )
         if step % cfg.eval_every == 0 or end:
             row["val"] = val = validate(model, splits, cfg, device, cast)
             first = next(iter(val.values()))  # of the first validation split
@@ -323,7 +342,9 @@ def main(cfg, config=None):
     save_checkpoint(out / "model.pt", model, None, meta)  # what write.py, sample.py, eval.py open
     return dict(model=model, losses=losses, val=val, step=step)
 
+
 # -- Command line: default < preset or checkpoint < flag --------------------------------------
+
 
 def add_flags(parser, cls, skip=()):
     """A flag for every field of a dataclass, with its comment as the help text."""
@@ -333,12 +354,15 @@ def add_flags(parser, cls, skip=()):
         kind = dict(action="store_true") if f.type is bool else dict(type=type(f.default))
         parser.add_argument(f"--{f.name}", default=None, help=text, **kind)  # None: not given
 
+
 def given(args, cls):
     return {f.name: x for f in fields(cls) if (x := getattr(args, f.name, None)) is not None}
+
 
 # flags of the shape that no weight depends on: a new stage may change them
 OF_MEMORIES = ("n_memory_layer", "memory_tokens", "n_recall", "chunk_len", "ref_len")
 OF_MEMORIES += ("max_context", "approximate_weights")
+
 
 def command_line(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -349,22 +373,18 @@ def command_line(argv=None):
     args = p.parse_args(argv)
     shape = ["preset"] * bool(args.preset) + list(given(args, Config))
     fixed = shape if args.resume else [f for f in shape if args.init and f not in OF_MEMORIES]
-    need(not fixed, f"--{', --'.join(fixed)}: a checkpoint has its shape already; leave that out")
+    check(not fixed, f"--{', --'.join(fixed)}: a checkpoint has its shape already; leave that out")
     if args.resume:
         meta = load_checkpoint(Path(args.resume) / "last.pt")[1]
         return TrainConfig(**meta["train"] | given(args, TrainConfig) | dict(out=args.resume)), None
     cfg = TrainConfig(**given(args, TrainConfig))
     if cfg.init:
         return cfg, Config.from_dict(load_checkpoint(cfg.init)[1]["config"] | given(args, Config))
-    need(args.preset, f"--preset is missing: {', '.join(PRESETS)}; or --init a checkpoint")
+    check(args.preset, f"--preset is missing: {', '.join(PRESETS)}; or --init a checkpoint")
     tok = corpus.tokenizer(corpus.manifest(cfg.data)["tokenizer"])
     shape = dict(given(args, Config), vocab_size=tok.n_vocab, header=tuple(tok.header))
     return cfg, Config.preset(args.preset, **shape)
 
+
 if __name__ == "__main__":
-    try:
-        main(*command_line())
-    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as e:
-        sys.exit(f"train.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: stopped; go on with --resume")
+    run(lambda: main(*command_line()))

@@ -9,41 +9,45 @@ Stopped and called again it goes on where it was; where all is written it says s
 import argparse
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
 import corpus
-from corpus import need
-from memory import MemoryBank, attention_path
-from model import find_device, load_checkpoint
+from bank import MemoryBank
+from common import check, find_device, run
+from memory import attention_path
+from model import load_checkpoint
 from quantize import layout
+
 
 def main(args):
     """Writes the bank, and with args.quantize its quantized twin; returns the bank (of --out)."""
-    need(args.batch > 0, f"--batch {args.batch}: at least 1")
+    check(args.batch > 0, f"--batch {args.batch}: at least 1")
     if args.codec:
         layout(args.codec)  # a string that is no codec is refused before the work
     model = load_checkpoint(args.checkpoint)[0].to(find_device(args.device)).eval()
     same = tuple(corpus.tokenizer(args.data).header) == model.config.header
-    need(same, f"--data {args.data} has another tokenizer than {args.checkpoint} wants")
+    check(same, f"--data {args.data} has another tokenizer than {args.checkpoint} wants")
     references = corpus.References.open(Path(args.data) / args.references)
     bank = MemoryBank.create(args.out, model, references, args.dtype)
     total = len(bank) * bank.record_bytes
     dtype, longest = model.embed.weight.dtype, model.config.ref_len + len(model.config.header)
     path, why = attention_path(model.device, dtype, longest, model.config.head_dim)
     print(f"device: {model.device}, {dtype}; attention: {path} ({why})")
-    print(f"bank: {args.out}, {len(bank):,} memories of {bank.record_bytes:,} bytes ({args.dtype} "
-          f"{bank.shape}), {total:,} bytes in all")  # fmt: skip
+    print(
+        f"bank: {args.out}, {len(bank):,} memories of {bank.record_bytes:,} bytes ({args.dtype} "
+        f"{bank.shape}), {total:,} bytes in all"
+    )
     left = total - (bank.path / "memories.bin").stat().st_blocks * 512  # the file is sparse
     free = shutil.disk_usage(bank.path).free
-    need(free >= left, f"--out {args.out}: {left:,} bytes to write, {free:,} are free", OSError)
+    check(free >= left, f"--out {args.out}: {left:,} bytes to write, {free:,} are free")
     fill(bank, args.batch)
     if args.quantize:
         quantize(args.quantize, bank, args.codec, args.batch)
     return bank
+
 
 def quantize(path, bank, spec, batch):
     """The quantized twin of this bank at `path` (sec. 3.3): completed, made, or made anew."""
@@ -56,16 +60,19 @@ def quantize(path, bank, spec, batch):
         shutil.rmtree(path)
     if file.exists():
         codes = MemoryBank.open(path, bank.model, bank.references)
-        need(codes.codec, f"--quantize {path} holds a bank that is not quantized")
+        check(codes.codec, f"--quantize {path} holds a bank that is not quantized")
         its = codes.codec.spec
-        need(spec in (None, its), f"{path} has codec {its}; remove it, or drop --codec")
+        check(spec in (None, its), f"{path} has codec {its}; remove it, or drop --codec")
         fill(codes, batch)
     else:
         began, codes = time.time(), bank.quantize(path, spec=spec)
         print(f"quantized in {time.time() - began:.1f} s, training the codec included")
     error = "of keys {:.3f}, of values {:.3f}".format(*relative_error(bank, codes))
-    print(f"codes: {path}, {codes.codec.spec}, {codes.record_bytes:,} bytes a memory, "
-          f"{bank.record_bytes / codes.record_bytes:.1f} times fewer; relative error {error}")
+    print(
+        f"codes: {path}, {codes.codec.spec}, {codes.record_bytes:,} bytes a memory, "
+        f"{bank.record_bytes / codes.record_bytes:.1f} times fewer; relative error {error}"
+    )
+
 
 def fill(bank, batch):
     """Encodes the references whose memories are missing, `batch` at a time, and says how fast."""
@@ -73,11 +80,13 @@ def fill(bank, batch):
     rate = f"{n:,} written, {n / (time.time() - began):,.0f} memories/s"
     print(f"{bank.path}: {rate if n else 'complete, nothing to write'}")
 
+
 def relative_error(bank, codes, n=256):
     """|codes - bank| / |bank| over the keys and over the values of n memories."""
     ids = np.random.default_rng(0).permutation(bank.live())[:n]
     x, y = bank.recall(ids).kv.float(), codes.recall(ids).kv  # (n, Lm, 2, Hkv, S, dh)
     return [float((y - x)[:, :, j].norm() / x[:, :, j].norm()) for j in (0, 1)]
+
 
 def command_line(argv=None):
     form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
@@ -93,8 +102,6 @@ def command_line(argv=None):
     p.add_argument("--device", default="auto", help="cuda, cpu, or auto: cuda where there is one")
     return p.parse_args(argv)
 
+
 if __name__ == "__main__":
-    try:
-        main(command_line())
-    except (ValueError, OSError, ImportError, RuntimeError, KeyboardInterrupt) as e:
-        sys.exit(f"write.py: {str(e) or 'stopped; the same command goes on'}")
+    run(lambda: main(command_line()))

@@ -16,12 +16,15 @@ import torch.nn.functional as F
 import corpus
 import cost
 import retrieval
-from memory import Memories, MemoryBank, causal_attention, chunk_attention
+from bank import MemoryBank
+from common import UserError, write_json
+from memory import Memories, causal_attention, chunk_attention
 from model import Cache
 from quantize import Codec, default_spec, layout
 from train import recall_table
 
 # -- Attention: eq. (3.1) in four ways --------------------------------------------------------
+
 
 def attention_case(b, T, dtype):
     """-> [q, k, v, mem_k, mem_v], a gradient of the output, and {name: function of the former};
@@ -71,12 +74,15 @@ def attention_case(b, T, dtype):
     dout = tensors[0].detach().flip(2)  # any numbers
     return tensors, dout, dict(merged=merged, concatenate=masked, loop=loop, causal=causal)
 
+
 def both(f, tensors, dout):
     """Forward and backward: the output, and the gradients of all that it depends on."""
     y = f(*tensors)
     return [y, *torch.autograd.grad(y, tensors, dout, allow_unused=True)]
 
+
 # -- Floors -----------------------------------------------------------------------------------
+
 
 def step_bytes(b, B, context, memory):
     """What a decoding step must read: the weights, and keys and values of every sequence."""
@@ -84,6 +90,7 @@ def step_bytes(b, B, context, memory):
     slots = c.n_layer * context + memory * c.n_memory_layer * c.n_recall * c.memory_tokens
     weights = c.n_params + c.vocab_size * c.n_embd
     return b.dtype.itemsize * (weights + B * slots * 2 * c.n_kv_head * c.head_dim)
+
 
 def floor(b, B, T, new, memory):
     """The least seconds for B prompts of T tokens and `new` more of each: products at rate b.F,
@@ -94,11 +101,12 @@ def floor(b, B, T, new, memory):
     first, *steps = (step_bytes(b, B, T + i, memory) / b.BW for i in range(new))
     return max(first, prefill) + sum(max(s, token) for s in steps)
 
+
 # -- Memories to read -------------------------------------------------------------------------
 
+
 class Unique:
-    """Stands for the search: every query finds references that no other finds ("worst case", 7.5).
-    """
+    """The search of the worst case (7.5): every query finds references that no other finds."""
 
     def __init__(self, n):
         self.ids, self.at = np.random.default_rng(0).permutation(n), 0
@@ -108,15 +116,18 @@ class Unique:
         self.at += len(queries) * k
         return self.ids[at].reshape(-1, k), np.zeros((len(queries), k))
 
+
 class RandomCodec(Codec):
     """Decodes as a trained one does; but there is no FAISS index that would encode."""
 
     def save(self, path):
         np.savez(path / "codec.npz", spec=self.spec, table=self.table.cpu().numpy(), crc=0)
 
+
 def random_codec(c):
     spec = default_spec(c.head_dim, 10**9)
     return RandomCodec(spec, torch.randn(sum(1 << n for _, n in layout(spec)[0]), c.head_dim))
+
 
 def trained(codec, dim):
     """-> a codec of this spec, and FAISS's own index of it. Trained on as few vectors as FAISS
@@ -124,6 +135,7 @@ def trained(codec, dim):
     few = max(256, *(1 << bits for _, bits in codec.fields))
     codec = Codec.train(torch.randn(few, dim), codec.spec)
     return codec, codec._index()
+
 
 def random_codes(c, codec, n):
     """n memories: any bits, but the bits between the fields are 0, or FAISS would stop us all."""
@@ -133,15 +145,16 @@ def random_codes(c, codec, n):
     mask = torch.from_numpy(np.packbits(used, bitorder="little"))
     return torch.randint(256, (n, *c.memory_shape[:-1], codec.bytes), dtype=torch.uint8) & mask
 
+
 def decoding(b, B, codec):
-    """A function: brings the codes of R memories a sequence into a cache's slots, as a recall does.
-    """
+    """A function: brings the codes of R memories a sequence into a cache's slots, as recalls do."""
     c = b.config
     codes = random_codes(c, codec, B * c.n_recall).to(b.device)
     pool = Memories(codes, torch.full((len(codes),), c.memory_tokens, device=b.device))
     cache = Cache(c, B, 1, dtype=b.dtype, device=b.device)
     table = torch.arange(len(codes), device=b.device).view(B, -1)
     return partial(cache.recall, pool, table, codec)
+
 
 def random_bank(b, folder, queries, codec=None):
     """A bank of random memories, its cache in RAM off. There are enough for nine runs that recall
@@ -150,9 +163,9 @@ def random_bank(b, folder, queries, codec=None):
     record = math.prod(c.memory_shape[:-1]) * (codec.bytes if codec else 2 * c.head_dim)
     n, room = queries * c.n_recall, shutil.disk_usage(folder).free // 2 // record
     if room < n:
-        raise ValueError(f"{folder}: {n:,} memories want {2 * n * record:,} free bytes; see --tmp")
+        raise UserError(f"{folder}: {n:,} memories want {2 * n * record:,} free bytes; see --tmp")
     n = min(9 * n, room)
-    corpus.write_json(path.parent / "meta.json", dict(n_vocab=c.vocab_size))
+    write_json(path.parent / "meta.json", dict(n_vocab=c.vocab_size))
     texts = np.random.default_rng(0).integers(0, c.vocab_size, (n, c.ref_len))
     references = corpus.References.create(f"{path}.refs", texts, c.vocab_size)
     writer = SimpleNamespace(config=c, device=b.device, fingerprint=lambda: "random")
@@ -161,6 +174,7 @@ def random_bank(b, folder, queries, codec=None):
     for ids in np.array_split(np.arange(n), -(-n // 64)):
         bank._put(ids, some[: len(ids)], torch.full((len(ids),), c.memory_tokens))
     return MemoryBank.open(path, writer, references, cache=0)
+
 
 def drop(bank):
     """Takes a bank's records out of the page cache. Were they gone? None: no telling."""
@@ -174,6 +188,7 @@ def drop(bank):
         return True
     except (OSError, AttributeError):
         return None
+
 
 def readers(bank, k):
     """{name: function}: k random records, others each time, by three ways. The bank's recall
@@ -194,6 +209,7 @@ def readers(bank, k):
         return np.memmap(file, np.uint8, "r").reshape(-1, size)[ids()]
 
     return dict(bank=lambda: bank.recall(ids()), preadv=preadv, memmap=memmap)
+
 
 def pieces(b, model, bank, B):
     """{name: function}: what one retrieval for B sequences consists of, and their prompts of 2C
@@ -218,7 +234,9 @@ def pieces(b, model, bank, B):
         runs[f"prefill, {name}"] = lambda m=memory, new=cache: model(tokens, cache=new(), **m)
     return runs
 
+
 FLAT = 100_000  # references: the most for which retrieval.py takes an exact index
+
 
 def flat(dim, queries):
     """-> our Retriever of FLAT random vectors, these (FLAT, dim), and what any text embeds to."""

@@ -14,6 +14,7 @@ from memory import attention_path
 
 # b, the bench, has: device, dtype, config, seconds, tmp, compile, and from roofline BW and F
 
+
 def clock(b, f, n=1):
     """Seconds of a call of f, n of them in a row. A GPU works on its own: wait for it."""
     wait = torch.cuda.synchronize if b.device.type == "cuda" else lambda: None
@@ -23,6 +24,7 @@ def clock(b, f, n=1):
         f()
     wait()
     return (time.perf_counter() - start) / n
+
 
 def times(b, runs, before=None, share=1.0):
     """runs {name: function} -> {name: seconds}, medians of nine rounds, the first dropped (7.5).
@@ -43,6 +45,7 @@ def times(b, runs, before=None, share=1.0):
                 n[name] = 1 + int(0.01 / taken[name][1])
     return {name: median(x[1:]) for name, x in taken.items()}
 
+
 def roofline(b):
     """BW and F (in b.dtype) of the device."""
     cuda = b.device.type == "cuda"
@@ -52,12 +55,14 @@ def roofline(b):
     t = times(b, dict(copy=lambda: c.copy_(a), product=lambda: m @ m), share=0.1)
     return 2 * len(a) / t["copy"], 2 * len(m) ** 3 / t["product"]
 
+
 def name_of(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     found = re.search("model name.*: (.+)", info.read_text()) if info.exists() else None
     return f"CPU {found[1] if found else platform.machine()}"
+
 
 def file_name(name):
     """
@@ -66,6 +71,7 @@ def file_name(name):
     """
     name = re.sub(r"\((r|tm)\)", "", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
 
 def describe(b, preset):
     """What every result says about how it came about, and which implementation ran and why."""

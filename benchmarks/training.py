@@ -9,6 +9,7 @@ import torch
 from model import Memory3
 from train import loss_on, make_optimizer, recall_table
 
+
 def training_step(b, c, cfg):
     """-> step(micro, explicit), of cfg.batch windows of max_context tokens, `micro` at a time; and
     largest(explicit), the most windows at a time that fit: 16, 8, 4, 2, 1, or None."""

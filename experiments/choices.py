@@ -15,29 +15,12 @@ import math
 import numpy as np
 from tqdm import tqdm
 
-from corpus import need
-from eval import CONDITIONS, columns, likelihood, open_memory, open_reader
+from common import UserError, check
+from eval import CONDITIONS, columns, open_memory, open_reader
+from generate import likelihood, pool_of
 from memory import Memories
-from retrieval import exceeds
-from sample import pool_of
+from retrieval import Filtered
 
-class Filtered:
-    """A retriever that recalls no copy of its query: a reference that overlaps it by more than the
-    threshold, eq. (3.3), is dropped, and the next best takes its place (sec. 4.4)."""
-
-    def __init__(self, retriever, references, threshold=2 / 3, extra=16):
-        self.retriever, self.references = retriever, references
-        self.threshold, self.extra = threshold, extra
-
-    def search(self, queries, k):
-        """queries: token lists. As Retriever.search: ids (n, k), -1 = none; scores (n, k)."""
-        most = max(k, min(k + self.extra, len(self.references)))
-        ids, scores = self.retriever.search(queries, most)
-        for query, found, score in zip(queries, ids, scores, strict=True):
-            fit = [i >= 0 and not exceeds(query, self.references[i], self.threshold) for i in found]
-            n = min(k, sum(fit))
-            found[:n], score[:n], found[n:] = found[fit][:n], score[fit][:n], -1
-        return ids[:, :k], scores[:, :k]
 
 def load(path):
     """-> rows (question, choices, number of the right one)."""
@@ -53,11 +36,12 @@ def load(path):
             whole = False
         if not whole or not 0 <= right < len(choices):
             form = '{"question": text, "choices": [texts], "answer": one of them or its number}'
-            raise ValueError(f"{path}, line {n}: a line is {form}")
+            raise UserError(f"{path}, line {n}: a line is {form}")
         rows.append((question, choices, right))
     if not rows:
-        raise ValueError(f"{path} is empty")
+        raise UserError(f"{path} is empty")
     return rows
+
 
 def answer(model, tokenizer, rows, shots, retriever, bank):
     """Which questions are answered rightly: {condition: [bool, ...]}.
@@ -74,7 +58,7 @@ def answer(model, tokenizer, rows, shots, retriever, bank):
         pairs = [(shown + query, tokenizer.encode(choice)) for choice in choices]
         n, most = len(pairs[0][0]) + max(len(x) for _, x in pairs) - 1, model.config.max_context
         line = f"{question[:40]!r}, its choices and {len(shots)} --shots are {n} tokens"
-        need(n <= most, f"{line}; the context is at most max_context = {most}")
+        check(n <= most, f"{line}; the context is at most max_context = {most}")
         pool, table = pool_of(bank, retriever.search([query], model.config.n_recall)[0], model)
         read = dict(plain=(None, None), none=(none, None))
         read["recalled"] = pool, table.expand(len(pairs), -1)
@@ -84,14 +68,15 @@ def answer(model, tokenizer, rows, shots, retriever, bank):
             right[condition].append(int(np.argmax(each)) == number)
     return right
 
+
 def main(a):
     """a: eval.py's arguments. Prints a table, returns what goes into the JSON file."""
     rows = load(a.choices)
     if a.shots and not a.shots_from:
-        raise ValueError("--shots needs --shots_from, a file of solved examples")
+        raise UserError("--shots needs --shots_from, a file of solved examples")
     shots = load(a.shots_from)[: a.shots] if a.shots else []
     if len(shots) < a.shots:
-        raise ValueError(f"{a.shots_from} has {len(shots)} examples, --shots wants {a.shots}")
+        raise UserError(f"{a.shots_from} has {len(shots)} examples, --shots wants {a.shots}")
     model, tokenizer = open_reader(a)
     references, retriever, bank = open_memory(a, model)
     right = answer(model, tokenizer, rows, shots, Filtered(retriever, references), bank)

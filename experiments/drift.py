@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 
 import corpus
+from common import UserError, find_device
 from eval import columns
 from experiments.text import open_text
 from memory import Memories
-from model import Memory3, find_device, load_checkpoint
+from model import Memory3, load_checkpoint
+
 
 def everything(model):
     """The same model with room for all tokens of a reference: it keeps every one."""
@@ -28,6 +30,7 @@ def everything(model):
     twin = Memory3(type(model.config)(**config)).to(model.device)
     twin.load_state_dict(model.state_dict())
     return twin
+
 
 @torch.inference_mode()
 def compare(old, new, references, batch=64):
@@ -47,6 +50,7 @@ def compare(old, new, references, batch=64):
         filled += int(real.sum())
     return dict(zip(("keys", "values", "kept"), (sums / filled).tolist(), strict=True))
 
+
 @torch.inference_mode()
 def loss(reader, writer, windows, n, batch=8):
     """Nats a token of the reader on n windows, with the writer's memories (None: an empty pool)."""
@@ -61,6 +65,7 @@ def loss(reader, writer, windows, n, batch=8):
         total += float(reader(tokens, targets, pool, recall)[1]) * len(tokens)
     return total / n
 
+
 def plot(rows, without, path):
     try:
         import matplotlib
@@ -72,8 +77,11 @@ def plot(rows, without, path):
 
     steps = [row["behind"] for row in rows]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for name, label in (("keys", "cosine of keys"), ("values", "cosine of values"),
-                        ("kept", "share of kept tokens")):  # fmt: skip
+    for name, label in (
+        ("keys", "cosine of keys"),
+        ("values", "cosine of values"),
+        ("kept", "share of kept tokens"),
+    ):
         left.plot(steps, [row[name] for row in rows], "o-", label=label)
     right.plot(steps, [row["loss"] for row in rows], "o-", label="with stale memories")
     right.axhline(rows[-1]["loss"], ls=":", color="gray", label="with fresh memories")
@@ -88,24 +96,25 @@ def plot(rows, without, path):
     pyplot.close(figure)
     print(f"\nplotted in {path}")
 
+
 def main(a, picture="out/drift.png"):
     """a: eval.py's arguments. Prints a table, plots it, returns what goes into the JSON file."""
     opened = [load_checkpoint(path) for path in a.drift]
     if len(opened) < 2:
-        raise ValueError("--drift takes two checkpoints or more, the last of the training last")
+        raise UserError("--drift takes two checkpoints or more, the last of the training last")
     (last, meta), behind = opened[-1], []
     for path, (model, other) in zip(a.drift, opened, strict=True):
         if (model.config, other["tokenizer"]) != (last.config, meta["tokenizer"]):
-            raise ValueError(f"--drift {path}: not the same shape and tokenizer as {a.drift[-1]}")
+            raise UserError(f"--drift {path}: not the same shape and tokenizer as {a.drift[-1]}")
         # a checkpoint of another run is what this run began from
         runs = [m.get("train", {}).get("out") for m in (other, meta)]
         behind.append(meta["step"] - (other["step"] if runs[0] == runs[1] else 0))
         if behind[-1] < 0:
-            raise ValueError(f"--drift {path} is later than {a.drift[-1]}: give the last one last")
+            raise UserError(f"--drift {path} is later than {a.drift[-1]}: give the last one last")
         model.to(find_device(a.device)).eval()
     last.config.n_recall = a.n_recall or last.config.n_recall
     if meta["tokenizer"] != corpus.tokenizer(corpus.manifest(a.data)["tokenizer"]).id:
-        raise ValueError(f"{a.drift[-1]} was not trained with the tokenizer of {a.data}")
+        raise UserError(f"{a.drift[-1]} was not trained with the tokenizer of {a.data}")
     windows, n = open_text(a, last.config)
     found = sorted({int(i) for i in windows.neighbors[: n * windows.T // windows.C, 0] if i >= 0})
     references = windows.references.batch(found)

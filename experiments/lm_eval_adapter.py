@@ -21,10 +21,11 @@ try:
 except ImportError:
     raise ImportError("the adapter needs lm-evaluation-harness: pip install lm_eval") from None
 
-from eval import likelihood, open_memory, open_reader, parser  # noqa: E402
-from experiments.choices import Filtered  # noqa: E402
+from eval import open_memory, open_reader, parser  # noqa: E402
+from generate import generate, likelihood, pool_of  # noqa: E402
 from memory import Memories  # noqa: E402
-from sample import generate, pool_of  # noqa: E402
+from retrieval import Filtered  # noqa: E402
+
 
 @register_model("memory3")
 class Memory3LM(LM):
@@ -72,6 +73,7 @@ class Memory3LM(LM):
                 text = text.split(stop)[0]
             result.append(text)
         return result
+
 
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate  # what the command lm_eval calls

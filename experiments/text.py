@@ -11,16 +11,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval import CONDITIONS, columns, likelihood, open_reader
-from memory import Memories, MemoryBank
+from bank import MemoryBank
+from common import UserError
+from eval import CONDITIONS, columns, open_reader
+from generate import likelihood
+from memory import Memories
 from retrieval import Retriever, neighbors
 from train import TrainConfig, Windows
+
 
 def open_text(a, config):
     """The windows of --split with their neighbours, and how many of them to read."""
     cfg = TrainConfig(data=a.data, stage="explicit", context=a.context)
     windows = Windows(cfg, a.split, config)
     return windows, min(a.windows, windows.n)
+
 
 def in_context(config, tokens, references, recall):
     """RAG on text: per chunk the pair (the references it would read and, as much of it as fits,
@@ -33,6 +38,7 @@ def in_context(config, tokens, references, recall):
             room = config.max_context - len(texts) - len(after)
             pairs.append(([window[0], *texts, *own[max(0, len(own) - room) :]], after))
     return pairs
+
 
 @torch.inference_mode()
 def text_losses(model, windows, n, conditions, codec=None, batch=8):
@@ -63,6 +69,7 @@ def text_losses(model, windows, n, conditions, codec=None, batch=8):
                 sums[condition] += float(loss) * len(tokens)
     return {condition: x / n for condition, x in sums.items()}
 
+
 def leak(model, windows, retriever, n, thresholds=(None, 0.9, 0.8, 2 / 3)):
     """The gain of memory on text, by how much a reference may copy of it (Table C.2).
 
@@ -75,9 +82,15 @@ def leak(model, windows, retriever, n, thresholds=(None, 0.9, 0.8, 2 / 3)):
     base, rows, first = text_losses(model, windows, n, ["none"])["none"], [], None
     for threshold in thresholds:
         ids = neighbors(
-            windows.tokens[: n * windows.T], windows.C, windows.references, retriever, 1,
-            threshold=threshold or 1.0, context=windows.T, extra=16,
-        )  # fmt: skip
+            windows.tokens[: n * windows.T],
+            windows.C,
+            windows.references,
+            retriever,
+            1,
+            threshold=threshold or 1.0,
+            context=windows.T,
+            extra=16,
+        )
         first = ids if first is None else first
         row = dict(threshold=threshold, changed=float((ids != first).mean()))
         row |= dict(empty=float((ids < 0).mean()), gain=[])
@@ -88,6 +101,7 @@ def leak(model, windows, retriever, n, thresholds=(None, 0.9, 0.8, 2 / 3)):
             row["gain"].append(base - loss)
         rows.append(row)
     return rows
+
 
 def main(a):
     """a: eval.py's arguments. Prints a table, returns what goes into the JSON file."""
@@ -109,7 +123,7 @@ def main(a):
     conditions, codec = [c for c in CONDITIONS if c != "oracle"], None
     try:
         codec = MemoryBank.open(a.codes, model).codec
-    except (ValueError, FileNotFoundError) as e:
+    except UserError as e:
         conditions.remove("quantized")
         print(f"quantized memories: left out, for {e}")
     losses = text_losses(model, windows, n, conditions, codec)

@@ -38,6 +38,7 @@ import memory  # noqa: E402
 import model as decoder  # noqa: E402
 import retrieval  # noqa: E402
 import train  # noqa: E402
+from common import UserError, optional, replace_file, run, write_json  # noqa: E402
 from quantize import Codec  # noqa: E402
 
 SEEDS = (1, 2, 3)
@@ -47,13 +48,24 @@ VALUES = 16  # of each relation: an unknown value costs ln 16 = 2.77 nats
 PEOPLE, HELD_OUT = 12_000, 1_000  # HELD_OUT of them only in the validation text
 
 SHAPE = dict(
-    n_layer=4, n_memory_layer=2, n_head=2, n_kv_head=2, head_dim=32, mlp_width=128, chunk_len=C,
-    n_recall=5, memory_tokens=8, ref_len=4 * len(RELATIONS), max_context=T, tied=True,
-)  # fmt: skip
+    n_layer=4,
+    n_memory_layer=2,
+    n_head=2,
+    n_kv_head=2,
+    head_dim=32,
+    mlp_width=128,
+    chunk_len=C,
+    n_recall=5,
+    memory_tokens=8,
+    ref_len=4 * len(RELATIONS),
+    max_context=T,
+    tied=True,
+)
 
 BASE = "S = 8, Lm = 2, R = 5, exact weights"  # what one change at a time is compared with
 
 # -- The text ---------------------------------------------------------------------------------
+
 
 def prepare(out, rows, val_rows, people=PEOPLE, held_out=HELD_OUT):
     """A data set in the directory `out`: train, val, the references kb, and the neighbours."""
@@ -68,7 +80,7 @@ def prepare(out, rows, val_rows, people=PEOPLE, held_out=HELD_OUT):
     vocab = ["Reference", ":", *(f" {w}" for w in words)]
     ranks = [base64.b64encode(w.encode()).decode() for w in vocab]  # every word is one token
     name = dict(name="people", pattern=r" ?\w+|:", prefix_space=True)
-    corpus.write_json(out / "tokenizer.json", dict(name, ranks=ranks))
+    write_json(out / "tokenizer.json", dict(name, ranks=ranks))
     tok = corpus.tokenizer(out)
 
     who = rng.permutation(n * n)[:people]  # a first and a last name together are one person's
@@ -85,11 +97,12 @@ def prepare(out, rows, val_rows, people=PEOPLE, held_out=HELD_OUT):
         doc = np.concatenate([np.full((size, 1), tok.bos), doc], 1)[:, :T]
         corpus.write_tokens(out / f"{split}.bin", doc, tok.n_vocab)
     meta = dict(name="people", tokenizer=str(out), tokenizer_id=tok.id, n_vocab=tok.n_vocab)
-    corpus.write_json(out / "meta.json", meta)
+    write_json(out / "meta.json", meta)
     found = retrieval.Retriever.build(out / "kb.index", references, out)
     for split in "val", "train":
         tokens, path = corpus.open_tokens(out, split), out / f"{split}.neighbors.bin"
         retrieval.write_neighbors(path, tokens, C, references, found, 1, context=T)
+
 
 def documents(facts, low, high, size, rng, people=3, stay=0.6):
     """(size, T) tokens: facts of three people each, one person's after another's by chance."""
@@ -101,7 +114,9 @@ def documents(facts, low, high, size, rng, people=3, stay=0.6):
         rows[:, i] = facts[cast[each, at], rng.integers(len(RELATIONS), size=size)]
     return rows.reshape(size, -1)
 
+
 # -- The runs ---------------------------------------------------------------------------------
+
 
 def plan(quick=False):
     """Two waves of runs: {name: what}. The second wave starts from checkpoints of the first.
@@ -136,18 +151,23 @@ def plan(quick=False):
             right[f"choice-{key}-{seed}"] = run
     return left, right
 
+
 # These stand in for memory.choose_tokens while a run writes its memories.
+
 
 def random_tokens(q, k, mask, s, approximate=False):
     """Other tokens at each writing, whatever attention they get."""
     return memory.select_tokens(torch.rand(k.shape[:3], device=k.device), mask, s)
 
+
 def first_tokens(q, k, mask, s, approximate=False):
     ranks = -torch.arange(k.shape[2], device=k.device, dtype=torch.float32)
     return memory.select_tokens(ranks.expand(k.shape[:3]), mask, s)
 
+
 SELECT = {"random": random_tokens, "first": first_tokens}
 REDUCED = ("bfloat16", "quantized")
+
 
 def do(run, name, out, device="auto", quick=False):
     """Trains one run in its own directory and measures it; returns the result, which is kept there.
@@ -158,7 +178,7 @@ def do(run, name, out, device="auto", quick=False):
     if (path / "result.json").exists():
         result = json.loads((path / "result.json").read_text())
         if not run.items() <= result.items():
-            raise ValueError(f"{path} is a run of other settings: remove it, or give another --out")
+            raise UserError(f"{path} is a run of other settings: remove it, or give another --out")
         return result
     path.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # two runs side by side are faster than one on two threads
@@ -168,11 +188,23 @@ def do(run, name, out, device="auto", quick=False):
     config = decoder.Config(**shape, vocab_size=tok.n_vocab, header=tuple(tok.header))
     every = 1 if quick else run["steps"] if name.startswith("choice") else 50
     cfg = train.TrainConfig(
-        data=data, stage=stage, split="train", val="val", out=str(path), seed=run["seed"],
-        init=f"{out}/runs/{init}" if init else "", context=T, batch=4 if quick else 32,
-        steps=run["steps"], lr=2e-3 if init else 4e-3, warmup=50 if init else 100,
-        decay=0.3 if init else 0.1, eval_every=every, save_every=100, device=device,
-    )  # fmt: skip
+        data=data,
+        stage=stage,
+        split="train",
+        val="val",
+        out=str(path),
+        seed=run["seed"],
+        init=f"{out}/runs/{init}" if init else "",
+        context=T,
+        batch=4 if quick else 32,
+        steps=run["steps"],
+        lr=2e-3 if init else 4e-3,
+        warmup=50 if init else 100,
+        decay=0.3 if init else 0.1,
+        eval_every=every,
+        save_every=100,
+        device=device,
+    )
     started = time.time()
     decoder.choose_tokens = SELECT.get(run.get("select"), memory.choose_tokens)
     try:
@@ -187,12 +219,14 @@ def do(run, name, out, device="auto", quick=False):
         decoder.choose_tokens = memory.choose_tokens
     seconds = round(time.time() - started)
     result = dict(run, tokens=run["steps"] * per_step, seconds=seconds, curve=curve, final=final)
-    corpus.write_json(path / "result.json", result)
+    write_json(path / "result.json", result)
     for file in ("last.pt", "best.pt"):
         (path / file).unlink(missing_ok=True)
     return result
 
+
 # -- Measuring --------------------------------------------------------------------------------
+
 
 @torch.inference_mode()
 def measure(model, cfg, run):
@@ -234,6 +268,7 @@ def measure(model, cfg, run):
         result[name] = [round(float(x.mean()), 4) for x in (nats, nats[first], nats[later])]
     return result
 
+
 def mentions(tokens):
     """Two masks (n, T - 1) over tokens 1, 2 ...: values said the first time, and again."""
     first, later = np.zeros((2, len(tokens), T - 1), bool)
@@ -245,7 +280,9 @@ def mentions(tokens):
             said.add(fact)
     return torch.from_numpy(first), torch.from_numpy(later)
 
+
 # -- All of them, the tables, the picture -----------------------------------------------------
+
 
 def run_all(out, jobs, device="auto", quick=False):
     """Prepares the text and does both waves, `jobs` runs side by side. -> {name: result}."""
@@ -264,6 +301,7 @@ def run_all(out, jobs, device="auto", quick=False):
                 print(f"{done}  {name}: loss {loss:.4f}  {minutes:.1f} min", flush=True)
     return results
 
+
 def save(results, path):
     """The JSON, a line a run; curves only where they are drawn."""
     lines = []
@@ -272,7 +310,8 @@ def save(results, path):
             result = {k: v for k, v in result.items() if k != "curve"}
         lines.append(f"{json.dumps(name)}: {json.dumps(result)}")
     text = "{\n" + ",\n".join(lines) + "\n}\n"
-    corpus.replace_file(path, lambda f: f.write(text.encode()))
+    replace_file(path, lambda f: f.write(text.encode()))
+
 
 def by_arm(results, choices):
     """{arm: {seed: result}} of the runs with one choice changed, or of the others."""
@@ -282,14 +321,17 @@ def by_arm(results, choices):
             arms.setdefault(result["arm"], {})[result["seed"]] = result
     return arms
 
+
 def spread(values, digits=2):
     """The mean, and the lowest and highest of the seeds."""
     values = list(values)
     mean, low, high = (f"{x:.{digits}f}" for x in (np.mean(values), min(values), max(values)))
     return f"{mean} [{low}, {high}]"
 
+
 COLUMNS = ("loss, no memory", "loss, memories")
 COLUMNS += ("first mentions, no memory", "first mentions, memories")
+
 
 def tables(results):
     """Markdown: the arms, and one change at a time. Nats; mean and [lowest, highest] of seeds.
@@ -331,15 +373,11 @@ def tables(results):
     lines += [compare(f"{how} memories, not trained with", base, how) for how in REDUCED]
     return "\n".join(lines)
 
+
 def draw(results, path):
     """Fig. 3.3: validation loss over the tokens of each plot; bands span the seeds."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ImportError("the picture needs: pip install matplotlib") from None
+    optional("matplotlib").use("Agg")
+    pyplot = optional("matplotlib.pyplot")
     colours = {"plain": "tab:blue", "explicit": "tab:green", "plain then plain": "tab:blue"}
     colours |= {"explicit then explicit": "tab:green", "plain then explicit": "tab:red"}
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
@@ -365,6 +403,7 @@ def draw(results, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--out", help="runs and their text (default: out/two_stages, or ..._quick)")
@@ -381,7 +420,7 @@ def main(argv=None):
     file, png = args.json or home / "two_stages.json", args.png or picture / "two_stages.png"
     if args.table:
         if not Path(file).exists():
-            raise FileNotFoundError(f"{file} is missing: run this without --table")
+            raise UserError(f"{file} is missing: run this without --table")
         print(tables(json.loads(Path(file).read_text())))
         return
     results = run_all(args.out, args.jobs, args.device, args.quick)
@@ -389,8 +428,6 @@ def main(argv=None):
     print(tables(results))
     draw(results, png)
 
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as e:
-        sys.exit(f"two_stages.py: {e}")
+    run(main)

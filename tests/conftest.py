@@ -23,9 +23,20 @@ import kernels  # noqa: E402
 import model as model_module  # noqa: E402
 
 TINY = dict(
-    n_layer=4, n_memory_layer=3, n_head=6, n_kv_head=2, head_dim=10, mlp_width=34, vocab_size=97,
-    max_context=90, chunk_len=7, n_recall=4, memory_tokens=5, ref_len=13, header=(96, 94, 93),
-)  # fmt: skip
+    n_layer=4,
+    n_memory_layer=3,
+    n_head=6,
+    n_kv_head=2,
+    head_dim=10,
+    mlp_width=34,
+    vocab_size=97,
+    max_context=90,
+    chunk_len=7,
+    n_recall=4,
+    memory_tokens=5,
+    ref_len=13,
+    header=(96, 94, 93),
+)
 
 
 @pytest.fixture

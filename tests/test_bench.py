@@ -35,8 +35,19 @@ def tiny():
 
 
 def run(tmp_path, *flags):
-    return bench.main([*flags, "--device", "cpu", "--seconds", "0", "--tmp", f"{tmp_path}/tmp",
-                       "--out", f"{tmp_path}/out"])  # fmt: skip
+    return bench.main(
+        [
+            *flags,
+            "--device",
+            "cpu",
+            "--seconds",
+            "0",
+            "--tmp",
+            f"{tmp_path}/tmp",
+            "--out",
+            f"{tmp_path}/out",
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +62,16 @@ def everything(tiny, tmp_path_factory):
 
 
 def bench_of(tmp_path, config, **changes):
-    b = dict(device=torch.device("cpu"), dtype=torch.float32, config=config, seconds=0, BW=7e9,
-             F=3e11, tmp=tmp_path, compile=False)  # fmt: skip
+    b = dict(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        config=config,
+        seconds=0,
+        BW=7e9,
+        F=3e11,
+        tmp=tmp_path,
+        compile=False,
+    )
     return SimpleNamespace(**(b | changes))
 
 
@@ -132,8 +151,10 @@ def test_without_faiss_the_rest_is_measured(tiny, tmp_path, monkeypatch, capsys)
     parts = run(tmp_path, "all", "--preset", "tiny")
     assert list(parts) == ["codec"] and "search is not measured:" in capsys.readouterr().out
     assert set(parts["codec"]["figures"]) == {
-        "decode into the cache, vectors/s", "decode, vectors/s", "decode 160 memories, ms",
-    }  # fmt: skip
+        "decode into the cache, vectors/s",
+        "decode, vectors/s",
+        "decode 160 memories, ms",
+    }
     with pytest.raises(ImportError):
         run(tmp_path, "search", "--preset", "tiny")
 
@@ -159,8 +180,10 @@ def test_the_readmes_table_is_that_of_the_files(tmp_path):
     assert lines[2] == "| | goal | bound | CPU A | a GPU |"
     row = {line.split("|")[2].strip(): line.split("|")[3:-1] for line in lines[4:-2]}
     assert [x.strip() for x in row["flat search, time over torch matmul + topk"]] == [
-        "<= 1.3", "1.03", "not measured",
-    ]  # fmt: skip
+        "<= 1.3",
+        "1.03",
+        "not measured",
+    ]
     cells = row["attention and backward, time over causal alone"]
     assert [x.strip() for x in cells] == ["<= 1.4", "1.5, NOT met", ""]
     cells = row["implicit stage: model FLOPs utilisation"]
@@ -286,8 +309,10 @@ def test_random_banks_are_banks(config, tmp_path, monkeypatch):
     codec = baselines.random_codec(config)
     assert codec.spec == "Residual2x10,PQ2x10"  # bits 20 to 23 and 44 to 47 belong to no number
     assert (baselines.random_codes(config, codec, 9)[..., [2, 5]] < 16).all()
-    for bank in (baselines.random_bank(b, tmp_path, 3),
-                 baselines.random_bank(b, tmp_path, 3, codec)):  # fmt: skip
+    for bank in (
+        baselines.random_bank(b, tmp_path, 3),
+        baselines.random_bank(b, tmp_path, 3, codec),
+    ):
         assert len(bank) == 9 * 3 * config.n_recall and bank.verify() == []
         for _ in range(2):
             pool = bank.recall([7, 2])

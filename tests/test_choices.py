@@ -10,9 +10,10 @@ from test_sample import PLACES, World, text_of
 import corpus
 import eval as evaluation
 from experiments import choices
-from experiments.choices import Filtered, answer, load
+from experiments.choices import answer, load
 from memory import Memories
-from retrieval import overlap
+from retrieval import Filtered, overlap
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

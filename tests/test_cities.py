@@ -122,10 +122,12 @@ def test_the_reader_reads(cities):
         " U.S. Virgin Islands. What time does Y keep? Nobody knows. Z keeps the"
     )
     assert found == [
-        ("Oulu", "population", "7"), ("6th of October City", "coordinates", None),
-        ("Ba Be", "coordinates", "3 N 4 E"), ("X", "country", "U.S. Virgin Islands"),
+        ("Oulu", "population", "7"),
+        ("6th of October City", "coordinates", None),
+        ("Ba Be", "coordinates", "3 N 4 E"),
+        ("X", "country", "U.S. Virgin Islands"),
         ("Y", "timezone", None),
-    ]  # fmt: skip
+    ]
     assert unread == ["Nobody knows.", "Z keeps the"]
 
 

@@ -19,10 +19,20 @@ PAPER = Config.preset("2.4b")
 
 # Every size differs from every other, also d = 84 and the 8 chunks: no swapped axis can pass.
 TINY = Config(
-    n_layer=5, n_memory_layer=3, n_head=14, n_kv_head=7, head_dim=6, mlp_width=23,
-    vocab_size=41, max_context=88, chunk_len=11, n_recall=2, memory_tokens=4, ref_len=13,
+    n_layer=5,
+    n_memory_layer=3,
+    n_head=14,
+    n_kv_head=7,
+    head_dim=6,
+    mlp_width=23,
+    vocab_size=41,
+    max_context=88,
+    chunk_len=11,
+    n_recall=2,
+    memory_tokens=4,
+    ref_len=13,
     header=(1,),
-)  # fmt: skip
+)
 
 
 def printed(x, figure):
@@ -187,9 +197,11 @@ def test_interval_is_where_explicit_is_cheapest():
     for c in (PAPER, TINY, Config.preset("toy")):
         low, high = cost.advantage_interval(c)
         for n, best in (
-            (low * 0.99, "plain text"), (low * 1.01, "explicit memory"),
-            (high * 0.99, "explicit memory"), (high * 1.01, "model parameters"),
-        ):  # fmt: skip
+            (low * 0.99, "plain text"),
+            (low * 1.01, "explicit memory"),
+            (high * 0.99, "explicit memory"),
+            (high * 1.01, "model parameters"),
+        ):
             costs = cost.total_cost(c, n)
             assert min(costs, key=costs.get) == best
     never = replace(TINY, memory_tokens=10**6)  # memories larger than their texts

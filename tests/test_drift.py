@@ -15,6 +15,7 @@ from experiments.drift import compare, everything, loss
 from experiments.text import text_losses
 from model import load_checkpoint
 
+
 def test_everything_writes_all_tokens(build, references):
     """A twin with other weights, or one that still leaves tokens out or sorts them otherwise."""
     model, refs = build(), references([13, 4, 7, 1])

@@ -13,9 +13,11 @@ from test_sample import PLACES, Bank, Log, World, text_of
 
 import corpus
 import eval as evaluation
-from eval import CONDITIONS, Asker, likelihood, load_questions, markdown, measure
-from memory import Memories, MemoryBank
-from sample import generate
+from bank import MemoryBank
+from common import UserError
+from eval import CONDITIONS, Asker, load_questions, markdown, measure
+from generate import generate, likelihood
+from memory import Memories
 
 ROOT = Path(corpus.__file__).parent
 
@@ -73,8 +75,10 @@ def numbers(build, references):
         bank = Bank(model.write(refs))
     g = torch.Generator().manual_seed(8)
     for i in range(23):
-        texts = [" ".join(map(str, torch.randint(0, 90, (n,), generator=g).tolist()))
-                 for n in (5 + i % 3, 3, 5 + i % 2, 4)]  # fmt: skip
+        texts = [
+            " ".join(map(str, torch.randint(0, 90, (n,), generator=g).tolist()))
+            for n in (5 + i % 3, 3, 5 + i % 2, 4)
+        ]
         row = dict(question=texts[0], city=texts[1], sentences=texts[2:], relation="abc"[i % 3])
         rows.append(row | dict(reference=i % 19))
     listed = [r[r >= 0].tolist() for r in refs]
@@ -249,8 +253,7 @@ def test_separable_is_definition_2_6(asker):
     cases = [(0.499, 0.901, 1), (0.51, 1.0, 0), (0.01, 0.89, 0), (0.01, 0.91, 1), (0.95, 0.01, 0)]
     rows = list(questions())[: len(cases)]
     asker.ask = lambda rows, condition: [
-        dict(exact=True, found=True, nats=-math.log(case[condition == "oracle"]))
-        for case in cases
+        dict(exact=True, found=True, nats=-math.log(case[condition == "oracle"])) for case in cases
     ]
     asker.ms_per_token = lambda rows, condition: 1.0
     table = measure(asker, rows, ["oracle", "random"])
@@ -284,8 +287,12 @@ def test_likelihood_is_the_full_forward_of_each_pair(numbers, kind):
 
 def test_markdown():
     """A column under another column's name."""
-    row = dict(exact={"all": 0.5, "country": 0.25, "population": 0.75}, nats=1.234,
-               bytes_per_reference=12345.6, ms_per_token=7.89)  # fmt: skip
+    row = dict(
+        exact={"all": 0.5, "country": 0.25, "population": 0.75},
+        nats=1.234,
+        bytes_per_reference=12345.6,
+        ms_per_token=7.89,
+    )
     lines = markdown(dict(a=row, b=dict(row, nats=12)), dict(a="with", b="without")).split("\n")
     assert lines == [
         "| condition | all | country | population | nats per answer | bytes per reference "
@@ -300,7 +307,7 @@ def test_load_questions(tmp_path):
     """A traceback of the JSON reader, or of a question without a city; all of the questions where
     a few were asked for."""
     path = tmp_path / "questions.jsonl"
-    with pytest.raises(FileNotFoundError, match="questions.jsonl is missing: run python .*prepare"):
+    with pytest.raises(UserError, match="questions.jsonl is missing: run python .*prepare"):
         load_questions(path, 3)
     path.write_text("")
     with pytest.raises(ValueError, match="questions.jsonl holds no question"):

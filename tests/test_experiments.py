@@ -12,11 +12,13 @@ import corpus
 import memory
 import model as decoder
 import train
+from common import UserError
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import two_stages  # noqa: E402
 
 TEXTS = ("train", "val")
+
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
@@ -25,9 +27,11 @@ def out(tmp_path_factory):
     two_stages.prepare(path / "data", 24, 70, 300, 100)
     return path
 
+
 def facts_of(rows):
     """Per row the set of its facts, tuples of 4 tokens."""
     return [{tuple(r[i : i + 4]) for i in range(1, two_stages.T - 3, 4)} for r in rows.tolist()]
+
 
 def test_validation_people_are_in_no_training_text_but_in_the_references(out):
     """Bug: held-out people in the training text, so that weights could know what memories tell."""
@@ -38,6 +42,7 @@ def test_validation_people_are_in_no_training_text_but_in_the_references(out):
     references = corpus.References.open(out / "data/kb")
     written = {tuple(references[i][j : j + 4]) for i in range(300) for j in range(0, 24, 4)}
     assert set.union(*facts_of(rows["val"])) <= written
+
 
 def test_most_first_mentions_can_be_read_in_a_memory(out):
     """Bug: neighbours of other chunks than those that read them, or of the wrong people."""
@@ -53,10 +58,12 @@ def test_most_first_mentions_can_be_read_in_a_memory(out):
         told.append(any(fact in pool[m] for m in seen if m >= 0))
     assert np.mean(told) > 0.6
 
+
 def shape(out, **changes):
     tok = corpus.tokenizer(out / "data")
     known = dict(vocab_size=tok.n_vocab, header=tuple(tok.header))
     return decoder.Config(**(two_stages.SHAPE | known | changes))
+
 
 def test_mentions_are_told_apart():
     """Bug: a fact of the same person and relation in another document counts as said before."""
@@ -66,6 +73,7 @@ def test_mentions_are_told_apart():
     assert first[0].nonzero().flatten().tolist()[:2] == [3, 7]  # column j is token j + 1
     assert later[0, 11] and not first[0, 11]
     assert torch.equal(first[0], first[1])
+
 
 def test_measure_is_the_loss_of_training(out):
     """Bug: windows after the 64th read the memories of others, whose rows in the pool are off."""
@@ -85,6 +93,7 @@ def test_measure_is_the_loss_of_training(out):
     assert got["plain"][0] == pytest.approx(plain, abs=2e-4)
     assert abs(want - plain) > 1e-3  # or the test could not tell them apart
 
+
 def test_other_choices_of_tokens():
     """Bug: "random" picks the same for all, or padding; "first" picks the last."""
     k, mask = torch.zeros(1, 3, 33, 7), torch.arange(33)[None] < 29
@@ -92,6 +101,7 @@ def test_other_choices_of_tokens():
     picks = torch.cat([two_stages.random_tokens(k, k, mask, 5) for _ in range(40)])
     assert picks.shape == (40, 3, 5) and picks.min() == 0 and picks.max() == 28
     assert not torch.equal(picks[0], picks[1]) and not torch.equal(picks[0, 0], picks[0, 1])
+
 
 def test_every_run_in_miniature_is_skipped_when_done(tmp_path, monkeypatch):
     """Bug: an arm that does not run; one that starts anew; one that leaves its tokens' choice."""
@@ -131,6 +141,7 @@ def test_every_run_in_miniature_is_skipped_when_done(tmp_path, monkeypatch):
     two_stages.draw(results, tmp_path / "r.png")
     assert (tmp_path / "r.png").read_bytes()[1:4] == b"PNG"
 
+
 def test_table_takes_differences_seed_by_seed(tmp_path, capsys):
     """Bug: the difference of means, whose spread is that of the seeds and not of the choice."""
 
@@ -147,5 +158,5 @@ def test_table_takes_differences_seed_by_seed(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| plain | 2.50 [2.00, 3.00] | 9.00")
     assert lines[3].endswith("| -0.250 [-0.250, -0.250] |")
-    with pytest.raises(FileNotFoundError, match="run this without --table"):
+    with pytest.raises(UserError, match="run this without --table"):
         two_stages.main(["--table", "--json", str(tmp_path / "none.json")])

@@ -15,6 +15,7 @@ import kernels
 
 KERNELS = Path(kernels.__file__).with_name("kernels.cu")
 
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     """Where kernels run: the emulator behind CPU tensors, then a GPU, if there is one."""
@@ -26,9 +27,11 @@ def device(request):
     yield request.param
     torch.use_deterministic_algorithms(False)
 
+
 def error(x, true):
     """The relative error, as a norm over the whole tensor."""
     return ((x.double().cpu() - true).norm() / true.norm().clamp(min=1e-30)).item()
+
 
 # -- The emulator itself -----------------------------------------------------------------------
 
@@ -62,6 +65,7 @@ extern "C" int multiply(float* c, const bf16* a, const bf16* b, int mistake) {
     return launch(product, 1, 64, 16 * 24 * 4, nullptr, c, a, b, mistake);
 }
 """
+
 
 def test_the_emulator_multiplies_and_finds_mistakes(compiled, tmp_path, capfd):
     """Catches an emulator that would pass anything: a tensor core with swapped rows, copies that
@@ -98,7 +102,9 @@ def test_the_emulator_multiplies_and_finds_mistakes(compiled, tmp_path, capfd):
         assert message in capfd.readouterr().err
     assert multiply()[0] == 0  # and nothing of that stays
 
+
 # -- a. Memory attention -----------------------------------------------------------------------
+
 
 def concatenate_and_mask(q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header):
     """The oracle: [the whole pool, once for each of the R places | all tokens] in one softmax."""
@@ -118,6 +124,7 @@ def concatenate_and_mask(q, k, v, mem_k, mem_v, count, recall, chunk_len, n_head
     scores = q @ keys(mem_k, k).mT / math.sqrt(dh)
     scores = scores.masked_fill(~seen[:, None], -math.inf)
     return scores.softmax(-1) @ keys(mem_v, v), scores.logsumexp(-1)
+
 
 def attention_case(B, H, Hkv, dh, S, R, C, P, T, M, scale=1.0):
     """Random tensors of a call, bfloat16. Memory M-1 is nobody's, the first chunk recalls none, a
@@ -140,6 +147,7 @@ def attention_case(B, H, Hkv, dh, S, R, C, P, T, M, scale=1.0):
     tensors += [randn(M, Hkv, S, dh).masked_fill(empty, math.nan) for _ in "kv"]
     return tensors, randn(B, H, P + T, dh), count, recall, C, P
 
+
 CASES = {
     # B, H, Hkv, dh, S, R, C, P, T, M
     "three keys": (2, 3, 1, 16, 3, 1, 7, 2, 21, 4),
@@ -150,6 +158,7 @@ CASES = {
     "one head": (3, 1, 1, 32, 2, 3, 5, 4, 1, 3),
     "large scores": (1, 5, 1, 64, 17, 2, 9, 2, 20, 4, 2.0),
 }
+
 
 def kernel_attention(case, device):
     """The kernels, and for the causal part float64. Returns out, lse, dq, dmem_k, dmem_v."""
@@ -171,6 +180,7 @@ def kernel_attention(case, device):
     )
     return out, lse, dq, *grads
 
+
 @pytest.mark.parametrize("name", CASES)
 def test_memory_attention_equals_concatenate_and_mask(name, device):
     """Catches a wrong index, scale or mask anywhere in the kernels: the merge, dq, dk and dv, for
@@ -191,6 +201,7 @@ def test_memory_attention_equals_concatenate_and_mask(name, device):
         kernels.libraries["cpu"].emulator_reverse(1)
     again = kernel_attention(case, device)
     assert all(torch.equal(x, y) for x, y in zip(ours, again, strict=True))
+
 
 def test_memory_attention_leaves_alone_what_reads_no_memory(device):
     """Catches a header that attends memories, and rounding (or nan) in chunks that recall none."""
@@ -217,6 +228,7 @@ def test_memory_attention_leaves_alone_what_reads_no_memory(device):
         assert same[:, :, :P].all() and (same[:, :, P:] == ~reads[:, None]).all()
         assert all((x != 0).any() == (table >= 0).any() for x in grads)
 
+
 @pytest.mark.parametrize("nothing", [math.inf, -math.inf])
 def test_memory_attention_where_nothing_came_before(nothing, device):
     """Catches nan from -inf - -inf: rows of which the causal part has no key (lse is +inf on CUDA,
@@ -240,11 +252,13 @@ def test_memory_attention_where_nothing_came_before(nothing, device):
     grads = kernels.memory_attention_backward(*arguments)
     assert all(x.isfinite().all() for x in (dq, *grads)) and (dq[:, :, :5] == 0).all()
 
+
 def test_memory_attention_refuses_an_odd_head_size(device):
     """Catches a kernel that runs past its registers, or an error code that nobody looks at."""
     assert kernels.fits(torch.bfloat16, 48) and not kernels.fits(torch.bfloat16, 40)
     with pytest.raises(RuntimeError, match="memory_attention"):
         kernel_attention(attention_case(1, 1, 1, 40, 3, 2, 4, 1, 8, 3), device)
+
 
 def test_what_torch_compile_is_told_about_memory_attention(device):
     """Catches a schema that hides which arguments change, and fakes of another shape or type."""

@@ -15,6 +15,7 @@ from quantize import Codec, layout
 
 BF16 = torch.bfloat16
 
+
 @pytest.fixture(params=["cpu", "cpu, last thread first", "cuda"])
 def device(request):
     if request.param == "cuda":
@@ -25,14 +26,18 @@ def device(request):
     request.getfixturevalue("emulator").emulator_reverse(request.param != "cpu")
     return "cpu"
 
+
 def random(*shape, seed=0, scale=1.0):
     g = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(*shape, generator=g)).to(BF16)
 
+
 def relative(x, y):
     return float((x.double().cpu() - y).norm() / y.norm())
 
+
 # -- b. Decode attention ------------------------------------------------------------------------
+
 
 def attention(q, keys, values, valid, n, first, slots):
     """Softmax attention over the first n keys, slots where they are valid; in float64."""
@@ -46,10 +51,12 @@ def attention(q, keys, values, valid, n, first, slots):
     p = scores.masked_fill(~counts[:, None], -torch.inf).softmax(-1)
     return (p.unsqueeze(2) @ v.masked_fill(~counts[:, None, :, None], 0)).squeeze(2)
 
+
 def decode(device, q, keys, values, valid, n, first, slots):
     length = torch.tensor([n], device=device)
     tensors = (x if x is None else x.to(device) for x in (q, keys, values, valid))
     return kernels.decode_attention(*tensors, length, first, slots)
+
 
 @pytest.mark.parametrize(
     "B, Hkv, G, dh, N, first, slots, lengths",
@@ -76,6 +83,7 @@ def test_decode_attention(device, B, Hkv, G, dh, N, first, slots, lengths):
         want = attention(q, keys, values, valid, n, first, slots)
         assert y.dtype == BF16 and relative(y, want) < 6e-3, n
 
+
 def test_decode_without_any_valid_slot(device):
     """A tile without a key gives nan, or counts for something, where nothing was recalled."""
     B, Hkv, G, dh, N, first, slots = 2, 3, 2, 16, 201, 1, 192
@@ -83,6 +91,7 @@ def test_decode_without_any_valid_slot(device):
     valid = torch.zeros(B, slots, dtype=bool)
     y = decode(device, q, keys, values, valid, 195, first, slots)
     assert relative(y, attention(q, keys, values, valid, 195, first, slots)) < 6e-3
+
 
 def test_decode_again(device):
     """The count of finished blocks is not put back, so that a replayed graph never merges; blocks
@@ -93,6 +102,7 @@ def test_decode_again(device):
     decode(device, q, keys, values, None, 70, 0, 0)  # fewer parts take part
     assert torch.equal(decode(device, q, keys, values, None, 333, 0, 0), first)
 
+
 def test_decode_reads_a_layer_of_the_cache_in_place(device):
     """Strides of the whole cache ignored: its layers have other lengths than the buffer."""
     B, Hkv, G, dh, N = 3, 2, 3, 16, 90
@@ -102,6 +112,7 @@ def test_decode_reads_a_layer_of_the_cache_in_place(device):
     y = decode(device, q, keys, values, None, 81, 0, 0)
     want = attention(q, keys.cpu(), values.cpu(), None, 81, 0, 0)
     assert relative(y, want) < 6e-3
+
 
 def test_decode_in_a_cuda_graph():
     """The length or the mask read at the capture instead of at the replay."""
@@ -121,10 +132,13 @@ def test_decode_in_a_cuda_graph():
         want = attention(q.cpu(), *kv.cpu(), valid.cpu(), n, 3, 40)
         assert relative(y, want) < 6e-3
 
+
 # -- c. Codes -----------------------------------------------------------------------------------
+
 
 def fields(codec):
     return torch.cat([torch.tensor(codec.fields), codec.first[:, None]], 1).int()
+
 
 @pytest.mark.parametrize(
     "spec, dh, Lm, Hkv, S",
@@ -158,7 +172,9 @@ def test_codes(device, spec, dh, Lm, Hkv, S):
     assert torch.allclose(kv.cpu().float(), want.float(), rtol=2**-7, atol=1e-6)
     assert (kv.cpu() == want).float().mean() > 0.999  # sums in another order, then rounded
 
+
 # -- d. Token weights and choice ----------------------------------------------------------------
+
 
 @pytest.mark.parametrize("approximate", [False, True])
 @pytest.mark.parametrize(
@@ -183,6 +199,7 @@ def test_select(device, Hkv, G, n, dh, s, lengths, approximate):
     assert torch.equal(chosen, select_tokens(weights, mask, s))
     assert torch.equal(chosen, select_tokens(want, mask, s))
 
+
 def test_select_ties(device):
     """Of equal tokens the later one kept, or one of them left out by its twin."""
     N, Hkv, n, dh, s = 2, 3, 50, 16, 11
@@ -194,6 +211,7 @@ def test_select_ties(device):
     assert len(weights[0, 0].unique()) == 4
     assert torch.equal(chosen, select_tokens(weights, mask, s))
 
+
 def test_approximate_weights_of_large_scores(device):
     """exp of a score near 300 is infinity: it must be shifted by the largest, wherever it is."""
     q, k = random(1, 6, 70, 16, scale=8), random(1, 2, 70, 16, seed=1, scale=8)
@@ -202,7 +220,9 @@ def test_approximate_weights_of_large_scores(device):
     weights, _ = kernels.select(*(x.to(device) for x in (q, k, mask)), 3, True)
     assert torch.allclose(weights.cpu(), want, rtol=2e-4, atol=1e-6) and want.max() >= 1
 
+
 # -- kernels.py ---------------------------------------------------------------------------------
+
 
 def calls():
     """Small arguments for each operator but those of memory attention."""
@@ -217,6 +237,7 @@ def calls():
         kernels.select: (random(3, 4, 7, 16), random(3, 2, 7, 16), mask, 5, False),
     }
 
+
 @pytest.mark.parametrize("op", calls(), ids=lambda op: op._name)
 def test_torch_accepts_the_operators(emulator, op):
     """A schema that hides a mutation, a fake of another shape or dtype: torch.compile would then
@@ -229,6 +250,7 @@ def test_torch_accepts_the_operators(emulator, op):
     for x, y in zip(as_tuple(real), as_tuple(fake), strict=True):
         assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
 
+
 @pytest.mark.parametrize("op", calls(), ids=lambda op: op._name)
 def test_refuses_what_c_would_misread(emulator, op):
     """float32 or a transposed tensor, read as contiguous bfloat16."""
@@ -237,6 +259,7 @@ def test_refuses_what_c_would_misread(emulator, op):
         op(first.float(), *rest)
     with pytest.raises(ValueError, match="contiguous"):
         op(first.mT.contiguous().mT, *rest)
+
 
 def test_fits_is_what_the_functions_take(emulator):
     """Sizes that memory.py would send here, to be told no; or that it would not, for nothing."""
@@ -251,6 +274,7 @@ def test_fits_is_what_the_functions_take(emulator):
                 kernels.decode_attention(*args)
     assert not kernels.fits(torch.float32, 16) and not kernels.fits(BF16, 16, 17)
     assert kernels.fits(BF16, 80, 5, 128) and not kernels.fits(BF16, 80, 5, 129)
+
 
 def test_says_why_not(emulator, monkeypatch):
     """A silent fall-back; a GPU asked whether it is there at each layer of each step; a library of

@@ -464,7 +464,7 @@ def test_codes_and_numbers_fill_the_same_slots(monkeypatch):
     monkeypatch.setattr(memory, "_kernel", lambda *a: True)
     monkeypatch.setattr(kernels, "decode_codes", lambda *a: seen.append(a))
     memory.fill_slots(coded, Memories(codes, count), table.T.contiguous().T, 6, codec)
-    (kv, given, rows, fields, where, first), = seen
+    ((kv, given, rows, fields, where, first),) = seen
     assert kv is coded and given is codes and rows is codec.table and first == 6
     assert where.is_contiguous() and torch.equal(where, table)
     sizes = [1 << bits for _, bits in codec.fields]
@@ -475,8 +475,9 @@ def test_codes_and_numbers_fill_the_same_slots(monkeypatch):
 def test_chunk_attention_by_its_own_choice_equals_the_forced_paths():
     """Catches a default path that the tests above never reach."""
     tensors, count, recall, _ = reading_case()
-    outs = [chunk_attention(*tensors, count, recall, C, P, path=p)
-            for p in (None, "math", "cpu-flash")]  # fmt: skip
+    outs = [
+        chunk_attention(*tensors, count, recall, C, P, path=p) for p in (None, "math", "cpu-flash")
+    ]
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(outs[0], outs[2], rtol=1e-12, atol=1e-12)
 

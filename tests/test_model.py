@@ -10,6 +10,7 @@ from conftest import TINY
 
 import memory
 import model as model_module
+from common import UserError
 from memory import Memories
 from model import PRESETS, Cache, Config, Memory3, load_checkpoint
 
@@ -43,25 +44,41 @@ def test_plain_model_equals_llama(config, build, tied):
     c = ours.config
     assert c.rope_base == 10000.0  # Llama's default, whose name changes between versions
     kv = c.n_kv_head * c.head_dim
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.mlp_width,
-            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=tied, attention_bias=False, mlp_bias=False,
+    llama = (
+        transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=c.vocab_size,
+                hidden_size=c.n_embd,
+                intermediate_size=c.mlp_width,
+                num_hidden_layers=c.n_layer,
+                num_attention_heads=c.n_head,
+                num_key_value_heads=c.n_kv_head,
+                head_dim=c.head_dim,
+                rms_norm_eps=c.norm_eps,
+                tie_word_embeddings=tied,
+                attention_bias=False,
+                mlp_bias=False,
+            )
         )
-    ).float().eval()  # fmt: skip
+        .float()
+        .eval()
+    )
     weights = {"model.embed_tokens.weight": ours.embed.weight, "lm_head.weight": ours.head.weight}
     weights["model.norm.weight"] = ours.norm.weight
     for l, b in enumerate(ours.blocks):
         q, k, v = b.attn.qkv.weight.split([c.n_embd, kv, kv])
         gate, up = b.mlp.gate_up.weight.chunk(2)
         for name, w in {
-            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-            "self_attn.o_proj": b.attn.out.weight, "mlp.gate_proj": gate, "mlp.up_proj": up,
-            "mlp.down_proj": b.mlp.down.weight, "input_layernorm": b.norm1.weight,
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": b.attn.out.weight,
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": b.mlp.down.weight,
+            "input_layernorm": b.norm1.weight,
             "post_attention_layernorm": b.norm2.weight,
-        }.items():  # fmt: skip
+        }.items():
             weights[f"model.layers.{l}.{name}.weight"] = w
     missing, unknown = llama.load_state_dict(weights, strict=False)
     assert not unknown and set(missing) <= {"lm_head.weight"}
@@ -529,13 +546,16 @@ def test_checkpoint_round_trip_and_bad_files(build, tmp_path):
         (tmp_path / "cut.pt").write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"cut\.pt: not a checkpoint"):
             load_checkpoint(tmp_path / "cut.pt")
-    with pytest.raises(FileNotFoundError, match="no checkpoint there"):
+    with pytest.raises(UserError, match="no checkpoint there"):
         load_checkpoint(tmp_path / "other.pt")
 
 
 def test_legend_names_what_the_config_holds():
     """Catches a legend at the top of model.py that rots: its numbers are the defaults."""
     legend, c = model_module.__doc__, Config()
-    for words in (f"C chunk_len {c.chunk_len}", f"R n_recall {c.n_recall}",
-                  f"S memory_tokens {c.memory_tokens}"):  # fmt: skip
+    for words in (
+        f"C chunk_len {c.chunk_len}",
+        f"R n_recall {c.n_recall}",
+        f"S memory_tokens {c.memory_tokens}",
+    ):
         assert words in legend

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import quantize
+from common import UserError
 from quantize import Codec, default_spec, fold, layout
 
 PAPER = "OPQ20_80,Residual2x14,PQ8x10"
@@ -201,18 +202,18 @@ def test_decodes_without_faiss(codec, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     again = Codec.load(tmp_path)
     assert torch.equal(again.decode(codes), want)
-    with pytest.raises(ImportError, match="pip install faiss-cpu"):
+    with pytest.raises(UserError, match="pip install faiss-cpu"):
         again.encode(want)
     (tmp_path / "codec.faiss").unlink()
     again = Codec.load(tmp_path)
     assert torch.equal(again.decode(codes), want)
-    with pytest.raises(FileNotFoundError, match="codec.faiss: missing"):
+    with pytest.raises(UserError, match="codec.faiss: missing"):
         again.encode(want)
 
 
 def test_bad_files(codec, tmp_path):
     """A cut-off, corrupted or foreign file read silently."""
-    with pytest.raises(FileNotFoundError, match="codec.npz: no codec here"):
+    with pytest.raises(UserError, match="codec.npz: no codec here"):
         Codec.load(tmp_path / "nowhere")
     codec.save(tmp_path)
     tables, index = tmp_path / "codec.npz", tmp_path / "codec.faiss"

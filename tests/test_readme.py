@@ -49,8 +49,10 @@ def test_demo_table_is_the_measured_one():
     labels = {k: v.format(**words) for k, v in evaluation.CONDITIONS.items()}
     table = evaluation.markdown(result["conditions"], labels)
     assert f"<!-- demo -->\n{table}\n<!-- /demo -->" in README
-    separable = {k: f"{v.get('separable', 0):.1%}".replace("%", " %")
-                 for k, v in result["conditions"].items()}  # fmt: skip
+    separable = {
+        k: f"{v.get('separable', 0):.1%}".replace("%", " %")
+        for k, v in result["conditions"].items()
+    }
     for condition in ("oracle", "recalled", "rag"):
         assert separable[condition] in README
 
@@ -141,5 +143,11 @@ def test_every_command_runs(tmp_path):
         done = subprocess.run(line, **run)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert set(json.loads((tmp_path / "out/demo.json").read_text())["conditions"]) == {
-        "plain", "none", "random", "recalled", "quantized", "oracle", "rag",
-    }  # fmt: skip
+        "plain",
+        "none",
+        "random",
+        "recalled",
+        "quantized",
+        "oracle",
+        "rag",
+    }

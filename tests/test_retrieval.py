@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import corpus
 import retrieval
+from common import UserError
 from retrieval import HashEmbedder, Retriever, exceeds, neighbors, open_neighbors, overlap
 
 NAMES = "Kyiv Uzhhorod Lviv Odesa Ruse Varna Plovdiv Burgas Turku Oulu Tampere Espoo Lahti".split()
@@ -37,7 +39,7 @@ def text(i, people=None):
 def data(tmp_path, monkeypatch):
     """A data directory of 13 references, a split of two documents, and the byte tokenizer."""
     monkeypatch.setattr(corpus, "tokenizer", lambda name: Bytes())
-    corpus.write_json(tmp_path / "meta.json", dict(n_vocab=257, tokenizer="bytes"))
+    common.write_json(tmp_path / "meta.json", dict(n_vocab=257, tokenizer="bytes"))
     rows = [Bytes().encode(text(i)) for i in range(len(NAMES))]
     corpus.References.create(tmp_path / "kb", rows, 257)
     # Lviv's reference stands here word for word; Turku is only spoken of
@@ -107,8 +109,19 @@ def test_hash_embedder_is_the_same_everywhere():
     """Python's salted hash(), or a platform's byte order, in what an index is made of."""
     e = HashEmbedder(11).fit(["Kyiv has people", "Lviv has time", ""])
     assert e.id == "hash:11:3d8dfa710831"
-    golden = [0.0804663, -0.3827357, 0, 0.8676163, 0.0804663, -0.0103434, -0.1413367, -0.0195959,
-              0.1413367, 0.2022071, 0.0804663]  # fmt: skip
+    golden = [
+        0.0804663,
+        -0.3827357,
+        0,
+        0.8676163,
+        0.0804663,
+        -0.0103434,
+        -0.1413367,
+        -0.0195959,
+        0.1413367,
+        0.2022071,
+        0.0804663,
+    ]
     assert np.allclose(e.encode(["Kyiv, LVIV and Сновськ"])[0], golden, atol=1e-6)
 
 
@@ -240,7 +253,7 @@ def test_killed_while_saving(data, monkeypatch):
     _, r = make(data)
     r.add([29], ["Zubrowka"])
     with monkeypatch.context() as m:
-        m.setattr(corpus, "write_json", lambda *_: 1 / 0)  # dies before the last file
+        m.setattr(retrieval, "write_json", lambda *_: 1 / 0)  # dies before the last file
         with pytest.raises(ZeroDivisionError):
             r.save()
     with pytest.raises(ValueError, match="half renewed"):
@@ -248,7 +261,7 @@ def test_killed_while_saving(data, monkeypatch):
     r.save()
     assert len(Retriever.open(f"{data}/kb.index")) == 14
     (data / "kb.index" / "meta.json").unlink()
-    with pytest.raises(FileNotFoundError, match="no index here"):
+    with pytest.raises(UserError, match="no index here"):
         Retriever.open(f"{data}/kb.index")
 
 
@@ -279,8 +292,9 @@ def test_neighbour_file(data, monkeypatch):
     whole = neighbors(tokens, 7, references, r, 2, context=35)
 
     def write(**options):
-        retrieval.write_neighbors(path, tokens, 7, references, r, 2, batch=3, progress=False,
-                                  **dict(context=35) | options)  # fmt: skip
+        retrieval.write_neighbors(
+            path, tokens, 7, references, r, 2, batch=3, progress=False, **dict(context=35) | options
+        )
 
     starts, real = [], neighbors
 
@@ -294,7 +308,7 @@ def test_neighbour_file(data, monkeypatch):
         m.setattr(retrieval, "neighbors", dying)
         with pytest.raises(KeyboardInterrupt):
             write()
-        with pytest.raises(FileNotFoundError, match="no neighbours here"):
+        with pytest.raises(UserError, match="no neighbours here"):
             open_neighbors(data, "explicit")
         starts.clear()
         with pytest.raises(KeyboardInterrupt):
@@ -312,7 +326,7 @@ def test_neighbour_file(data, monkeypatch):
     cure = r"python retrieval.py neighbors --data \S+ --split explicit --references"
     with pytest.raises(ValueError, match=f"{cure} kb --chunk_len 9 --context 35 --k 2"):
         open_neighbors(data, "explicit", chunk_len=9)
-    with pytest.raises(FileNotFoundError, match=f"{cure} NAME --chunk_len 9 --context"):
+    with pytest.raises(UserError, match=f"{cure} NAME --chunk_len 9 --context"):
         open_neighbors(data / "..", "explicit", chunk_len=9)
     with pytest.raises(ValueError, match="smaller --chunk_len"):
         retrieval.write_neighbors(path, tokens[:6], 7, references, r, 2, context=35)
@@ -341,9 +355,9 @@ def test_command_line(data, capsys):
     for wrong in wrongs:
         with pytest.raises(SystemExit):
             retrieval.main(wrong)
-    with pytest.raises(SystemExit, match="nowhere.bin is missing"):
+    with pytest.raises(UserError, match="nowhere.bin is missing"):
         retrieval.main(["index", "--data", str(data), "--references", "nowhere"])
-    with pytest.raises(SystemExit, match="unknown embedder"):
+    with pytest.raises(UserError, match="unknown embedder"):
         retrieval.main(["index", *common, "--embedder", "none"])
 
 

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import corpus
+import generate as generation
 import kernels
 import sample
-from memory import Memories, MemoryBank, attention_path
+from bank import MemoryBank
+from generate import choose, generate, remember
+from memory import Memories, attention_path
 from model import Config, Memory3
 from quantize import Codec
-from retrieval import Retriever
-from sample import Given, Random, choose, generate, remember
+from retrieval import Given, Random, Retriever
 from train import TrainConfig, make_optimizer, save_checkpoint
 from views.explain import explain
 
@@ -200,7 +203,7 @@ def test_the_step_of_a_cuda_graph(build, bank, monkeypatch, T):
     """What a graph would repeat wrongly shows here, for it is the same code: a step that depends on
     a number Python took from a tensor, or moves what it writes to. And an answer that is seen only
     at a chunk's end to have stopped, as on a GPU: longer than it is, or with other tokens."""
-    model, tokens, n_new, init = build(scale=3.0), some_tokens(2, T), 24, sample.Steps.__init__
+    model, tokens, n_new, init = build(scale=3.0), some_tokens(2, T), 24, generation.Steps.__init__
 
     def run(**kw):
         return generate(model, tokens, n_new, Log(19), bank, **kw)
@@ -214,13 +217,13 @@ def test_the_step_of_a_cuda_graph(build, bank, monkeypatch, T):
     every = dict(stop=said), dict(stop=95), hot | dict(stop=said)
     want = [run(**kw) for kw in every]
     with monkeypatch.context() as m:
-        m.setattr(sample.Steps, "__init__", look_rarely)
+        m.setattr(generation.Steps, "__init__", look_rarely)
         for (a, x), (b, y) in zip(want, [run(**kw) for kw in every], strict=True):
             assert torch.equal(a, b) and torch.equal(x.greedy, y.greedy)
             assert torch.equal(x.logprobs, y.logprobs)
     for name in ("item", "tolist", "__bool__", "__int__", "__index__", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: 1 / 0)
-    steps = sample.Steps(model, 2, 40, False, False, 1.3, 9, 0.9)
+    steps = generation.Steps(model, 2, 40, False, False, 1.3, 9, 0.9)
     with torch.no_grad():
         steps.start(tokens, None, 0)
         steps.keep(model(tokens, None, Memories.empty(model.config), None, steps.cache)[0][:, 0])
@@ -236,14 +239,14 @@ def test_a_graph_is_replayed_only_on_the_weights_it_was_captured_on(build, monke
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # as steps_for sees it
     model = build()
     how = False, False, 0.0, 0, 1.0
-    first = sample.steps_for(model, 2, 20, *how)
-    assert sample.steps_for(model, 2, 31, *how) is first and first.tokens.shape == (2, 32)
+    first = generation.steps_for(model, 2, 20, *how)
+    assert generation.steps_for(model, 2, 31, *how) is first and first.tokens.shape == (2, 32)
     others = [(3, 20, *how), (2, 33, *how), (2, 20, False, True, *how[2:])]
-    assert first not in [sample.steps_for(model, *key) for key in others]
-    assert sample.steps_for(model, 2, 20, *how) is first
+    assert first not in [generation.steps_for(model, *key) for key in others]
+    assert generation.steps_for(model, 2, 20, *how) is first
     last = model.blocks[-1].mlp.down.weight
     last.data = last.data.clone()
-    assert sample.steps_for(model, 2, 20, *how) is not first and len(model.steps) == 4
+    assert generation.steps_for(model, 2, 20, *how) is not first and len(model.steps) == 4
 
 
 def test_a_quantized_bank_recalls_its_codes(build, bank):
@@ -262,6 +265,7 @@ def test_a_quantized_bank_recalls_its_codes(build, bank):
 def test_generation_through_the_kernels(build, monkeypatch, emulator, references):
     """Kernels that are right alone and wrong together: memories written, read, decoded from codes
     into the cache and attended to by kernels.cu give what PyTorch gives, to bfloat16."""
+
     def with_kernels(device, dtype, n, dh=64, group=1, keys=0):
         return ("kernel", "a test") if keys else attention_path(device, dtype, n)
 
@@ -465,7 +469,7 @@ class World:
         self.data.mkdir(parents=True)
         shutil.copy(ROOT / "data/cities/tokenizer.json", self.data)
         meta = dict(name="places", tokenizer=str(self.data), n_vocab=tok.n_vocab)
-        corpus.write_json(self.data / "meta.json", meta)
+        common.write_json(self.data / "meta.json", meta)
         texts = [tok.encode(text_of(i)) for i in range(len(PLACES))]
         refs = corpus.References.create(self.data / "kb", texts, tok.n_vocab)
         Retriever.build(f"{self.data}/kb.index", refs, str(self.data), progress=False)
@@ -476,16 +480,30 @@ class World:
     def save(self, path, seed, tokenizer=None, **changes):
         torch.manual_seed(seed)
         shape = dict(
-            n_layer=3, n_memory_layer=2, n_head=6, n_kv_head=2, head_dim=12, mlp_width=34,
-            vocab_size=self.tok.n_vocab, header=self.tok.header, max_context=190, chunk_len=16,
-            n_recall=3, memory_tokens=5, ref_len=29,
-        )  # fmt: skip
+            n_layer=3,
+            n_memory_layer=2,
+            n_head=6,
+            n_kv_head=2,
+            head_dim=12,
+            mlp_width=34,
+            vocab_size=self.tok.n_vocab,
+            header=self.tok.header,
+            max_context=190,
+            chunk_len=16,
+            n_recall=3,
+            memory_tokens=5,
+            ref_len=29,
+        )
         model = Memory3(Config(**{**shape, **changes}))
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(6.0) if p.dim() == 2 else None
-        meta = dict(config=json.loads(json.dumps(vars(model.config))), stage="explicit", step=0,
-                    tokenizer=tokenizer or self.tok.id)  # fmt: skip
+        meta = dict(
+            config=json.loads(json.dumps(vars(model.config))),
+            stage="explicit",
+            step=0,
+            tokenizer=tokenizer or self.tok.id,
+        )
         save_checkpoint(path, model, make_optimizer(model, TrainConfig()), meta)
         return model.eval()
 
@@ -515,7 +533,7 @@ def world(built, tmp_path):
     mine.__dict__ = dict(vars(built), data=tmp_path / "world/data")
     mine.checkpoint, mine.bank = tmp_path / "world/model.pt", tmp_path / "world/kb.bank"
     meta = json.loads((mine.data / "meta.json").read_text())
-    corpus.write_json(mine.data / "meta.json", meta | dict(tokenizer=str(mine.data)))
+    common.write_json(mine.data / "meta.json", meta | dict(tokenizer=str(mine.data)))
     return mine
 
 
@@ -693,7 +711,7 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch):
 def test_more_memories_than_references(world, tmp_path):
     """k > N: FAISS pads with -1, and nobody says that the knowledge base is too small."""
     world.save(tmp_path / "wide.pt", seed=1, n_recall=23)
-    model = sample.load_checkpoint(tmp_path / "wide.pt")[0]
+    model = generation.load_checkpoint(tmp_path / "wide.pt")[0]
     refs = corpus.References.open(f"{world.data}/kb")
     MemoryBank.create(str(tmp_path / "wide.bank"), model, refs).write()
     with pytest.raises(ValueError, match="k = 23 of N = 17 references"):

@@ -12,8 +12,10 @@ from test_sample import PLACES, World, text_of
 
 import corpus
 import eval as evaluation
+from bank import MemoryBank
+from common import UserError
 from experiments.text import in_context, leak, open_text, text_losses
-from memory import Memories, MemoryBank
+from memory import Memories
 from retrieval import Retriever, neighbors, overlap, write_neighbors
 from train import recall_table
 
@@ -32,8 +34,16 @@ def world(tmp_path_factory):
     corpus.write_tokens(w.data / "said.bin", tokens[: T * N + 5], tok.n_vocab)
     references = corpus.References.open(f"{w.data}/kb")
     retriever = Retriever.open(f"{w.data}/kb.index")
-    write_neighbors(w.data / "said.neighbors.bin", corpus.open_tokens(w.data, "said"), C,
-                    references, retriever, 1, context=T, progress=False)  # fmt: skip
+    write_neighbors(
+        w.data / "said.neighbors.bin",
+        corpus.open_tokens(w.data, "said"),
+        C,
+        references,
+        retriever,
+        1,
+        context=T,
+        progress=False,
+    )
     w.codes = w.bank.with_name("kb.codes")
     w.open()[1].quantize(str(w.codes))
     return w
@@ -153,5 +163,5 @@ def test_main_text_and_leak(world, tmp_path, capsys):
     assert "| no filter | 0.000 |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         evaluation.main(args(world, "--leak", "--text"))
-    with pytest.raises(FileNotFoundError, match="unsaid.bin is missing"):
+    with pytest.raises(UserError, match="unsaid.bin is missing"):
         evaluation.main(args(world, "--text", "--split", "unsaid"))

@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY
 
+import common
 import corpus
 import cost
 import train
+from common import UserError
 from model import Config, Memory3, load_checkpoint
 from train import TrainConfig, Windows, recall_table
 
@@ -43,9 +45,9 @@ def put(data, split, tokens, seed=0):
         n = len(tokens) // C
         rows = np.random.default_rng([7, seed]).integers(0, len(refs), (n, 2)).astype(np.int32)
         rows[:, 0][np.arange(n) % 6 == 4] = -1
-        corpus.replace_file(data / f"{split}.neighbors.bin", lambda f: f.write(rows.tobytes()))
+        common.replace_file(data / f"{split}.neighbors.bin", lambda f: f.write(rows.tobytes()))
         meta = dict(chunk_len=C, k=2, n_chunks=n, n_tokens=len(tokens), name="train_refs")
-        corpus.write_json(data / f"{split}.neighbors.json", meta | dict(references=refs.hash))
+        common.write_json(data / f"{split}.neighbors.json", meta | dict(references=refs.hash))
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def data(tmp_path):
     path = tmp_path / "tiny"
     path.mkdir()
     shutil.copy(ROOT / "data" / "cities" / "tokenizer.json", path)
-    corpus.write_json(path / "meta.json", dict(name="tiny", tokenizer=str(path), n_vocab=4096))
+    common.write_json(path / "meta.json", dict(name="tiny", tokenizer=str(path), n_vocab=4096))
     rows = [pattern(n, seed=50 + n) for n in (13, 3, 11, 9, 1, 12, 4, 8, 10)]
     corpus.References.create(path / "train_refs", rows, 4096)
     for name in (*IMPLICIT, *EXPLICIT):
@@ -160,11 +162,11 @@ def test_data_that_does_not_fit_is_refused_in_one_line(data, tmp_path):
     """Catches tracebacks and silent defaults for what a newcomer gets wrong first."""
     config = shape(data)
     for changes, error, line in (
-        (dict(data=tmp_path / "no"), FileNotFoundError, "no/train.bin is missing: run python"),
-        (dict(split="other"), FileNotFoundError, "other.bin is missing: run python"),
+        (dict(data=tmp_path / "no"), UserError, "no/train.bin is missing: run python"),
+        (dict(split="other"), UserError, "other.bin is missing: run python"),
         (dict(context=300), ValueError, "train.bin is shorter than one window of 300"),
         (dict(stage="explicit", context=30, split="explicit"), ValueError, "30 is no multiple of"),
-        (dict(stage="explicit", split="train"), FileNotFoundError, "no neighbours here; make them"),
+        (dict(stage="explicit", split="train"), UserError, "no neighbours here; make them"),
     ):
         with pytest.raises(error, match=line) as e:
             cfg = settings(**{**dict(data=data, out=""), **changes})
@@ -468,7 +470,7 @@ NAN = dict(
 def test_divergence_stops_with_one_line_and_harms_nothing(data, tmp_path, where, monkeypatch):
     """Catches weights that turn into nan and are saved over the good checkpoint."""
     break_loss(monkeypatch, 7, NAN[where])
-    with pytest.raises(FloatingPointError, match=r"step 6: .*nan.*smaller --lr") as e:
+    with pytest.raises(UserError, match=r"step 6: .*nan.*smaller --lr") as e:
         run(data, tmp_path)
     assert "\n" not in str(e.value)
     model, meta = load_checkpoint(tmp_path / "last.pt")

@@ -14,10 +14,12 @@ import torch
 from test_sample import Bank, World, bytes_of, prompt_of, some_tokens, text_of
 
 import corpus
+import generate as generation
 import sample
+from generate import generate, pool_of
 from memory import Memories
 from model import apply_rope, rope_table
-from sample import Given, Random, generate, pool_of
+from retrieval import Given, Random
 from views.explain import attention_shares, explain, marked, page, pieces, view, worth
 
 ROOT = Path(corpus.__file__).parent
@@ -45,11 +47,17 @@ def test_attention_shares(build, bank):
     loop over tokens, from the hidden states of model.forward itself."""
     model, tokens = build(), some_tokens(2, 17)
     c, T, P = model.config, 17, 3
-    table = torch.tensor([[[3, 0, 8, -1], [5, -1, 1, 2], [4, 18, 6, 7]],
-                          [[-1, -1, -1, -1], [9, 10, 11, 12], [3, 3, -1, 0]]])  # fmt: skip
+    table = torch.tensor(
+        [
+            [[3, 0, 8, -1], [5, -1, 1, 2], [4, 18, 6, 7]],
+            [[-1, -1, -1, -1], [9, 10, 11, 12], [3, 3, -1, 0]],
+        ]
+    )
     states = []
-    hooks = [block.norm1.register_forward_hook(lambda m, i, o: states.append(o.detach()))
-             for block in model.blocks]  # fmt: skip
+    hooks = [
+        block.norm1.register_forward_hook(lambda m, i, o: states.append(o.detach()))
+        for block in model.blocks
+    ]
     model(tokens, memories=bank.memories, recall=table)
     for hook in hooks:
         hook.remove()
@@ -87,9 +95,11 @@ def test_marked(tok):
     assert texts[-3:] == [" 20", " people", "."]
     n = len(reference)
     kept = np.bincount([0, n - 3, n - 3, n - 3, n - 3], minlength=n)
-    assert marked(tok, reference, kept) == "".join(texts[:-3]).strip().replace(
-        texts[0].strip(), texts[0].strip() + "₁", 1
-    ) + " 20₄ people."
+    assert (
+        marked(tok, reference, kept)
+        == "".join(texts[:-3]).strip().replace(texts[0].strip(), texts[0].strip() + "₁", 1)
+        + " 20₄ people."
+    )
     assert marked(tok, reference[-1:], [12]) == ".₁₂"
     ids = np.array(tok.encode("東京 has 7"))
     assert len(ids) > 5 and marked(tok, ids, np.zeros(len(ids), int)) == "東京 has 7"
@@ -230,8 +240,8 @@ def hostile(tmp_path_factory, tok):
     root = tmp_path_factory.mktemp("hostile")
     w = World(root / "world", tok)
     retriever, memories = w.open()
-    (i,) = sample.remember(HOSTILE, tok, w.model.config, retriever, memories)
-    prompt = prompt_of(w, HOSTILE + "\n{{data}} \u2028 \\ \" &lt; How many people?")
+    (i,) = generation.remember(HOSTILE, tok, w.model.config, retriever, memories)
+    prompt = prompt_of(w, HOSTILE + '\n{{data}} \u2028 \\ " &lt; How many people?')
     out, trace = generate(w.model, prompt, 35, retriever, memories)
     assert i in trace.recalls[0]["ids"][0]
     page(root / "page.html", w.model, tok, memories.references, out, trace, memories)

@@ -12,22 +12,27 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import corpus
 import write
-from memory import MemoryBank, attention_path
+from bank import MemoryBank
+from common import UserError
+from memory import attention_path
 from model import Config, Memory3
 
 TOKENIZER = dict(
-    name="bytes", pattern=r"\w+|\W", prefix_space=False,
+    name="bytes",
+    pattern=r"\w+|\W",
+    prefix_space=False,
     ranks=[base64.b64encode(bytes([i])).decode() for i in range(256)],
-)  # fmt: skip
+)
 
 
 @pytest.fixture
 def place(tmp_path):
     """A data directory with 29 references, and a checkpoint for it."""
-    corpus.write_json(tmp_path / "tokenizer.json", TOKENIZER)
-    corpus.write_json(tmp_path / "meta.json", dict(n_vocab=257, tokenizer=str(tmp_path)))
+    common.write_json(tmp_path / "tokenizer.json", TOKENIZER)
+    common.write_json(tmp_path / "meta.json", dict(n_vocab=257, tokenizer=str(tmp_path)))
     tokenizer = corpus.tokenizer(tmp_path)
     rows = [tokenizer.encode(f"City {i} has {i * i} people." * (1 + i % 2)) for i in range(29)]
     corpus.References.create(tmp_path / "kb", rows, 257)
@@ -38,9 +43,17 @@ def place(tmp_path):
 def checkpoint(path, header, seed=1):
     torch.manual_seed(seed)
     config = Config(
-        n_layer=3, n_memory_layer=2, n_head=6, n_kv_head=3, head_dim=10, mlp_width=22,
-        vocab_size=263, memory_tokens=5, ref_len=59, header=header,
-    )  # fmt: skip
+        n_layer=3,
+        n_memory_layer=2,
+        n_head=6,
+        n_kv_head=3,
+        head_dim=10,
+        mlp_width=22,
+        vocab_size=263,
+        memory_tokens=5,
+        ref_len=59,
+        header=header,
+    )
     path.mkdir(exist_ok=True)
     model = Memory3(config)
     torch.save(dict(model=model.state_dict(), meta=dict(config=asdict(config))), path / "model.pt")
@@ -126,7 +139,7 @@ def test_refuses(place, tmp_path):
         run(place, "--batch", 0)
     with pytest.raises(ValueError, match="dtype int8"):
         run(place, "--out", place / "third", "--dtype", "int8")
-    with pytest.raises(FileNotFoundError, match="other.bin is missing"):
+    with pytest.raises(UserError, match="other.bin is missing"):
         run(place, "--references", "other")
 
 
@@ -134,7 +147,7 @@ def test_refuses_a_full_disk(place, monkeypatch):
     """A disk that is full after hours."""
     usage = shutil.disk_usage(place)._replace(free=34_799)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match="34,800 bytes to write, 34,799 are free"):
+    with pytest.raises(UserError, match="34,800 bytes to write, 34,799 are free"):
         run(place)
     usage = usage._replace(free=34_800)
     assert len(run(place)) == 29

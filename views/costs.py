@@ -8,9 +8,11 @@ The numbers are formulas of cost.py. The paper printed them for its own model on
 import numpy as np
 
 import cost
+from common import optional
 from model import Config
 
 TERA = 1e12
+
 
 def table(c):
     """[(quantity, ours, the paper's printed figure or "", where in the paper)]; ours: a number."""
@@ -44,12 +46,10 @@ def table(c):
         ("reading over all else, %", 100 * reading / rest, "0.228", "Remark 7.1"),
     ]
 
+
 def plot(c, file):
     """Fig. 1.1 for this Config: total cost over the expected usage count, log-log."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    Figure = optional("matplotlib.figure").Figure
     n = np.geomspace(1e-2, 1e6)
     ax = Figure(figsize=(7, 4.2), layout="constrained").subplots()
     for name, flops in cost.total_cost(c, n).items():
@@ -60,6 +60,7 @@ def plot(c, file):
     ax.set(xlabel="expected usage count n", ylabel="write + n * read, TFlops")
     ax.legend()
     ax.figure.savefig(file, dpi=150)
+
 
 def show(a, c, rows):
     """a: cost.py's arguments; c: their Config; rows: of cost.plan, none where none is asked for."""

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from corpus import replace_file
+from common import replace_file
+from generate import pool_of
 from model import apply_rope, rope_table
-from sample import pool_of
+
 
 @torch.inference_mode()
 def attention_shares(model, tokens, pool, table):
@@ -55,6 +56,7 @@ def attention_shares(model, tokens, pool, table):
         x = block.finish(x, y)
     return torch.stack(shares)
 
+
 @torch.inference_mode()
 def worth(model, tokens, n_prompt, pool, table):
     """By how many nats each memory made each token of the answer likelier.
@@ -64,6 +66,7 @@ def worth(model, tokens, n_prompt, pool, table):
     they were. Returns gains (c, R, T - n_prompt) in nats, 0 where no memory was, and the log-
     probabilities (T - n_prompt,) with all memories and with none.
     """
+
     def follow(tables):  # (n, c, R) -> (n, T - n_prompt)
         rows = tokens.expand(len(tables), -1)
         logits = model(rows, memories=pool, recall=tables)[0][:, n_prompt - 1 : -1]
@@ -77,6 +80,7 @@ def worth(model, tokens, n_prompt, pool, table):
         gains.append(whole - follow(without))
     return torch.stack(gains), whole[0], nothing[0]
 
+
 def pieces(tokenizer, ids):
     """The text of each token. A letter of several tokens stands at the last of them, "" before."""
     letters = codecs.getincrementaldecoder("utf-8")("replace")
@@ -84,10 +88,12 @@ def pieces(tokenizer, ids):
     texts = [letters.decode(tokenizer.encoding.decode_bytes(t)) for t in known]
     return [text.replace("\ufffd", "") for text in texts]  # bytes that are no letter
 
+
 def kept_by(model, reference):
     """How many heads, of all memory layers, kept each token of a reference. (n,) ids -> (n,)"""
     chosen = model.write(torch.from_numpy(reference)[None], return_indices=True)[1]
     return np.bincount(chosen[chosen >= 0].cpu().numpy(), minlength=len(reference))
+
 
 def marked(tokenizer, reference, kept):
     """The text of a reference, each kept token followed by how many heads kept it."""
@@ -95,6 +101,7 @@ def marked(tokenizer, reference, kept):
     counts = [str(n).translate(small) if n else "" for n in kept]
     texts = pieces(tokenizer, reference)
     return "".join(a + b for a, b in zip(texts, counts, strict=True)).strip()
+
 
 @torch.inference_mode()
 def look(model, tokenizer, references, tokens, trace, bank):
@@ -117,11 +124,15 @@ def look(model, tokenizer, references, tokens, trace, bank):
     for start in range(0, T, C):
         last = next(r for r in reversed(trace.recalls) if r["chunk"] * C <= start)
         own = last["chunk"] * C == start
-        reads = [dict(slot=r, id=int(i), score=float(last["scores"][0][r]), kept=kept[int(i)])
-                 for r, i in enumerate(last["ids"][0]) if i >= 0]  # fmt: skip
+        reads = [
+            dict(slot=r, id=int(i), score=float(last["scores"][0][r]), kept=kept[int(i)])
+            for r, i in enumerate(last["ids"][0])
+            if i >= 0
+        ]
         chunk = dict(start=start, end=min(start + C, T), text=text_of(tokens[0, start : start + C]))
         chunks.append(chunk | dict(query=text_of(last["query"][0]) if own else None, reads=reads))
     return pool, table, shares, chunks
+
 
 def explain(model, tokenizer, references, tokens, trace, bank):
     """Lines that say, chunk by chunk, what sequence 0 recalled and how much it read of each."""
@@ -139,6 +150,7 @@ def explain(model, tokenizer, references, tokens, trace, bank):
             lines += [f"  {said}  reference {read['id']}", f"      {text}"]
     return lines
 
+
 def view(model, tokenizer, references, tokens, trace, bank):
     """All that the page shows, as a dict for JSON. Shares are in thousandths, the rest in nats."""
     c, n_prompt = model.config, tokens.shape[1] - trace.logprobs.shape[1]
@@ -154,11 +166,18 @@ def view(model, tokenizer, references, tokens, trace, bank):
             read["shares"] = mine.reshape(-1, mine.shape[2]).T.tolist()  # token by token: Lm * H
             read |= dict(score=round(read["score"], 3), gains=gains[i, slot].tolist())
     return dict(
-        layers=c.n_memory_layer, heads=c.n_head, keepers=c.n_memory_layer * c.n_kv_head,
-        memory_tokens=c.memory_tokens, n_prompt=n_prompt, whole=whole.tolist(),
-        nothing=nothing.tolist(), pieces=pieces(tokenizer, tokens[0].tolist()), chunks=chunks,
+        layers=c.n_memory_layer,
+        heads=c.n_head,
+        keepers=c.n_memory_layer * c.n_kv_head,
+        memory_tokens=c.memory_tokens,
+        n_prompt=n_prompt,
+        whole=whole.tolist(),
+        nothing=nothing.tolist(),
+        pieces=pieces(tokenizer, tokens[0].tolist()),
+        chunks=chunks,
         references=texts,
-    )  # fmt: skip
+    )
+
 
 def page(path, *seen):
     """Writes the view of (model, tokenizer, references, tokens, trace, bank) as one HTML file."""

@@ -27,6 +27,7 @@ metric_list:
     higher_is_better: true
 """
 
+
 def item(row, others, rng):
     right = row["sentences"][0]
     wrong = rng.sample(sorted({r["sentences"][0] for r in others} - {right}), 3)
@@ -34,6 +35,7 @@ def item(row, others, rng):
     return dict(
         question=row["question"], choices=choices, answer=choices.index(row["city"] + right)
     )
+
 
 def main():
     rng, items, examples, out = random.Random(5), [], [], HERE / "choices"
@@ -51,6 +53,7 @@ def main():
         (out / f"{name}.jsonl").write_text("".join(lines))
     (out / "cities_choice.yaml").write_text(TASK.format(items=out / "items.jsonl"))
     print(f"{out}: {len(items)} items, {len(examples)} examples, a task of lm-evaluation-harness")
+
 
 if __name__ == "__main__":
     try:

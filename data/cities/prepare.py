@@ -23,6 +23,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import corpus  # noqa: E402
+from common import write_json  # noqa: E402
 
 ROW = 256  # tokens of a training document: one window of the toy
 CHUNK = 32  # the toy's chunk_len: a section of an explicit document fills one chunk
@@ -186,7 +187,7 @@ def train_tokenizer(cities, vocab_size=4096):
     t.train_from_iterator(iter(texts), vocab_size - 1 - len(digits), pattern=pattern)
     learnt = [bytes(b) for b, _ in t.get_mergeable_ranks()]
     ranks = [base64.b64encode(b).decode() for b in learnt[:256] + digits + learnt[256:]]
-    corpus.write_json(
+    write_json(
         HERE / "tokenizer.json",
         dict(name="cities", pattern=pattern, prefix_space=True, ranks=ranks),
     )
@@ -233,10 +234,11 @@ def prepare(out, train, n_heldout, n_kb, n_rows, n_cities=None, seed=1):
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     splits = [
-        ("val", seen, 64, "implicit"), ("heldout", heldout, 64, "implicit"),
+        ("val", seen, 64, "implicit"),
+        ("heldout", heldout, 64, "implicit"),
         ("explicit_val", kb[n_heldout:], 64, "explicit"),
         ("explicit_heldout", heldout, 64, "explicit"),
-    ]  # fmt: skip
+    ]
     if train:
         corpus.References.create(out / "train_refs", [refs[c["id"]] for c in seen], V)
         splits += [("train", seen, n_rows, "implicit"), ("explicit", seen, n_rows, "explicit")]
@@ -249,7 +251,7 @@ def prepare(out, train, n_heldout, n_kb, n_rows, n_cities=None, seed=1):
         corpus.write_tokens(out / f"{name}.bin", tokens, V)
         meta["splits"][name] = tokens.size
         print(f"{name}: {tokens.size:,} tokens")
-    corpus.write_json(out / "meta.json", meta)
+    write_json(out / "meta.json", meta)
     return meta
 
 
