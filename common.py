@@ -1,6 +1,7 @@
 """What every file needs: refusals in one line, optional packages, whole files, devices.
 
 check(condition, line)      every refusal: one line that names the file or flag and the cure
+check_fields(config)        every field of a dataclass within the range of its annotation
 optional(package)           a package that only some commands need
 replace_file, write_json    written beside and renamed: a kill leaves the old file
 find_device(name)           "auto": CUDA where there is one
@@ -9,9 +10,13 @@ run(main)                   an entry point: a UserError is one line, a bug keeps
 
 import importlib
 import json
+import math
 import os
 import sys
+from dataclasses import fields
+from typing import get_args
 
+import numpy as np
 import torch
 
 
@@ -23,6 +28,41 @@ def check(condition, line):
     """Raises UserError(line) unless the condition holds."""
     if not condition:
         raise UserError(line)
+
+
+# what a field of each type is called in an error
+NOUNS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+NOUNS[tuple] = "a tuple"
+
+
+def check_fields(config, flag=""):
+    """Checks every field of a dataclass against its annotation, which stands beside the default.
+
+        steps: Annotated[int, 1, 10**9] = 1000        lowest and highest value, both allowed
+        dtype: Annotated[str, "auto", "float32"] = "auto"        every value there is
+        data: str = "data/cities"        any value of this type
+
+    NumPy's numbers become Python's (a checkpoint holds no others), and an int becomes a float where
+    a float is meant. flag: what stands before the name in the error, such as "--".
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, np.generic):
+            value = value.item()
+        kind, *allowed = get_args(field.type) or [field.type]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is str and isinstance(value, os.PathLike):
+            value = str(value)
+        name = f"{flag}{field.name} {value}"
+        check(type(value) is kind, f"{name}: give {NOUNS[kind]}")
+        if kind is str and allowed:
+            check(value in allowed, f"{name}: give one of {', '.join(allowed)}")
+        elif allowed:
+            low, high = allowed
+            inside = math.isfinite(value) and low <= value <= high
+            check(inside, f"{name}: give {NOUNS[kind]} from {low:,} to {high:,}")
+        setattr(config, field.name, value)
 
 
 # what pip calls a package where it has another name than the module
@@ -48,8 +88,8 @@ def run(main):
         main()
     except UserError as error:
         sys.exit(f"{command}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{command}: stopped")
+    except KeyboardInterrupt as stop:  # a command that saves before it ends says here how to go on
+        sys.exit(f"{command}: stopped {stop}".rstrip())
 
 
 def replace_file(path, write, tmp=None):

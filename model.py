@@ -20,12 +20,13 @@ import math
 import pickle
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, check
+from common import UserError, check, check_fields
 from memory import (
     Memories,
     causal_attention,
@@ -56,34 +57,36 @@ PRESETS = dict(
 class Config:
     """The shape of a model and of its memories. The defaults are the paper's (sec. 3.3, 3.4)."""
 
-    n_layer: int = 44  # L
-    n_memory_layer: int = 22  # Lm: the first Lm layers write and read memories
-    n_head: int = 40  # H
-    n_kv_head: int = 8  # Hkv
-    head_dim: int = 80  # dh
-    mlp_width: int = 3200  # W
-    vocab_size: int = 60416  # V
-    max_context: int = 2048  # longest T
-    chunk_len: int = 64  # C
-    n_recall: int = 5  # R
-    memory_tokens: int = 8  # S
-    ref_len: int = 128  # longest reference
+    # each with its lowest and highest value, or type alone
+    n_layer: Annotated[int, 1, 1000] = 44  # L
+    n_memory_layer: Annotated[int, 1, 1000] = 22  # Lm: the first Lm layers write and read memories
+    n_head: Annotated[int, 1, 1024] = 40  # H
+    n_kv_head: Annotated[int, 1, 1024] = 8  # Hkv
+    head_dim: Annotated[int, 2, 1024] = 80  # dh
+    mlp_width: Annotated[int, 1, 2**20] = 3200  # W
+    vocab_size: Annotated[int, 1, 2**24] = 60416  # V
+    max_context: Annotated[int, 1, 2**24] = 2048  # longest T, in tokens
+    chunk_len: Annotated[int, 1, 2**16] = 64  # C, in tokens
+    n_recall: Annotated[int, 1, 1000] = 5  # R, memories a chunk reads
+    memory_tokens: Annotated[int, 1, 254] = 8  # S, tokens of a reference that each head keeps
+    ref_len: Annotated[int, 1, 2**16] = 128  # longest reference, in tokens
     header: tuple = (1, 2, 3)  # token ids of "<s>Reference:"; header[0] is the BOS
-    rope_base: float = 10000.0  # not in the paper
-    norm_eps: float = 1e-5  # RMSNorm; not in the paper
+    rope_base: Annotated[float, 1, 1e12] = 10000.0  # not in the paper
+    norm_eps: Annotated[float, 0, 1] = 1e-5  # RMSNorm; not in the paper
     tied: bool = False  # input and output embeddings share weights; not in the paper
     approximate_weights: bool = False  # sec. 3.3: exp without the normalisation
 
     def __post_init__(self):
         self.header = tuple(int(t) for t in self.header)
-        for name, value in asdict(self).items():
-            check(type(value) is not int or value >= 1, f"{name} is {value}; it is at least 1")
+        check_fields(self)
         layers = f"n_memory_layer {self.n_memory_layer} > n_layer {self.n_layer}"
         check(self.n_memory_layer <= self.n_layer, f"{layers}: memories live in the first layers")
         heads = f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
         check(self.n_head % self.n_kv_head == 0, heads)
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; RoPE turns pairs")
         check(self.header, "header is empty; it is at least the BOS")
+        inside = min(self.header) >= 0 and max(self.header) < self.vocab_size
+        check(inside, f"header {self.header}: its ids are below vocab_size {self.vocab_size}")
 
     @staticmethod
     def preset(name, **changes):
