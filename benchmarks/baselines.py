@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ import corpus
 import cost
 import retrieval
 from bank import MemoryBank
-from common import UserError, write_json
+from common import UserError, optional, write_json
 from memory import Memories, causal_attention, chunk_attention
 from model import Cache
 from quantize import Codec, default_spec, layout
@@ -33,46 +32,67 @@ def attention_case(b, T, dtype):
     4 sequences and the heads of b.config; on a CPU one sequence and a quarter of the heads. The
     table is that of training: each chunk has a memory, chunk c reads those of chunks c-R+1..c.
     """
-    c, less = b.config, 4 if b.device.type == "cpu" else 1
-    B, H, Hkv = 4 // less, max(1, c.n_head // less), max(1, c.n_kv_head // less)
-    P, C, R, S, n = len(c.header), c.chunk_len, c.n_recall, c.memory_tokens, len(c.header) + T
-    N = -(-T // C)  # chunks, and memories, of a sequence
-    shapes = [(B, H, n), *[(B, Hkv, n)] * 2, *[(B * N, Hkv, S)] * 2]
-    make = dict(dtype=dtype, device=b.device, requires_grad=True)
-    tensors = [torch.randn(*shape, c.head_dim, **make) for shape in shapes]
-    recall = recall_table(np.arange(B * N).reshape(B, N), R).to(b.device)  # (B, N, R)
-    count = torch.full((B * N,), S, device=b.device)
-    # Who reads what: rows are header and context, columns N*S memory tokens, header and context.
-    at = torch.arange(N, device=b.device)
-    reads = (at <= at[:, None]) & (at > at[:, None] - R)  # (N, N)
-    reads = reads.repeat_interleave(C, 0)[:T].repeat_interleave(S, 1)  # (T, N*S)
+    config = b.config
+    share = 4 if b.device.type == "cpu" else 1
+    B = 4 // share
+    H = max(1, config.n_head // share)
+    Hkv = max(1, config.n_kv_head // share)
+    P = len(config.header)
+    C = config.chunk_len
+    R = config.n_recall
+    S = config.memory_tokens
+    dh = config.head_dim
+    n = P + T
+    n_chunks = -(-T // C)  # and memories, of a sequence
+    M = B * n_chunks
+    make = partial(torch.randn, dtype=dtype, device=b.device, requires_grad=True)
+    q = make(B, H, n, dh)
+    k = make(B, Hkv, n, dh)
+    v = make(B, Hkv, n, dh)
+    mem_k = make(M, Hkv, S, dh)
+    mem_v = make(M, Hkv, S, dh)
+    recall = recall_table(np.arange(M).reshape(B, n_chunks), R).to(b.device)  # (B, n_chunks, R)
+    count = torch.full((M,), S, device=b.device)
+    # Who reads what: rows are header and context, columns the memory tokens, header and context.
+    chunk = torch.arange(n_chunks, device=b.device)
+    reads = (chunk <= chunk[:, None]) & (chunk > chunk[:, None] - R)  # (n_chunks, n_chunks)
+    reads = reads.repeat_interleave(C, 0)[:T]  # (T, n_chunks)
+    reads = reads.repeat_interleave(S, 1)  # (T, n_chunks*S)
+    reads = F.pad(reads, (0, 0, P, 0))  # (n, n_chunks*S): the header reads no memory
     past = torch.ones(n, n, dtype=bool, device=b.device).tril()
-    mask = torch.cat([F.pad(reads, (0, 0, P, 0)), past], 1)  # the header reads no memory
 
-    def masked(q, k, v, mem_k, mem_v, a=0, z=n, first=0, last=N):
-        """Tokens a..z attend memories first..last of their sequence and tokens ..z."""
+    def masked(q, k, v, mem_k, mem_v, start=0, end=n, first=0, last=n_chunks):
+        """Tokens start..end attend memories first..last of their sequence and tokens ..end."""
 
-        def join(mem, x):  # -> (B, H, (last-first)*S + z, dh)
-            mem = mem.unflatten(0, (B, N))[:, first:last].transpose(1, 2).flatten(2, 3)
-            return torch.cat([mem, x[:, :, :z]], 2).repeat_interleave(H // Hkv, 1)
+        def join(mem, x):
+            mem = mem.unflatten(0, (B, n_chunks))[:, first:last]  # (B, m, Hkv, S, dh)
+            mem = mem.transpose(1, 2).flatten(2, 3)  # (B, Hkv, m*S, dh)
+            both = torch.cat([mem, x[:, :, :end]], 2)  # (B, Hkv, m*S + end, dh)
+            return both.repeat_interleave(H // Hkv, 1)  # (B, H, m*S + end, dh)
 
-        m = torch.cat([mask[a:z, first * S : last * S], mask[a:z, N * S : N * S + z]], 1)
-        keys, values = join(mem_k, k), join(mem_v, v)
-        return F.scaled_dot_product_attention(q[:, :, a:z], keys, values, attn_mask=m)
+        mask = torch.cat([reads[start:end, first * S : last * S], past[start:end, :end]], 1)
+        keys = join(mem_k, k)
+        values = join(mem_v, v)
+        return F.scaled_dot_product_attention(q[:, :, start:end], keys, values, attn_mask=mask)
 
-    def loop(*x):  # over the chunks, as the paper did (Remark 7.1)
-        ends = [0, *(min(n, P + (i + 1) * C) for i in range(N))]
-        parts = [masked(*x, *ends[i : i + 2], max(0, i - R + 1), i + 1) for i in range(N)]
+    def loop(*tensors):  # over the chunks, as the paper did (Remark 7.1)
+        parts = []
+        for i in range(n_chunks):
+            start = 0 if i == 0 else P + i * C
+            end = min(n, P + (i + 1) * C)
+            first = max(0, i - R + 1)
+            parts.append(masked(*tensors, start, end, first, i + 1))
         return torch.cat(parts, 2)
 
-    def merged(*x):
-        return chunk_attention(*x, count, recall, C, P)
+    def merged(*tensors):
+        return chunk_attention(*tensors, count, recall, C, P)
 
     def causal(q, k, v, mem_k, mem_v):  # without memories
         return causal_attention(q, k, v)
 
-    dout = tensors[0].detach().flip(2)  # any numbers
-    return tensors, dout, dict(merged=merged, concatenate=masked, loop=loop, causal=causal)
+    dout = q.detach().flip(2)  # any numbers
+    ways = dict(merged=merged, concatenate=masked, loop=loop, causal=causal)
+    return [q, k, v, mem_k, mem_v], dout, ways
 
 
 def both(f, tensors, dout):
@@ -84,37 +104,65 @@ def both(f, tensors, dout):
 # -- Floors -----------------------------------------------------------------------------------
 
 
-def step_bytes(b, B, context, memory):
+def step_bytes(b, batch, context, memory):
     """What a decoding step must read: the weights, and keys and values of every sequence."""
-    c = b.config
-    slots = c.n_layer * context + memory * c.n_memory_layer * c.n_recall * c.memory_tokens
-    weights = c.n_params + c.vocab_size * c.n_embd
-    return b.dtype.itemsize * (weights + B * slots * 2 * c.n_kv_head * c.head_dim)
+    config = b.config
+    slots = config.n_layer * context
+    if memory:
+        slots += config.n_memory_layer * config.n_recall * config.memory_tokens
+    weights = config.n_params + config.vocab_size * config.n_embd
+    cache = batch * slots * 2 * config.n_kv_head * config.head_dim
+    return b.dtype.itemsize * (weights + cache)
 
 
-def floor(b, B, T, new, memory):
-    """The least seconds for B prompts of T tokens and `new` more of each: products at rate b.F,
-    bytes at rate b.BW, whichever takes longer. The drive is not in it: it can work beside."""
-    c, token = b.config, B * cost.forward(b.config, 1) / b.F
-    reads = memory * -(-T // c.chunk_len) * c.n_recall * cost.read_explicit(c)
-    prefill = B * (cost.forward(c, T, head=False) + 2 * c.vocab_size * c.n_embd + reads) / b.F
-    first, *steps = (step_bytes(b, B, T + i, memory) / b.BW for i in range(new))
-    return max(first, prefill) + sum(max(s, token) for s in steps)
+def floor(b, batch, T, n_new, memory):
+    """The least seconds for `batch` prompts of T tokens and n_new more of each: products at rate
+    b.F, bytes at rate b.BW, whichever takes longer. The drive is not in it: it can work beside."""
+    config = b.config
+    prefill_flops = cost.forward(config, T, head=False) + 2 * config.vocab_size * config.n_embd
+    if memory:
+        n_chunks = -(-T // config.chunk_len)
+        prefill_flops += n_chunks * config.n_recall * cost.read_explicit(config)
+    prefill = batch * prefill_flops / b.F
+    seconds = max(prefill, step_bytes(b, batch, T, memory) / b.BW)  # gives the first token
+    products = batch * cost.forward(config, 1) / b.F
+    for i in range(1, n_new):
+        seconds += max(products, step_bytes(b, batch, T + i, memory) / b.BW)
+    return seconds
 
 
 # -- Memories to read -------------------------------------------------------------------------
 
 
-class Unique:
-    """The search of the worst case (7.5): every query finds references that no other finds."""
+class WorstCase:
+    """The search of the worst case (7.5): it takes its time, and then every query is given
+    references that no other query gets, so that all are loaded from the drive.
 
-    def __init__(self, n):
-        self.ids, self.at = np.random.default_rng(0).permutation(n), 0
+    n: references. search: a function of the number of queries, see `searching`; None: no time.
+    """
+
+    def __init__(self, n, search=None):
+        self.ids = np.random.default_rng(0).permutation(n)
+        self.given = 0
+        self.search_for = search
 
     def search(self, queries, k):
-        at = np.arange(self.at, self.at + len(queries) * k) % len(self.ids)
-        self.at += len(queries) * k
-        return self.ids[at].reshape(-1, k), np.zeros((len(queries), k))
+        n = len(queries)
+        if self.search_for is not None:
+            self.search_for(n)
+        at = np.arange(self.given, self.given + n * k) % len(self.ids)
+        self.given += n * k
+        return self.ids[at].reshape(n, k), np.zeros((n, k))
+
+
+class InMemory:
+    """Stands for a bank whose memories are on the device already."""
+
+    def __init__(self, pool):
+        self.pool = pool
+
+    def recall(self, ids):
+        return self.pool[torch.as_tensor(ids, device=self.pool.kv.device)]
 
 
 class RandomCodec(Codec):
@@ -124,55 +172,68 @@ class RandomCodec(Codec):
         np.savez(path / "codec.npz", spec=self.spec, table=self.table.cpu().numpy(), crc=0)
 
 
-def random_codec(c):
-    spec = default_spec(c.head_dim, 10**9)
-    return RandomCodec(spec, torch.randn(sum(1 << n for _, n in layout(spec)[0]), c.head_dim))
+def random_codec(config):
+    spec = default_spec(config.head_dim, 10**9)
+    fields, _ = layout(spec)
+    rows = sum(1 << bits for _, bits in fields)
+    return RandomCodec(spec, torch.randn(rows, config.head_dim))
 
 
 def trained(codec, dim):
     """-> a codec of this spec, and FAISS's own index of it. Trained on as few vectors as FAISS
     accepts: its speed does not depend on what it has learnt."""
-    few = max(256, *(1 << bits for _, bits in codec.fields))
+    few = 256
+    for _, bits in codec.fields:
+        few = max(few, 1 << bits)
     codec = Codec.train(torch.randn(few, dim), codec.spec)
     return codec, codec._index()
 
 
-def random_codes(c, codec, n):
+def random_codes(config, codec, n):
     """n memories: any bits, but the bits between the fields are 0, or FAISS would stop us all."""
     used = np.zeros(8 * codec.bytes, bool)
     for first, bits in codec.fields:
         used[first : first + bits] = True
-    mask = torch.from_numpy(np.packbits(used, bitorder="little"))
-    return torch.randint(256, (n, *c.memory_shape[:-1], codec.bytes), dtype=torch.uint8) & mask
+    mask = torch.from_numpy(np.packbits(used, bitorder="little"))  # (bytes,)
+    shape = (n, *config.memory_shape[:-1], codec.bytes)
+    return torch.randint(256, shape, dtype=torch.uint8) & mask
 
 
-def decoding(b, B, codec):
+def decoding(b, batch, codec):
     """A function: brings the codes of R memories a sequence into a cache's slots, as recalls do."""
-    c = b.config
-    codes = random_codes(c, codec, B * c.n_recall).to(b.device)
-    pool = Memories(codes, torch.full((len(codes),), c.memory_tokens, device=b.device))
-    cache = Cache(c, B, 1, dtype=b.dtype, device=b.device)
-    table = torch.arange(len(codes), device=b.device).view(B, -1)
+    config = b.config
+    n = batch * config.n_recall
+    codes = random_codes(config, codec, n).to(b.device)
+    pool = Memories(codes, torch.full((n,), config.memory_tokens, device=b.device))
+    cache = Cache(config, batch, 1, dtype=b.dtype, device=b.device)
+    table = torch.arange(n, device=b.device).view(batch, -1)  # (B, R)
     return partial(cache.recall, pool, table, codec)
 
 
 def random_bank(b, folder, queries, codec=None):
     """A bank of random memories, its cache in RAM off. There are enough for nine runs that recall
-    for `queries` queries, or what half of the free disk holds (ValueError: not even for one)."""
-    c, path = b.config, Path(folder) / ("codes" if codec else "bf16")
-    record = math.prod(c.memory_shape[:-1]) * (codec.bytes if codec else 2 * c.head_dim)
-    n, room = queries * c.n_recall, shutil.disk_usage(folder).free // 2 // record
+    for `queries` queries, or what half of the free disk holds (UserError: not even for one)."""
+    config = b.config
+    path = Path(folder) / ("codes" if codec else "bf16")
+    vector_bytes = codec.bytes if codec else 2 * config.head_dim
+    record = math.prod(config.memory_shape[:-1]) * vector_bytes
+    n = queries * config.n_recall
+    room = shutil.disk_usage(folder).free // 2 // record
     if room < n:
         raise UserError(f"{folder}: {n:,} memories want {2 * n * record:,} free bytes; see --tmp")
     n = min(9 * n, room)
-    write_json(path.parent / "meta.json", dict(n_vocab=c.vocab_size))
-    texts = np.random.default_rng(0).integers(0, c.vocab_size, (n, c.ref_len))
-    references = corpus.References.create(f"{path}.refs", texts, c.vocab_size)
-    writer = SimpleNamespace(config=c, device=b.device, fingerprint=lambda: "random")
+    write_json(path.parent / "meta.json", dict(n_vocab=config.vocab_size))
+    texts = np.random.default_rng(0).integers(0, config.vocab_size, (n, config.ref_len))
+    references = corpus.References.create(f"{path}.refs", texts, config.vocab_size)
+    writer = SimpleNamespace(config=config, device=b.device, fingerprint=lambda: "random")
     bank = MemoryBank.create(path, writer, references, codec=codec)
-    some = random_codes(c, codec, 64) if codec else torch.randn(64, *c.memory_shape).bfloat16()
+    if codec:
+        some = random_codes(config, codec, 64)
+    else:
+        some = torch.randn(64, *config.memory_shape).bfloat16()
     for ids in np.array_split(np.arange(n), -(-n // 64)):
-        bank._put(ids, some[: len(ids)], torch.full((len(ids),), c.memory_tokens))
+        count = torch.full((len(ids),), config.memory_tokens)
+        bank._put(ids, some[: len(ids)], count)
     return MemoryBank.open(path, writer, references, cache=0)
 
 
@@ -193,58 +254,84 @@ def drop(bank):
 def readers(bank, k):
     """{name: function}: k random records, others each time, by three ways. The bank's recall
     also verifies checksums, and brings them to the device."""
-    size, file, unique = bank.record_bytes, bank.path / "memories.bin", Unique(len(bank))
-    fd, rows = bank.file.fileno(), np.empty((k, size), np.uint8)
-    pool = ThreadPoolExecutor(8)
+    size = bank.record_bytes
+    file = bank.path / "memories.bin"
+    worst_case = WorstCase(len(bank))
+    fd = os.open(file, os.O_RDONLY)
+    rows = np.empty((k, size), np.uint8)
+    threads = ThreadPoolExecutor(8)
 
-    def ids():
-        return np.sort(unique.search([""], k)[0][0])
+    def some_ids():
+        ids, _ = worst_case.search([""], k)
+        return np.sort(ids[0])
 
     def preadv():  # nothing but the reads, into memory that is there
-        some = ids()
-        list(pool.map(lambda j: os.preadv(fd, [rows[j]], int(some[j]) * size), range(k)))
+        ids = some_ids()
+
+        def read(j):
+            os.preadv(fd, [rows[j]], int(ids[j]) * size)
+
+        for _ in threads.map(read, range(k)):
+            pass
         return rows
 
     def memmap():  # a new map each time: pages stay in the page cache as long as they are mapped
-        return np.memmap(file, np.uint8, "r").reshape(-1, size)[ids()]
+        return np.memmap(file, np.uint8, "r").reshape(-1, size)[some_ids()]
 
-    return dict(bank=lambda: bank.recall(ids()), preadv=preadv, memmap=memmap)
+    def ours():
+        return bank.recall(some_ids())
+
+    return dict(bank=ours, preadv=preadv, memmap=memmap)
 
 
-def pieces(b, model, bank, B):
-    """{name: function}: what one retrieval for B sequences consists of, and their prompts of 2C
-    tokens with and without memories."""
-    c, T, R, rng = b.config, 2 * b.config.chunk_len, b.config.n_recall, np.random.default_rng(0)
-    words = Path(__file__).read_text().split()
-    texts = [" ".join(rng.choice(words, c.chunk_len)) for _ in range(B)]
-    pool = MemoryBank.open(bank.path, model, bank.references).recall(np.arange(2 * B * R))
-    recall = torch.arange(2 * B * R, device=b.device).view(B, 2, R)  # each chunk has its own
-    codec = random_codec(c).to(b.device)
-    codes = random_codes(c, codec, B * R)
-    runs = dict(embed=partial(retrieval.embedder("hash").encode, texts))
-    with suppress(ImportError):  # without FAISS it is not measured
-        runs["search"] = partial(flat(512, B)[0].search, texts, R)
-    if b.device.type == "cuda":
-        runs["copy bf16"] = partial(pool.kv[: B * R].cpu().pin_memory().to, b.device)
-        runs["copy codes"] = partial(codes.pin_memory().to, b.device)
-    runs["decode codes"] = decoding(b, B, codec)
-    tokens = torch.randint(c.vocab_size, (B, T), device=b.device)
-    for name, memory in (("plain", {}), ("memory", dict(memories=pool, recall=recall))):
-        cache = partial(Cache, c, B, T, bool(memory), b.dtype, b.device)
-        runs[f"prefill, {name}"] = lambda m=memory, new=cache: model(tokens, cache=new(), **m)
-    return runs
-
+# -- Searches ----------------------------------------------------------------------------------
 
 FLAT = 100_000  # references: the most for which retrieval.py takes an exact index
 
 
+def searching(b):
+    """-> search(n): embeds n texts of a chunk's length and finds R of FLAT references for each, on
+    the CPU; and how: with FAISS, or, where it is missing, by a product in PyTorch."""
+    dim = 1024  # as bge-m3
+    R = b.config.n_recall
+    embedder = retrieval.embedder(f"hash:{dim}")
+    words = Path(__file__).read_text().split()
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((FLAT, dim), np.float32)
+
+    def texts(n):
+        return [" ".join(rng.choice(words, b.config.chunk_len)) for _ in range(n)]
+
+    try:
+        faiss = optional("faiss")
+    except UserError:
+        on_torch = torch.from_numpy(vectors)
+
+        def search(n):
+            product(torch.from_numpy(embedder.encode(texts(n))), on_torch, R)
+
+        return search, f"a product in PyTorch over {FLAT:,} x {dim}"
+    index = faiss.IndexFlatIP(dim)
+    index.add(vectors)
+
+    def search(n):
+        index.search(embedder.encode(texts(n)), R)
+
+    return search, f"FAISS, flat, {FLAT:,} x {dim}"
+
+
+def product(queries, vectors, k):
+    """The k largest inner products of queries (n, dim) with vectors (N, dim)."""
+    return (queries @ vectors.T).topk(k)
+
+
 def flat(dim, queries):
     """-> our Retriever of FLAT random vectors, these (FLAT, dim), and what any text embeds to."""
-    import faiss
-
+    faiss = optional("faiss")
     rng = np.random.default_rng(0)
-    x, q = (rng.standard_normal((rows, dim), np.float32) for rows in (FLAT, queries))
+    vectors = rng.standard_normal((FLAT, dim), np.float32)
+    embedded = rng.standard_normal((queries, dim), np.float32)
     index = faiss.IndexFlatIP(dim)
-    index.add(x)
-    embedder = SimpleNamespace(dim=dim, encode=lambda texts: q)
-    return retrieval.Retriever("", index, embedder, None, {}), x, q
+    index.add(vectors)
+    embedder = SimpleNamespace(dim=dim, encode=lambda texts: embedded)
+    return retrieval.Retriever("", index, embedder, None, {}), vectors, embedded

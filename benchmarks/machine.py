@@ -17,13 +17,17 @@ from memory import attention_path
 
 def clock(b, f, n=1):
     """Seconds of a call of f, n of them in a row. A GPU works on its own: wait for it."""
-    wait = torch.cuda.synchronize if b.device.type == "cuda" else lambda: None
-    wait()
+    wait(b.device)
     start = time.perf_counter()
     for _ in range(n):
         f()
-    wait()
+    wait(b.device)
     return (time.perf_counter() - start) / n
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def times(b, runs, before=None, share=1.0):
@@ -33,27 +37,39 @@ def times(b, runs, before=None, share=1.0):
     is called many times a turn. before(): precedes every turn, which is of one call then.
     No new round begins after share * b.seconds, but at least two count.
     """
-    taken, n, stop = {name: [] for name in runs}, {}, time.perf_counter() + share * b.seconds
+    taken = {name: [] for name in runs}
+    n_calls = dict.fromkeys(runs, 1)
+    stop = time.perf_counter() + share * b.seconds
     for i in range(9):
         if i > 2 and time.perf_counter() > stop:
             break
         for name, f in runs.items():
             if before:
                 before()
-            taken[name].append(clock(b, f, n.get(name, 1)))
+            seconds = clock(b, f, n_calls[name])
+            taken[name].append(seconds)
             if i == 1 and not before:  # the first call builds and tunes things, the second tells
-                n[name] = 1 + int(0.01 / taken[name][1])
-    return {name: median(x[1:]) for name, x in taken.items()}
+                n_calls[name] = 1 + int(0.01 / seconds)
+    return {name: median(seconds[1:]) for name, seconds in taken.items()}
 
 
 def roofline(b):
-    """BW and F (in b.dtype) of the device."""
+    """BW, bytes/s, and F, FLOP/s in b.dtype, of the device."""
     cuda = b.device.type == "cuda"
-    a = torch.zeros(1 << (30 if cuda else 28), dtype=torch.uint8, device=b.device)
-    m = torch.randn(*[8192 if cuda else 2048] * 2, device=b.device).to(b.dtype)
-    c = torch.empty_like(a)
-    t = times(b, dict(copy=lambda: c.copy_(a), product=lambda: m @ m), share=0.1)
-    return 2 * len(a) / t["copy"], 2 * len(m) ** 3 / t["product"]
+    n_bytes = 1 << 30 if cuda else 1 << 28
+    width = 8192 if cuda else 2048
+    source = torch.zeros(n_bytes, dtype=torch.uint8, device=b.device)
+    target = torch.empty_like(source)
+    matrix = torch.randn(width, width, device=b.device).to(b.dtype)
+
+    def copy():
+        target.copy_(source)
+
+    def multiply():
+        return matrix @ matrix
+
+    taken = times(b, dict(copy=copy, product=multiply), share=0.1)
+    return 2 * n_bytes / taken["copy"], 2 * width**3 / taken["product"]
 
 
 def name_of(device):
@@ -76,7 +92,8 @@ def file_name(name):
 def describe(b, preset):
     """What every result says about how it came about, and which implementation ran and why."""
     made = dict(device=name_of(b.device), kind=b.device.type, preset=preset, dtype=str(b.dtype)[6:])
-    made |= dict(threads=torch.get_num_threads(), python=platform.python_version())
+    made["threads"] = torch.get_num_threads()
+    made["python"] = platform.python_version()
     for package in ("torch", "numpy", "faiss-cpu"):
         try:
             made[package] = version(package)
@@ -84,9 +101,13 @@ def describe(b, preset):
             made[package] = "none"
     if b.device.type == "cuda":
         made["CUDA"] = torch.version.cuda
-    c = b.config
-    heads = c.head_dim, c.n_head // c.n_kv_head, c.n_recall * c.memory_tokens
-    path, why = attention_path(b.device, b.dtype, c.max_context, *heads)
+    config = b.config
+    group = config.n_head // config.n_kv_head
+    keys = config.n_recall * config.memory_tokens
+    path, why = attention_path(b.device, b.dtype, config.max_context, config.head_dim, group, keys)
     built, reason = kernels.available(b.device)
-    made |= dict(attention=f"{path} ({why})", kernels=f"{'yes' if built else 'no'} ({reason})")
-    return made | {"BW, GB/s": round(b.BW / 1e9, 2), "F, TFLOP/s": round(b.F / 1e12, 3)}
+    made["attention"] = f"{path} ({why})"
+    made["kernels"] = f"yes ({reason})" if built else f"no ({reason})"
+    made["BW, GB/s"] = round(b.BW / 1e9, 2)
+    made["F, TFLOP/s"] = round(b.F / 1e12, 3)
+    return made

@@ -10,40 +10,64 @@ from model import Memory3
 from train import loss_on, make_optimizer, recall_table
 
 
-def training_step(b, c, cfg):
-    """-> step(micro, explicit), of cfg.batch windows of max_context tokens, `micro` at a time; and
-    largest(explicit), the most windows at a time that fit: 16, 8, 4, 2, 1, or None."""
-    with torch.device(b.device):
-        model = Memory3(c)
-    optimizer, T, N = make_optimizer(model, cfg), c.max_context, -(-c.max_context // c.chunk_len)
-    loss_of = torch.compile(loss_on) if b.compile else loss_on
-    bf16 = b.dtype == torch.bfloat16
+class TrainingStep:
+    """Steps of cfg.batch windows of max_context tokens, `micro` of them at a time.
 
-    def step(micro, explicit):
-        tokens, references, recall = torch.randint(c.vocab_size, (micro, T)), None, None
-        if explicit:
-            references = torch.randint(c.vocab_size, (micro * N, c.ref_len))
-            recall = recall_table(np.arange(micro * N).reshape(micro, N), c.n_recall)
-        for _ in range(cfg.batch // micro):
-            with torch.autocast(b.device.type, torch.bfloat16, enabled=bf16):
-                loss = loss_of(model, (tokens, tokens, references, recall), b.device)
-            (loss * micro / cfg.batch).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    b: the bench (see machine.py); config: the shape; cfg: a TrainConfig.
+    """
 
-    def fits(micro, explicit):
-        optimizer.zero_grad(set_to_none=True)
-        optimizer.state.clear()  # half made, where it was this that did not fit
-        gc.collect()
-        if b.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+    def __init__(self, b, config, cfg):
+        self.b = b
+        self.config = config
+        self.cfg = cfg
+        with torch.device(b.device):
+            self.model = Memory3(config)
+        self.optimizer = make_optimizer(self.model, cfg)
+        self.loss_on = torch.compile(loss_on) if b.compile else loss_on
+
+    def batch(self, micro, explicit):
+        """-> tokens (micro, T), targets, references (micro*n_chunks, ref_len) and the table."""
+        config = self.config
+        tokens = torch.randint(config.vocab_size, (micro, config.max_context))
+        if not explicit:
+            return tokens, tokens, None, None
+        n_chunks = -(-config.max_context // config.chunk_len)
+        references = torch.randint(config.vocab_size, (micro * n_chunks, config.ref_len))
+        ids = np.arange(micro * n_chunks).reshape(micro, n_chunks)  # each chunk has its own
+        return tokens, tokens, references, recall_table(ids, config.n_recall)
+
+    def __call__(self, micro, explicit):
+        b = self.b
+        batch = self.batch(micro, explicit)
+        for _ in range(self.cfg.batch // micro):
+            with torch.autocast(b.device.type, torch.bfloat16, enabled=b.dtype == torch.bfloat16):
+                loss = self.loss_on(self.model, batch, b.device)
+            (loss * micro / self.cfg.batch).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def fits(self, micro, explicit):
+        """Whether a step with so many windows at a time fits into the device's memory."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()  # half made, where it was this that did not fit
+        empty(self.b.device)
         with suppress(torch.OutOfMemoryError):
-            step(micro, explicit)
+            self(micro, explicit)
             return True
+        return False
 
-    def largest(explicit):
-        return next((m for m in (16, 8, 4, 2, 1) if m <= cfg.batch and fits(m, explicit)), None)
+    def largest(self, explicit):
+        """The most windows at a time that fit: 16, 8, 4, 2, 1, or None."""
+        for micro in (16, 8, 4, 2, 1):
+            if micro <= self.cfg.batch and self.fits(micro, explicit):
+                return micro
+        return None
 
-    return step, largest
+
+def empty(device):
+    """Gives back what nobody uses, and counts peaks anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
