@@ -1,5 +1,5 @@
 # make demo     set up, write 20,000 references into memory, ask 600 questions
-# make test     set up, run the tests
+# make test     set up, run the tests but the slow ones
 # make kernels  compile the CUDA kernels (needs nvcc, no GPU)
 # make toy      train the shipped toy again, both stages, into out/
 
@@ -27,7 +27,7 @@ demo: .venv/ready $(DATA)/kb.index/meta.json
 	$(PY) eval.py --bank out/kb.bank --codes out/kb.codes --json out/demo.json
 
 test: .venv/ready
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -m "not slow" tests
 
 # Which GPUs: CUDA_ARCHS=80,90 (setup.py).
 kernels: .venv/ready
