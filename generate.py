@@ -224,7 +224,7 @@ def generate(
         pool, table = recall(queries, range(len(queries)))
     logits = model(steps.tokens[:, :T], None, pool, table, steps.cache)[0][:, 0]
     if table is not None:
-        steps.cache.recall(pool, table[:, -1])
+        steps.cache.load_memories(pool, table[:, -1])
     del pool  # a bank's memory, used again
     trace.seconds["prefill"] = clock(device) - began - sum(trace.seconds.values())
 
@@ -238,7 +238,7 @@ def generate(
         # Token n - 1 still belonged to the old chunk: it read the old memories. Now new ones come.
         if retriever is not None and n % C == 0 and T < n < T + n_new - 1:
             pool, table = recall([steps.tokens[:, n - C : n].clone()], [n // C], codec)
-            steps.cache.recall(pool, table[:, 0], codec)
+            steps.cache.load_memories(pool, table[:, 0], codec)
             del pool
     trace.seconds["steps"] = clock(device) - began - sum(trace.seconds.values())
     end = n + 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor as T
 
 VERSION = 1  # of the C functions and their arguments; kernels.cu has the same number
+SELECTION = 1  # the rule of selection that kernels.cu knows; see memory.keep_tokens
 BF16, F32, BOOL = torch.bfloat16, torch.float32, torch.bool
 U8, I32, I64 = torch.uint8, torch.int32, torch.int64
 libraries, reasons = {}, {}  # by type of device: the library; why it cannot run, None: not asked

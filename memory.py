@@ -3,11 +3,13 @@
     writing    token_weights -> select_tokens -> Memories          sec. 3.3
     reading    chunk_attention: memories, header and causal context in one softmax      eq. 3.1
 
-Shapes are named as at the top of model.py. Nothing here has weights: all is the decoder's own.
+Shapes are named as at the top of model.py; besides, G = H / Hkv is the number of query heads that
+share a key-value head, and c the number of chunks of a sequence. Nothing here has weights: all is
+the decoder's own. kernels.cu has some of these functions again, for CUDA; the functions here say
+what it must compute.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -22,27 +24,35 @@ aten = torch.ops.aten
 @dataclass
 class Memories:
     """A pool of M explicit memories.
+
     kv (M, Lm, 2, Hkv, S, dh): keys (after RoPE) and values of the kept tokens, layer by layer.
-    count (M,) int64: how many of the S slots are filled (short references fill fewer)."""
+    count (M,) int64: how many of the S slots are filled (short references fill fewer).
+    """
 
     kv: torch.Tensor
     count: torch.Tensor
 
     def __len__(self):
+        """M, the number of memories."""
         return len(self.kv)
 
     def __getitem__(self, rows):
+        """The pool of these rows: a slice, a list or a tensor of indices."""
         return Memories(self.kv[rows], self.count[rows])
 
     @staticmethod
     def empty(config, device="cpu"):
         """A pool with nothing in it: header and context are read, no memory is (Table C.1)."""
         kv = torch.zeros((0, *config.memory_shape), device=device)
-        return Memories(kv, torch.zeros(0, dtype=torch.int64, device=device))
+        count = torch.zeros(0, dtype=torch.int64, device=device)
+        return Memories(kv, count)
 
     @staticmethod
     def cat(pools):
-        return Memories(torch.cat([p.kv for p in pools]), torch.cat([p.count for p in pools]))
+        """One pool of several, in their order."""
+        kv = torch.cat([pool.kv for pool in pools])
+        count = torch.cat([pool.count for pool in pools])
+        return Memories(kv, count)
 
 
 # -- Writing: which tokens of a reference are worth keeping -----------------------------------
@@ -57,23 +67,32 @@ def token_weights(q, k, mask, approximate=False):
     q (N, H, n, dh), k (N, Hkv, n, dh): before RoPE and without a causal mask, for a token must have
     the same chance to be kept wherever it stands. mask (N, n) bool: True where a real token is;
     header and padding are neither i nor j. approximate: exp without the softmax's division, as the
-    paper ran it, shifted by one constant a key-value head: no overflow, and the order stays.
-    Returns (N, Hkv, n) float32, zero at masked tokens. Sums in bfloat16 would change a fifth of the
-    choices. With q = 0 each of 3 tokens gets 1/3 from each:
+    paper ran it; scores are shifted by one constant a key-value head: exp cannot overflow, and the
+    order stays. Returns (N, Hkv, n) float32, zero at masked tokens. Sums in bfloat16 would change a
+    fifth of the choices. With q = 0 each of 3 tokens gets 1/3 from each:
+
     >>> token_weights(torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 4, 2), torch.arange(4)[None] < 3)
     tensor([[[1., 1., 1., 0.]]])
     """
-    q = q.float().unflatten(1, (k.shape[1], -1))
-    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):  # or it is bfloat16
-        scores = q @ k.float().unsqueeze(2).mT / math.sqrt(q.shape[-1])  # (N, Hkv, H/Hkv, n, n)
-    both = mask[:, None, None, :, None] & mask[:, None, None, None, :]  # i and j are real tokens
-    scores = scores.masked_fill(~both, -math.inf)
+    kv_heads = k.shape[1]
+    head_dim = k.shape[3]
+    q = q.float().unflatten(1, (kv_heads, -1))  # (N, Hkv, G, n, dh)
+    k = k.float().unsqueeze(2)  # (N, Hkv, 1, n, dh)
+    device = "cpu" if q.is_meta else q.device.type
+    with torch.autocast(device, enabled=False):  # or the product would be rounded to bfloat16
+        scores = q @ k.mT / math.sqrt(head_dim)  # (N, Hkv, G, n, n): i, j
+
+    i_is_token = mask[:, None, None, :, None]  # (N, 1, 1, n, 1)
+    j_is_token = mask[:, None, None, None, :]  # (N, 1, 1, 1, n)
+    scores = scores.masked_fill(~(i_is_token & j_is_token), -math.inf)
     if approximate:
-        peak = scores.amax((2, 3, 4), keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+        peak = scores.amax((2, 3, 4), keepdim=True)  # (N, Hkv, 1, 1, 1)
+        peak = peak.clamp(min=torch.finfo(torch.float32).min)  # a reference without any token
         a = (scores - peak).exp()
     else:
-        a = scores.softmax(-1).nan_to_num()  # where i is padding there is nothing to share out
-    return a.sum((2, 3))  # over the query heads of the group and over i
+        a = scores.softmax(-1)
+        a = a.nan_to_num()  # rows where i is padding: nothing to share out
+    return a.sum((2, 3))  # over the query heads and over i: (N, Hkv, n)
 
 
 def select_tokens(weights, mask, s):
@@ -81,22 +100,135 @@ def select_tokens(weights, mask, s):
 
     weights (N, Hkv, n), mask (N, n). Ties go to the lower index. Returns indices (N, Hkv, s) int64,
     -1 at the end where a reference has fewer than s tokens (it then keeps them all).
+
     >>> w = torch.tensor([[[.1, .5, .2, .5, .9]]])
     >>> select_tokens(w, torch.tensor([[True, True, True, True, False]]), 3)
     tensor([[[1, 2, 3]]])
     """
-    n, mask = weights.shape[-1], mask[:, None].expand_as(weights)
-    order = weights.masked_fill(~mask, -math.inf).sort(dim=-1, descending=True, stable=True)
-    top = order.indices[..., :s]
-    top = top.masked_fill(~mask.gather(-1, top), n).sort(-1).values  # padding to the end
-    return F.pad(top.masked_fill(top == n, -1), (0, max(0, s - n)), value=-1)
+    n = weights.shape[-1]
+    mask = mask[:, None].expand_as(weights)  # (N, Hkv, n)
+    weights = weights.masked_fill(~mask, -math.inf)
+    order = weights.argsort(dim=-1, descending=True, stable=True)  # (N, Hkv, n)
+    top = order[..., :s]  # (N, Hkv, min(s, n))
+    is_token = mask.gather(-1, top)
+    top = top.masked_fill(~is_token, n)  # padding: larger than any index, so that ...
+    top = top.sort(dim=-1).values  # ... it comes last
+    top = top.masked_fill(top == n, -1)
+    return F.pad(top, (0, max(0, s - n)), value=-1)  # (N, Hkv, s)
 
 
-def choose_tokens(q, k, mask, s, approximate=False):
-    """select_tokens of token_weights: what each key-value head keeps (N, Hkv, s)."""
-    if _kernel(q, q.shape[1] // k.shape[1], keys=q.shape[2]):
-        return kernels.select(q.contiguous(), k.contiguous(), mask, s, approximate)[1]
-    return select_tokens(token_weights(q, k, mask, approximate), mask, s)
+def keep_tokens(q, k, mask, s, approximate=False, selection=1):
+    """The tokens that each key-value head of each reference keeps: indices (N, Hkv, s), -1 = none.
+
+    q, k, mask, approximate: see token_weights. selection (Config.selection): the number of the
+    rule; 1 is that of sec. 3.3. Whoever changes the rule gives the new one the next number, here
+    and in the Config: then memories chosen by different rules have different fingerprints, and
+    kernels.cu, which knows one rule, is not asked for another. UserError for an unknown rule.
+    """
+    check(selection == 1, f"selection {selection}: memory.keep_tokens knows only rule 1")
+    group = q.shape[1] // k.shape[1]
+    n_tokens = q.shape[2]
+    if selection == kernels.SELECTION and runs_kernel(q, group, n_tokens):
+        _, index = kernels.select(q.contiguous(), k.contiguous(), mask, s, approximate)
+        return index
+    weights = token_weights(q, k, mask, approximate)  # (N, Hkv, n)
+    return select_tokens(weights, mask, s)
+
+
+# -- Reading: which code computes attention ----------------------------------------------------
+
+
+def attention_path(device, dtype, n, dh=64, group=1, keys=0):
+    """Which code computes attention over n tokens, and why: every entry point prints it.
+
+    "math" is plain products; "cpu-flash" and "flash" are PyTorch's fused attention; "kernel" is
+    "flash", and kernels.cu for memories. dh numbers a head; group: H/Hkv; keys: R*S, 0 = none.
+    """
+    # Measured, forward and backward, 4 heads of 32, one thread: fused / plain takes 6.5, 4.9, 2.1,
+    # 1.45 at n = 39, 128, 256, 512 in bfloat16 (AMX), 1.18, 0.92, 0.57 at 39, 64, 256 in float32
+    few = 512 if dtype == torch.bfloat16 else 63
+    if device.type == "cpu" and n > few:
+        return "cpu-flash", f"more than {few} tokens in {dtype}"
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type != "cuda" or not half or dh % 8 != 0:
+        return "math", f"{n} tokens in {dtype}, heads of {dh}, on {device.type}"
+    there, why = kernels.available(device)
+    if not there:
+        return "flash", f"CUDA, {dtype}; {why}"
+    if keys == 0 or not kernels.fits(dtype, dh, group, keys):
+        return "flash", f"CUDA, {dtype}; nothing for kernels.cu"
+    return "kernel", why
+
+
+def runs_kernel(x, group, keys=1):
+    """Whether kernels.cu takes x (..., dh), with `group` query heads a key-value head."""
+    path, _ = attention_path(x.device, x.dtype, 1, x.shape[-1], group, keys)
+    return path == "kernel"
+
+
+# -- Reading: the causal part -------------------------------------------------------------------
+
+
+def causal_attention(q, k, v):
+    """The attention of a plain decoder. q (B, H, n, dh), k v (B, Hkv, n, dh) -> (B, H, n, dh)."""
+    path, _ = attention_path(q.device, q.dtype, q.shape[2], q.shape[3])
+    if path == "math":
+        p = _causal_scores(q, k).softmax(-1)  # (B, Hkv, G, n, n)
+        y = p @ v.unsqueeze(2)  # (B, Hkv, G, n, dh)
+        return y.flatten(1, 2)  # (B, H, n, dh)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def _causal_scores(q, k):
+    """q . k / sqrt(dh), -inf where the key comes later: (B, Hkv, G, n, n)."""
+    n, head_dim = q.shape[2:]
+    minus_inf = torch.full((n, n), -math.inf, dtype=q.dtype, device=q.device)
+    future = minus_inf.triu(1)  # -inf above the diagonal, 0 elsewhere
+    q = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, n, dh)
+    k = k.unsqueeze(2)  # (B, Hkv, 1, n, dh)
+    return q / math.sqrt(head_dim) @ k.mT + future
+
+
+def _causal_forward(q, k, v, path):
+    """-> out (B, H, n, dh), lse (B, H, n), and what the backward of this path wants besides."""
+    if path == "cpu-flash":
+        op = aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = op(q, k, v, is_causal=True)
+        return out, lse, ()
+    if path == "flash":
+        op = aten._scaled_dot_product_flash_attention
+        out, lse, *saved, _ = op(q, k, v, is_causal=True)
+        return out, lse, saved  # lengths and the state of a dropout that there is not
+    scores = _causal_scores(q, k)  # (B, Hkv, G, n, n)
+    lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)  # (B, Hkv, G, n)
+    p = (scores - lse.unsqueeze(-1)).exp().to(v.dtype)
+    out = p @ v.unsqueeze(2)  # (B, Hkv, G, n, dh)
+    return out.flatten(1, 2), lse.flatten(1, 2), ()
+
+
+def _causal_backward(dout, q, k, v, out, lse, path, saved):
+    """The causal part's share of dq, and dk, dv, given the merged out and lse."""
+    if path == "cpu-flash":
+        op = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return op(dout, q, k, v, out, lse, 0.0, True)
+    if path == "flash":
+        *lengths, seed, offset = saved
+        op = aten._scaled_dot_product_flash_attention_backward
+        return op(dout, q, k, v, out, lse, *lengths, 0.0, True, seed, offset)
+    scores = _causal_scores(q, k)  # (B, Hkv, G, n, n)
+    heads = scores.shape[1:3]
+    q = q.unflatten(1, heads)  # (B, Hkv, G, n, dh)
+    dout = dout.unflatten(1, heads)  # (B, Hkv, G, n, dh)
+    out = out.unflatten(1, heads)  # (B, Hkv, G, n, dh)
+    lse = lse.unflatten(1, heads)  # (B, Hkv, G, n)
+    p = (scores - lse.unsqueeze(-1)).exp().to(q.dtype)
+    delta = (dout * out).sum(-1, keepdim=True)  # (B, Hkv, G, n, 1)
+    dp = dout @ v.unsqueeze(2).mT - delta  # (B, Hkv, G, n, n)
+    ds = p * dp / math.sqrt(q.shape[-1])
+    dq = ds @ k.unsqueeze(2)  # (B, Hkv, G, n, dh)
+    dk = (ds.mT @ q).sum(2)  # over the group's queries: (B, Hkv, n, dh)
+    dv = (p.mT @ dout).sum(2)
+    return dq.flatten(1, 2), dk, dv
 
 
 # -- Reading: chunk attention ------------------------------------------------------------------
@@ -113,185 +245,229 @@ def choose_tokens(q, k, mask, s, approximate=False):
 # given the MERGED out and lse, is exactly its share. (Autograd fails: it knows no gradient of lse.)
 
 
-def attention_path(device, dtype, n, dh=64, group=1, keys=0):
-    """Which code computes attention over n tokens, and why: every entry point prints it.
-    "math" is plain products; "cpu-flash" and "flash" are PyTorch's fused attention; "kernel" is
-    "flash", and kernels.cu for memories. dh numbers a head; group: H/Hkv; keys: R*S, 0 = none."""
-    # Measured, forward and backward, 4 heads of 32, one thread: fused / plain takes 6.5, 4.9, 2.1,
-    # 1.45 at n = 39, 128, 256, 512 in bfloat16 (AMX), 1.18, 0.92, 0.57 at 39, 64, 256 in float32
-    few = 512 if dtype == torch.bfloat16 else 63
-    if device.type == "cpu" and n > few:
-        return "cpu-flash", f"more than {few} tokens in {dtype}"
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or dh % 8:
-        return "math", f"{n} tokens in {dtype}, heads of {dh}, on {device.type}"
-    there, why = kernels.available(device)
-    if there and keys and kernels.fits(dtype, dh, group, keys):
-        return "kernel", why
-    return "flash", f"CUDA, {dtype}; {'nothing for kernels.cu' if there else why}"
+def memory_attention(out, lse, q, mem_k, mem_v, count, recall, chunk_len, n_header):
+    """The memories' part of eq. (3.1): merges it into the causal part, in place.
+
+    out (B, H, P+T, dh) and lse (B, H, P+T) come in as the causal part's and go out as those of the
+    whole softmax. The header attends no memory. For the rest see chunk_attention.
+    """
+    kv_heads = mem_k.shape[1]
+    queries = by_chunk(q, kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, dh)
+    keys = recalled(mem_k, recall)  # (B*c, Hkv, R*S, dh): concat(K_0, ..., K_4) of eq. (3.1)
+    values = recalled(mem_v, recall)  # (B*c, Hkv, R*S, dh)
+    scores = memory_scores(queries, keys, empty_slots(count, recall, mem_k), lse.dtype)
+    memory_lse = scores.logsumexp(-1, keepdim=True)  # (B*c, Hkv, G*C, 1)
+
+    causal_lse = lse[:, :, n_header:, None].clone()  # (B, H, T, 1)
+    merged_lse = torch.logaddexp(causal_lse, by_token(memory_lse, causal_lse))
+    lse[:, :, n_header:] = merged_lse.squeeze(-1)
+
+    lse_by_chunk = by_chunk(lse.unsqueeze(-1), kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, 1)
+    p = (scores - lse_by_chunk).exp().to(values.dtype)  # each slot's share of the whole softmax
+    memory_out = by_token(p @ values, causal_lse)  # (B, H, T, dh)
+    causal_share = (causal_lse - merged_lse).exp()
+    causal_out = out[:, :, n_header:] * causal_share  # in the precision of lse
+    out[:, :, n_header:] = causal_out + memory_out
 
 
-def _kernel(x, group, keys=1):  # x (..., dh)
-    return attention_path(x.device, x.dtype, 1, x.shape[-1], group, keys)[0] == "kernel"
+def memory_attention_backward(
+    dq, dout, q, out, lse, mem_k, mem_v, count, recall, chunk_len, n_header
+):
+    """The memories' share of the gradients, given the merged out and lse.
+
+    Adds to dq (B, H, P+T, dh) in place; returns dmem_k and dmem_v (M, Hkv, S, dh).
+    """
+    kv_heads, slots, head_dim = mem_k.shape[1:]
+    delta = (dout * out).sum(-1, keepdim=True)  # (B, H, P+T, 1)
+    queries = by_chunk(q, kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, dh)
+    dout = by_chunk(dout, kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, dh)
+    delta = by_chunk(delta, kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, 1)
+    lse = by_chunk(lse.unsqueeze(-1), kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, 1)
+    keys = recalled(mem_k, recall)  # (B*c, Hkv, R*S, dh)
+    values = recalled(mem_v, recall)  # (B*c, Hkv, R*S, dh)
+    scores = memory_scores(queries, keys, empty_slots(count, recall, mem_k), lse.dtype)
+
+    p = (scores - lse).exp().to(q.dtype)  # (B*c, Hkv, G*C, R*S)
+    dp = dout @ values.mT
+    ds = p * (dp - delta) / math.sqrt(head_dim)
+    context_dq = dq[:, :, n_header:]  # (B, H, T, dh): a view
+    context_dq += by_token(ds @ keys, context_dq)
+    dkeys = ds.mT @ queries  # (B*c, Hkv, R*S, dh)
+    dvalues = p.mT @ dout
+    dmem_k = sum_over_readers(dkeys, mem_k, recall)
+    dmem_v = sum_over_readers(dvalues, mem_v, recall)
+    return dmem_k, dmem_v
 
 
-def _causal(q, k, v, path):
-    """-> out (B, H, n, dh), lse (B, H, n), and what the backward of this path wants besides."""
-    if path == "cpu-flash":
-        return *aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True), ()
-    if path == "flash":
-        out, lse, *saved, _ = aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)
-        return out, lse, saved  # lengths and the state of a dropout that there is not
-    scores = _causal_scores(q, k)
-    lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
-    out = (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v.unsqueeze(2)
-    return out.flatten(1, 2), lse.flatten(1, 2), ()
+def by_chunk(x, kv_heads, chunk_len, n_header):
+    """x (B, H, P+T, d) -> (B*c, Hkv, G*C, d): a row for each chunk, without the header.
+
+    The queries of the G heads of a group lie in one row, since they read the same keys. The last
+    chunk is padded with zeros.
+    """
+    padding = (n_header - x.shape[2]) % chunk_len
+    x = F.pad(x, (0, 0, -n_header, padding))  # (B, H, c*C, d): less n_header rows is no header
+    x = x.unflatten(2, (-1, chunk_len))  # (B, H, c, C, d)
+    x = x.transpose(1, 2).flatten(0, 1)  # (B*c, H, C, d)
+    x = x.unflatten(1, (kv_heads, -1))  # (B*c, Hkv, G, C, d)
+    return x.flatten(2, 3)  # (B*c, Hkv, G*C, d)
 
 
-def _causal_backward(dout, q, k, v, out, lse, path, saved):
-    """The causal part's share of dq, and dk, dv, given the merged out and lse."""
-    if path == "cpu-flash":
-        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(dout, q, k, v, out, lse, 0.0, True)
-    if path == "flash":
-        *lengths, seed, offset = saved
-        backward = aten._scaled_dot_product_flash_attention_backward
-        return backward(dout, q, k, v, out, lse, *lengths, 0.0, True, seed, offset)
-    p = _causal_scores(q, k)
-    q, dout, out, lse = (x.unflatten(1, p.shape[1:3]) for x in (q, dout, out, lse))
-    p = (p - lse.unsqueeze(-1)).exp().to(q.dtype)
-    dp = dout @ v.unsqueeze(2).mT - (dout * out).sum(-1, keepdim=True)
-    ds = p * dp / math.sqrt(q.shape[-1])
-    return (ds @ k.unsqueeze(2)).flatten(1, 2), (ds.mT @ q).sum(2), (p.mT @ dout).sum(2)
+def by_token(x, like):
+    """The way back: x (B*c, Hkv, G*C, d) -> (B, H, T, d), whose B, H and T are those of `like`."""
+    batch, heads, length = like.shape[:3]
+    group = heads // x.shape[1]
+    x = x.unflatten(2, (group, -1))  # (B*c, Hkv, G, C, d)
+    x = x.flatten(1, 2)  # (B*c, H, C, d)
+    x = x.unflatten(0, (batch, -1))  # (B, c, H, C, d)
+    x = x.transpose(1, 2).flatten(2, 3)  # (B, H, c*C, d)
+    return x[:, :, :length]  # without the padding of the last chunk
 
 
-def _causal_scores(q, k):  # (B, Hkv, G, n, n), -inf above the diagonal; G: H/Hkv
-    future = torch.full((q.shape[2],) * 2, -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    q = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1])
-    return q @ k.unsqueeze(2).mT + future
+def recalled(mem, recall):
+    """The keys, or values, that each chunk reads: mem (M, Hkv, S, dh) -> (B*c, Hkv, R*S, dh).
+
+    -1 in the recall table stands for no memory; memory 0 comes in its place, to be masked.
+    """
+    rows = recall.clamp(min=0).flatten(0, 1)  # (B*c, R)
+    x = mem[rows]  # (B*c, R, Hkv, S, dh)
+    return x.transpose(1, 2).flatten(2, 3)  # (B*c, Hkv, R*S, dh)
 
 
-def causal_attention(q, k, v):
-    """The attention of a plain decoder. q (B, H, n, dh), k v (B, Hkv, n, dh) -> (B, H, n, dh)."""
-    if attention_path(q.device, q.dtype, *q.shape[2:])[0] == "math":
-        return (_causal_scores(q, k).softmax(-1) @ v.unsqueeze(2)).flatten(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+def empty_slots(count, recall, mem):
+    """Which of the R*S slots of a chunk hold nothing: (B*c, 1, 1, R*S) bool."""
+    rows = recall.flatten(0, 1)  # (B*c, R)
+    filled = torch.where(rows >= 0, count[rows.clamp(min=0)], 0)  # (B*c, R)
+    slot = torch.arange(mem.shape[2], device=mem.device)  # (S,)
+    empty = slot >= filled.unsqueeze(-1)  # (B*c, R, S)
+    return empty.flatten(1)[:, None, None]  # (B*c, 1, 1, R*S)
 
 
-def memory_attention(out, lse, q, mem_k, mem_v, count, recall, C, P):
-    """Merges the memories into out (B, H, n, dh) and lse (B, H, n) of the causal part, in place;
-    the header attends none. For the rest see chunk_attention. As kernels.memory_attention."""
-    _, _, v, scores = _scores(lse.dtype, q, mem_k, mem_v, count, recall, C, P)
-    context, before, after = out[:, :, P:], lse[:, :, P:, None].clone(), lse[:, :, P:, None]
-    after.copy_(torch.logaddexp(before, _tokens(scores.logsumexp(-1, keepdim=True), context)))
-    p = (scores - _chunks(lse.unsqueeze(-1), mem_k.shape[1], C, P)).exp().to(v.dtype)
-    merged = context * (before - after).exp()  # float32 for out in bfloat16
-    context.copy_(merged.add_(_tokens(p @ v, context)))
+def memory_scores(queries, keys, empty, dtype):
+    """q . k / sqrt(dh), -inf at empty slots: (B*c, Hkv, G*C, R*S) in `dtype`, that of the lse."""
+    scores = (queries @ keys.mT).to(dtype) / math.sqrt(keys.shape[-1])
+    return scores.masked_fill(empty, -math.inf)
 
 
-def memory_attention_backward(dq, dout, q, out, lse, mem_k, mem_v, count, recall, C, P):
-    """The memories' share of the gradients, given the merged out and lse: adds to dq in place,
-    returns dmem_k and dmem_v. As kernels.memory_attention_backward."""
-    qm, k, v, scores = _scores(lse.dtype, q, mem_k, mem_v, count, recall, C, P)
-    each = dout, (dout * out).sum(-1, keepdim=True), lse.unsqueeze(-1)
-    dm, delta, lse = (_chunks(x, mem_k.shape[1], C, P) for x in each)
-    p = (scores - lse).exp().to(q.dtype)
-    ds = p * (dm @ v.mT - delta) / math.sqrt(q.shape[-1])
-    dq[:, :, P:] += _tokens(ds @ k, dq[:, :, P:])
-    rows, slots = recall.clamp(min=0).flatten(), (recall.shape[2], mem_k.shape[2])
-    grads = (x.unflatten(2, slots).transpose(1, 2).flatten(0, 1) for x in (ds.mT @ qm, p.mT @ dm))
-    return [torch.zeros_like(mem_k).index_add_(0, rows, x) for x in grads]  # over all its readers
-
-
-def _scores(dtype, q, mem_k, mem_v, count, recall, C, P):
-    """Each chunk is a row of a batch: its q (B*c, Hkv, G*C, dh), its memories k, v (B*c, Hkv, R*S,
-    dh), and the scores (B*c, Hkv, G*C, R*S), -inf at slots that are empty. G: H/Hkv."""
-    rows, (_, Hkv, S, dh) = recall.clamp(min=0).flatten(0, 1), mem_k.shape  # (B*c, R)
-    filled = torch.where(recall.flatten(0, 1) >= 0, count[rows], 0).unsqueeze(-1)
-    empty = (torch.arange(S, device=q.device) >= filled).flatten(1)[:, None, None]
-    k, v = (x[rows].transpose(1, 2).flatten(2, 3) for x in (mem_k, mem_v))
-    q = _chunks(q, Hkv, C, P)
-    scores = (q @ k.mT).to(dtype) / math.sqrt(dh)
-    return q, k, v, scores.masked_fill(empty, -math.inf)
-
-
-def _chunks(x, Hkv, C, P):  # (B, H, P+T, d) -> (B*c, Hkv, G*C, d); the last chunk is padded
-    x = F.pad(x, (0, 0, -P, (P - x.shape[2]) % C)).unflatten(2, (-1, C))
-    return x.transpose(1, 2).flatten(0, 1).unflatten(1, (Hkv, -1)).flatten(2, 3)
-
-
-def _tokens(x, like):  # back, like (B, H, T, d)
-    B, H, T, _ = like.shape
-    x = x.unflatten(2, (H // x.shape[1], -1)).flatten(1, 2).unflatten(0, (B, -1))
-    return x.transpose(1, 2).flatten(2, 3)[:, :, :T]  # of (B, c, H, C, d)
+def sum_over_readers(grad, mem, recall):
+    """grad (B*c, Hkv, R*S, dh), of what each chunk read -> (M, Hkv, S, dh), of the pool."""
+    rows = recall.clamp(min=0).flatten()  # (B*c*R,)
+    grad = grad.unflatten(2, (recall.shape[2], mem.shape[2]))  # (B*c, Hkv, R, S, dh)
+    grad = grad.transpose(1, 2).flatten(0, 1)  # (B*c*R, Hkv, S, dh)
+    # where there was no memory, grad is zero: nothing is added to memory 0
+    return torch.zeros_like(mem).index_add_(0, rows, grad)
 
 
 class _ChunkAttention(torch.autograd.Function):
+    """The causal part, the memories' part, and the merge, with the gradients of all three."""
+
     @staticmethod
     def forward(ctx, q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header, path):
+        # fused attention and kernels.cu take contiguous tensors only
         q, k, v, mem_k, mem_v = (x.contiguous() for x in (q, k, v, mem_k, mem_v))
-        code = sys.modules[__name__]
-        if path == "kernel":  # on a CPU where a test has put it there
-            path, code = "flash" if q.is_cuda else "cpu-flash", kernels
-        out, lse, saved = _causal(q, k, v, path)
-        out, lse = out.contiguous(), lse.contiguous()
-        code.memory_attention(out, lse, q, mem_k, mem_v, count, recall, chunk_len, n_header)
+        ctx.use_kernel = path == "kernel"
+        if ctx.use_kernel:  # on a CPU where a test has put it there
+            path = "flash" if q.is_cuda else "cpu-flash"
+        out, lse, saved = _causal_forward(q, k, v, path)
+        out = out.contiguous()
+        lse = lse.contiguous()
+        arguments = (out, lse, q, mem_k, mem_v, count, recall, chunk_len, n_header)
+        if ctx.use_kernel:
+            kernels.memory_attention(*arguments)
+        else:
+            memory_attention(*arguments)
         ctx.save_for_backward(q, k, v, out, lse, mem_k, mem_v, count, recall)
-        ctx.rest = chunk_len, n_header, path, saved, code
+        ctx.sizes = (chunk_len, n_header)
+        ctx.path = path
+        ctx.saved = saved
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, lse, *memories = ctx.saved_tensors
-        chunk_len, n_header, path, saved, code = ctx.rest
+        q, k, v, out, lse, mem_k, mem_v, count, recall = ctx.saved_tensors
         dout = dout.contiguous()
-        dq, dk, dv = _causal_backward(dout, q, k, v, out, lse, path, saved)
-        add, dq = code.memory_attention_backward, dq.contiguous()
-        dmem = add(dq, dout, q, out, lse, *memories, chunk_len, n_header)
-        return dq, dk, dv, *dmem, None, None, None, None, None
+        dq, dk, dv = _causal_backward(dout, q, k, v, out, lse, ctx.path, ctx.saved)
+        dq = dq.contiguous()
+        memories = (mem_k, mem_v, count, recall)
+        arguments = (dq, dout, q, out, lse, *memories, *ctx.sizes)
+        if ctx.use_kernel:
+            dmem_k, dmem_v = kernels.memory_attention_backward(*arguments)
+        else:
+            dmem_k, dmem_v = memory_attention_backward(*arguments)
+        return dq, dk, dv, dmem_k, dmem_v, None, None, None, None, None
 
 
 def chunk_attention(q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header, path=None):
     """Self-attention in which each chunk of the context also reads its own memories (eq. 3.1).
+
     q (B, H, P+T, dh), k v (B, Hkv, P+T, dh): header then context, after RoPE.
     mem_k mem_v (M, Hkv, S, dh): one layer of the pool; count (M,): filled slots of each memory.
     recall (B, c, R) int64: which memories chunk c = context tokens [cC, (c+1)C) reads, -1 = none;
     c = ceil(T / C). They need no order and no mask among each other (parallel positions, sec. 3.2).
-    path: forces one of attention_path's names (tests). Returns (B, H, P+T, dh)."""
-    (B, H, n, dh), (M, Hkv, S, _) = q.shape, mem_k.shape
-    c = -(-(n - n_header) // chunk_len)
-    has = f"recall has shape {tuple(recall.shape)}; {B} sequences of {n - n_header} tokens"
-    check(recall.shape[:2] == (B, c), f"{has} in chunks of {chunk_len} need ({B}, {c}, R)")
-    if recall.shape[2] == 0 or M == 0:
+    path: forces one of attention_path's names (tests). Returns (B, H, P+T, dh). UserError for a
+    table of another shape, or one that names memories of an empty pool.
+    """
+    batch, heads, length, head_dim = q.shape
+    pool_size, kv_heads, slots = mem_k.shape[:3]
+    n_recall = recall.shape[2]
+    n_context = length - n_header
+    n_chunks = math.ceil(n_context / chunk_len)
+    check(
+        recall.shape[:2] == (batch, n_chunks),
+        f"recall has shape {tuple(recall.shape)}; {batch} sequences of {n_context} tokens in chunks"
+        f" of {chunk_len} need ({batch}, {n_chunks}, R)",
+    )
+    if n_recall == 0 or pool_size == 0:
         check(not (recall >= 0).any(), "recall names memories, but the pool is empty")
         return causal_attention(q, k, v)
-    path = path or attention_path(q.device, q.dtype, n, dh, H // Hkv, recall.shape[2] * S)[0]
-    memories = mem_k, mem_v, count, recall.contiguous()
+    if path is None:
+        group = heads // kv_heads
+        keys = n_recall * slots
+        path, _ = attention_path(q.device, q.dtype, length, head_dim, group, keys)
+    memories = (mem_k, mem_v, count, recall.contiguous())
     return _ChunkAttention.apply(q, k, v, *memories, chunk_len, n_header, path)
 
 
+# -- Reading while generating ------------------------------------------------------------------
+
+
 def decode_attention(q, keys, values, valid, length, n_header):
-    """One new token a sequence. q (B, H, dh); keys values (B, Hkv, N, dh) -> (B, H, dh). There is
-    nothing to merge: the cache of a memory layer is [header | memory slots | context].
+    """One new token a sequence. q (B, H, dh); keys values (B, Hkv, N, dh) -> (B, H, dh).
+
+    There is nothing to merge: the cache of a memory layer is [header | memory slots | context].
     valid (B, slots) bool: the slots to be read; a layer without memories has none. length (1,):
-    keys so far, with the new one; the rest is masked: no shape changes, a CUDA graph replays."""
-    Hkv, slots = keys.shape[1], valid.shape[1]
-    if _kernel(q, q.shape[1] // Hkv):
+    keys so far, with the new one; the rest is masked: no shape changes, a CUDA graph replays.
+    """
+    kv_heads, n_keys, head_dim = keys.shape[1:]
+    slots = valid.shape[1]
+    if runs_kernel(q, q.shape[1] // kv_heads):
         q = q.contiguous()
         return kernels.decode_attention(q, keys, values, valid, length, n_header, slots)
-    scores = q.unflatten(1, (Hkv, -1)) @ keys.mT / math.sqrt(q.shape[-1])  # (B, Hkv, G, N)
-    scores[..., n_header : n_header + slots].masked_fill_(~valid[:, None, None], -math.inf)
-    scores.masked_fill_(torch.arange(keys.shape[2], device=q.device) >= length, -math.inf)
-    return (scores.softmax(-1) @ values).flatten(1, 2)
+    q = q.unflatten(1, (kv_heads, -1))  # (B, Hkv, G, dh)
+    scores = q @ keys.mT / math.sqrt(head_dim)  # (B, Hkv, G, N)
+    slot_scores = scores[..., n_header : n_header + slots]  # a view
+    slot_scores.masked_fill_(~valid[:, None, None], -math.inf)
+    not_yet = torch.arange(n_keys, device=q.device) >= length  # (N,)
+    scores = scores.masked_fill(not_yet, -math.inf)
+    y = scores.softmax(-1) @ values  # (B, Hkv, G, dh)
+    return y.flatten(1, 2)  # (B, H, dh)
 
 
 def fill_slots(kv, memories, table, n_header, codec=None):
     """Writes memories table[b] of a pool into the slots of sequence b, in place.
+
     kv (Lm, 2, B, Hkv, N, dh): the cache of the memory layers; table (B, R) int64, -1 = none (what
-    its slots then hold is not to be read). codec: memories.kv are its codes."""
-    if codec and _kernel(kv, 1):
-        fields = torch.tensor(codec.fields, dtype=torch.int32, device=kv.device)
-        fields, table = torch.cat([fields, codec.first[:, None]], 1), table.contiguous()
-        return kernels.decode_codes(kv, memories.kv, codec.table, fields, table, n_header)
-    x = codec.decode(memories.kv) if codec else memories.kv
-    x = x[table.clamp(min=0)].permute(2, 3, 0, 4, 1, 5, 6).flatten(4, 5)
-    kv[..., n_header : n_header + x.shape[4], :] = x  # (Lm, 2, B, Hkv, R*S, dh)
+    its slots then hold is not to be read). codec: memories.kv are its codes.
+    """
+    if codec and runs_kernel(kv, 1):
+        fields = torch.tensor(codec.fields, dtype=torch.int32, device=kv.device)  # (F, 2)
+        fields = torch.cat([fields, codec.first[:, None]], 1)  # (F, 3)
+        table = table.contiguous()
+        kernels.decode_codes(kv, memories.kv, codec.table, fields, table, n_header)
+        return
+    pool = codec.decode(memories.kv) if codec else memories.kv  # (M, Lm, 2, Hkv, S, dh)
+    x = pool[table.clamp(min=0)]  # (B, R, Lm, 2, Hkv, S, dh)
+    x = x.permute(2, 3, 0, 4, 1, 5, 6)  # (Lm, 2, B, Hkv, R, S, dh)
+    x = x.flatten(4, 5)  # (Lm, 2, B, Hkv, R*S, dh)
+    end = n_header + x.shape[4]
+    kv[..., n_header:end, :] = x

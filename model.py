@@ -14,6 +14,7 @@ A memory is a subset of the keys and values that this same network computes when
 header + reference. It adds no parameters: any decoder of this kind can learn to use memories.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -25,15 +26,16 @@ from typing import Annotated
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from common import UserError, check, check_fields
 from memory import (
     Memories,
     causal_attention,
-    choose_tokens,
     chunk_attention,
     decode_attention,
     fill_slots,
+    keep_tokens,
 )
 
 # -- Shapes -----------------------------------------------------------------------------------
@@ -59,7 +61,8 @@ class Config:
 
     # each with its lowest and highest value, or type alone
     n_layer: Annotated[int, 1, 1000] = 44  # L
-    n_memory_layer: Annotated[int, 1, 1000] = 22  # Lm: the first Lm layers write and read memories
+    n_memory_layer: Annotated[int, 1, 1000] = 22  # Lm: this many layers write and read memories ...
+    memory_from: Annotated[int, 0, 1000] = 0  # ... from this one on (see sec. 3.3)
     n_head: Annotated[int, 1, 1024] = 40  # H
     n_kv_head: Annotated[int, 1, 1024] = 8  # Hkv
     head_dim: Annotated[int, 2, 1024] = 80  # dh
@@ -75,18 +78,32 @@ class Config:
     norm_eps: Annotated[float, 0, 1] = 1e-5  # RMSNorm; not in the paper
     tied: bool = False  # input and output embeddings share weights; not in the paper
     approximate_weights: bool = False  # sec. 3.3: exp without the normalisation
+    selection: Annotated[int, 1, 2**16] = (
+        1  # the rule by which tokens are kept: see memory.keep_tokens
+    )
 
     def __post_init__(self):
         self.header = tuple(int(t) for t in self.header)
         check_fields(self)
-        layers = f"n_memory_layer {self.n_memory_layer} > n_layer {self.n_layer}"
-        check(self.n_memory_layer <= self.n_layer, f"{layers}: memories live in the first layers")
-        heads = f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
-        check(self.n_head % self.n_kv_head == 0, heads)
+        check(
+            self.n_memory_layer <= self.n_layer,
+            f"n_memory_layer {self.n_memory_layer} > n_layer {self.n_layer}: each layer has its own",
+        )
+        check(
+            self.memory_layers.stop <= self.n_layer,
+            f"memory_from {self.memory_from} + n_memory_layer {self.n_memory_layer} is more than "
+            f"n_layer {self.n_layer}",
+        )
+        check(
+            self.n_head % self.n_kv_head == 0,
+            f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}",
+        )
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; RoPE turns pairs")
-        check(self.header, "header is empty; it is at least the BOS")
-        inside = min(self.header) >= 0 and max(self.header) < self.vocab_size
-        check(inside, f"header {self.header}: its ids are below vocab_size {self.vocab_size}")
+        check(len(self.header) > 0, "header is empty; it is at least the BOS")
+        check(
+            0 <= min(self.header) and max(self.header) < self.vocab_size,
+            f"header {self.header}: its ids are below vocab_size {self.vocab_size}",
+        )
 
     @staticmethod
     def preset(name, **changes):
@@ -103,6 +120,11 @@ class Config:
     @property
     def n_embd(self):  # d
         return self.n_head * self.head_dim
+
+    @property
+    def memory_layers(self):
+        """The layers that write and read memories, a range: memory_layers[i] is kv[:, i]."""
+        return range(self.memory_from, self.memory_from + self.n_memory_layer)
 
     @property
     def memory_shape(self):
@@ -126,36 +148,44 @@ class Config:
 def rope_table(positions, config):
     """cos and sin (n, dh) at the given positions (n,). float32, whatever the weights are."""
     half = config.head_dim // 2
-    freq = config.rope_base ** (-torch.arange(half, device=positions.device) / half)
+    freq = config.rope_base ** (-torch.arange(half, device=positions.device) / half)  # (dh/2,)
     angle = positions.float()[:, None] * freq  # (n, dh/2)
-    angle = torch.cat([angle, angle], -1)
+    angle = torch.cat([angle, angle], -1)  # (n, dh)
     return angle.cos(), angle.sin()
 
 
 def apply_rope(x, cos, sin):
-    """Turns the pairs (x_i, x_{i + dh/2}) of x (..., n, dh) by their position's angles."""
-    a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+    """Turns the pairs (x_i, x_{i + dh/2}) of x (..., n, dh) by their position's angles (n, dh)."""
+    a, b = x.chunk(2, -1)  # (..., n, dh/2) twice
+    turned = torch.cat([-b, a], -1)  # (..., n, dh)
+    return (x * cos + turned * sin).to(x.dtype)  # in float32, then rounded
 
 
 class Attention(nn.Module):
+    """The projections of an attention layer. What is attended between them, others decide."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
-        H, Hkv, dh, d = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
-        self.qkv = nn.Linear(d, (H + 2 * Hkv) * dh, bias=False)  # W_Q, W_K, W_V in one product
-        self.out = nn.Linear(H * dh, d, bias=False)  # W_O
+        width = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+        self.qkv = nn.Linear(config.n_embd, width, bias=False)  # W_Q, W_K, W_V in one product
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)  # W_O
 
     def project(self, x, cos=None, sin=None):
         """x (B, n, d) -> q (B, H, n, dh), k v (B, Hkv, n, dh); without cos and sin, before RoPE."""
         c = self.config
-        x = self.qkv(x).view(*x.shape[:2], c.n_head + 2 * c.n_kv_head, c.head_dim).transpose(1, 2)
+        x = self.qkv(x)  # (B, n, (H + 2 Hkv) * dh)
+        x = x.unflatten(-1, (-1, c.head_dim)).transpose(1, 2)  # (B, H + 2 Hkv, n, dh)
         qk, v = x.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
-        qk = qk if cos is None else apply_rope(qk, cos, sin)
-        return *qk.split([c.n_head, c.n_kv_head], dim=1), v
+        if cos is not None:
+            qk = apply_rope(qk, cos, sin)
+        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+        return q, k, v
 
-    def merge(self, y):  # (B, H, n, dh) -> (B, n, d)
-        return self.out(y.transpose(1, 2).flatten(2))
+    def merge(self, y):
+        """The outputs of all heads y (B, H, n, dh), times W_O -> (B, n, d)."""
+        y = y.transpose(1, 2).flatten(2)  # (B, n, H * dh)
+        return self.out(y)
 
 
 class MLP(nn.Module):
@@ -167,11 +197,14 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.mlp_width, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, -1)
+        """(B, n, d) -> (B, n, d)"""
+        gate, up = self.gate_up(x).chunk(2, -1)  # (B, n, W) twice
         return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
+    """A layer: x + attention(norm(x)), then x + MLP(norm(x))."""
+
     def __init__(self, config):
         super().__init__()
         self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps)
@@ -179,16 +212,90 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
+    def forward(self, x, attend, cos=None, sin=None):
+        """x (B, n, d) -> x after this layer, and what `attend` made besides (else None).
+
+        attend(q, k, v) is what happens between projecting and finishing: it gets q (B, H, n, dh)
+        and k v (B, Hkv, n, dh), before RoPE unless cos and sin are given, and returns y
+        (B, H, n, dh) and what it made. y None: nobody needs x any more, and None comes back.
+        (All that leaves a layer is returned by it: recomputation and FSDP look at nothing else.)
+        """
+        q, k, v = self.attn.project(self.norm1(x), cos, sin)
+        y, made = attend(q, k, v)
+        if y is None:
+            return None, made
+        return self.finish(x, y), made
+
     def finish(self, x, y):
         """What follows the attention: W_O, the residual, the MLP. y (B, H, n, dh)."""
         x = x + self.attn.merge(y)
         return x + self.mlp(self.norm2(x))
+
+    def decode(self, x, cos, sin, kv, at, end, valid, n_header):
+        """One new token a sequence: x (B, 1, d) -> (B, 1, d).
+
+        kv (2, B, Hkv, N, dh): this layer of the cache; the token's own keys and values are added to
+        it at index `at` (1,), and the first `end` (1,) keys are attended, slots where `valid` says.
+        """
+        q, k, v = self.attn.project(self.norm1(x), cos, sin)
+        keys, values = kv
+        keys.index_copy_(2, at, k)
+        values.index_copy_(2, at, v)
+        y = decode_attention(q[:, :, 0], keys, values, valid, end, n_header)  # (B, H, dh)
+        return self.finish(x, y.unsqueeze(2))
+
+
+@functools.cache
+def fused_decode():
+    """Block.decode, compiled: what lies between two matrix products becomes one kernel.
+
+    One function for all layers, compiled once for those with memories and once for those without.
+    """
+    return torch.compile(Block.decode, dynamic=False)
+
+
+# -- The loss ----------------------------------------------------------------------------------
+
+MOST_LOGITS = 2**25  # of the loss, at a time: 128 MB in float32
+
+
+def cross_entropy(head, x, targets):
+    """The mean cross-entropy of head(x), x (n, d), targets (n,), -1 = ignored; in float32."""
+    return F.cross_entropy(head(x).float(), targets, ignore_index=-1)
+
+
+def loss_in_parts(head, x, targets):
+    """As cross_entropy, without the logits of all tokens at once.
+
+    A part of the tokens at a time; the backward computes its logits once more. A few logits are one
+    part, and then nothing is done twice.
+    """
+    size = max(1, MOST_LOGITS // head.out_features)
+    if len(x) <= size:
+        return cross_entropy(head, x, targets)
+    n_targets = (targets >= 0).sum()
+    loss = 0.0
+    for part, part_targets in zip(x.split(size), targets.split(size), strict=True):
+        args = (head, part, part_targets)
+        mean = checkpoint(cross_entropy, *args, use_reentrant=False, preserve_rng_state=False)
+        n = (part_targets >= 0).sum()
+        loss = loss + torch.where(n > 0, mean, 0) * (n / n_targets)  # the mean of nothing is nan
+    return loss
 
 
 # -- The decoder ------------------------------------------------------------------------------
 
 
 class Memory3(nn.Module):
+    """The decoder. forward reads memories, write makes them, decode goes on token by token.
+
+    recompute (False): with True the backward computes each layer's activations again instead of
+    keeping them, in forward and in write: the memory of one layer instead of all, for a third more
+    time. The gradients are the same, to the last bit on a CPU.
+    fuse (False): with True `decode` runs through torch.compile. The first steps then wait for the
+    compiler; the later ones start fewer kernels.
+    """
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -198,6 +305,8 @@ class Memory3(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+        self.recompute = False
+        self.fuse = False
         self.origin = None  # the fingerprint, where these weights are rounded from others
         self.apply(self._init)
         for name, p in self.named_parameters():  # GPT-2's: keep the residual's size over depth
@@ -238,7 +347,17 @@ class Memory3(nn.Module):
     def _header(self, batch):
         return torch.tensor(self.config.header, device=self.device).expand(batch, -1)  # (B, P)
 
-    def forward(self, tokens, targets=None, memories=None, recall=None, cache=None):
+    def _layer(self, l, x, attend, cos=None, sin=None):
+        """Block l; attend(l, q, k, v) is told which. With `recompute`, again in the backward."""
+        block = self.blocks[l]
+        args = (x, functools.partial(attend, l), cos, sin)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(*args)
+
+    def forward(
+        self, tokens, targets=None, memories=None, recall=None, cache=None, return_logits=True
+    ):
         """Logits of the next token, and the loss.
 
         tokens (B, T) int64; targets (B, T), -1 = ignored.
@@ -246,37 +365,50 @@ class Memory3(nn.Module):
         with header (sec. 3.2). recall (B, ceil(T/C), R) int64: rows of the pool, -1 = none; None =
         no chunk reads any. cache: an empty Cache, which is filled (the prefill of a prompt, under
         torch.no_grad); then only the last token has logits.
-        Returns logits (B, T, V) and the mean cross-entropy (None without targets).
+        Returns logits (B, T, V) and the mean cross-entropy (None without targets). With
+        return_logits=False and targets, logits are None, and never there all at once.
         """
-        c, (B, T) = self.config, tokens.shape
-        if T > c.max_context:
-            raise UserError(f"{T} tokens; the context is at most max_context = {c.max_context}")
-        P, positions = 0, torch.arange(T, device=tokens.device)
+        c = self.config
+        B, T = tokens.shape
+        check(
+            T <= c.max_context, f"{T} tokens; the context is at most max_context = {c.max_context}"
+        )
+        P = 0
+        positions = torch.arange(T, device=tokens.device)
         if memories is not None:
             P = len(c.header)
-            tokens = torch.cat([self._header(B), tokens], 1)
-            positions = torch.cat([positions.new_tensor(range(P)), positions + P + c.ref_len])
-        cos, sin = rope_table(positions, c)
-        x = self.embed(tokens)  # (B, P+T, d)
-        readers = 0 if memories is None or recall is None else c.n_memory_layer
-        for l, block in enumerate(self.blocks):
-            q, k, v = block.attn.project(block.norm1(x), cos, sin)
+            tokens = torch.cat([self._header(B), tokens], 1)  # (B, P+T)
+            header = torch.arange(P, device=tokens.device)
+            positions = torch.cat([header, positions + P + c.ref_len])  # (P+T,)
+        cos, sin = rope_table(positions, c)  # (P+T, dh)
+        reading = memories is not None and recall is not None
+
+        def attend(l, q, k, v):
+            """What layer l does between projecting and finishing; it makes nothing besides."""
             if cache is not None:
                 cache.fill(l, k, v)
-            if l < readers:
-                kv = memories.kv[:, l].to(q.dtype)  # (M, 2, Hkv, S, dh)
-                pool = kv[:, 0], kv[:, 1], memories.count
-                y = chunk_attention(q, k, v, *pool, recall, c.chunk_len, P)
-            else:
-                y = causal_attention(q, k, v)
-            x = block.finish(x, y)
+            if not reading or l not in c.memory_layers:
+                return causal_attention(q, k, v), None
+            kv = memories.kv[:, c.memory_layers.index(l)].to(q.dtype)  # (M, 2, Hkv, S, dh)
+            pool = kv[:, 0], kv[:, 1], memories.count
+            return chunk_attention(q, k, v, *pool, recall, c.chunk_len, P), None
+
+        x = self.embed(tokens)  # (B, P+T, d)
+        for l in range(c.n_layer):
+            x, _ = self._layer(l, x, attend, cos, sin)
         if cache is not None:
             cache.length += T
-        logits = self.head(self.norm(x[:, P if cache is None else -1 :]))
+            x = x[:, -1:]  # (B, 1, d)
+        else:
+            x = x[:, P:]  # (B, T, d)
+        x = self.norm(x)
         if targets is None:
-            return logits, None
-        flat = logits.float().reshape(-1, logits.shape[-1])
-        return logits, F.cross_entropy(flat, targets.reshape(-1), ignore_index=-1)
+            return self.head(x), None
+        if not return_logits:
+            return None, loss_in_parts(self.head, x.flatten(0, 1), targets.flatten())
+        logits = self.head(x)  # (B, T, V)
+        flat = logits.float().flatten(0, 1)  # (B*T, V)
+        return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
 
     def decode(self, tokens, cache):
         """One more token a sequence: tokens (B,) -> logits (B, V). The cache holds all before it.
@@ -284,12 +416,13 @@ class Memory3(nn.Module):
         A memory layer's buffer is [header | memory slots | context]: with the memories in place,
         eq. (3.1) is ordinary attention over one buffer.
         """
-        x, (cos, sin) = self.embed(tokens).unsqueeze(1), cache.grow()  # (B, 1, d); (1, dh) twice
+        step = fused_decode() if self.fuse else Block.decode
+        x = self.embed(tokens).unsqueeze(1)  # (B, 1, d)
+        cos, sin = cache.grow()  # (1, dh)
         for l, block in enumerate(self.blocks):
-            q, k, v = block.attn.project(block.norm1(x), cos, sin)
-            y = decode_attention(q[:, :, 0], *cache.append(l, k, v), cache.P)  # (B, H, dh)
-            x = block.finish(x, y.unsqueeze(2))
-        return self.head(self.norm(x[:, 0]))
+            x = step(block, x, cos, sin, *cache.layer(l), cache.n_header)
+        x = self.norm(x[:, 0])  # (B, d)
+        return self.head(x)
 
     def write(self, references, return_indices=False):
         """Encodes references into explicit memories (sec. 3.2, 3.3).
@@ -300,32 +433,57 @@ class Memory3(nn.Module):
         """
         c = self.config
         references = references.to(self.device)
-        mask = references >= 0  # (N, n)
+        mask = references >= 0  # (N, n): True where a real token is
         N, n = references.shape
-        if not 1 <= n <= c.ref_len:
-            raise UserError(f"references of {n} tokens; the model takes 1 to ref_len {c.ref_len}")
-        if not torch.compiler.is_compiling() and (mask[:, 1:] & ~mask[:, :-1]).any():
-            raise UserError("padding stands before a token: references are left-aligned")
-        P, S = len(c.header), c.memory_tokens
-        tokens = torch.cat([self._header(N), references.clamp(min=0)], 1)
-        cos, sin = rope_table(torch.arange(P + n, device=tokens.device), c)
-        x = self.embed(tokens)
-        kept, chosen = [], []
-        for l in range(c.n_memory_layer):
-            block = self.blocks[l]
-            q, k, v = block.attn.project(block.norm1(x))
-            with torch.no_grad():  # which tokens is not differentiable, what they say is
-                index = choose_tokens(q[:, :, P:], k[:, :, P:], mask, S, c.approximate_weights)
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-            at = (index.clamp(min=0) + P).unsqueeze(-1).expand(-1, -1, -1, c.head_dim)
-            full = (index >= 0).unsqueeze(-1)  # empty slots hold zeros
-            kept.append(torch.stack([k.gather(2, at) * full, v.gather(2, at) * full], 1))
-            chosen.append(index)  # (N, Hkv, S)
-            if l + 1 < c.n_memory_layer:  # after the last keys and values nothing is needed
-                # padding is on the right, so the causal mask already hides it from real tokens
-                x = block.finish(x, causal_attention(q, k, v))
-        memories = Memories(torch.stack(kept, 1), mask.sum(1).clamp(max=S))
-        return (memories, torch.stack(chosen, 1)) if return_indices else memories
+        check(1 <= n <= c.ref_len, f"references of {n} tokens; the model takes 1 to {c.ref_len}")
+        if not torch.compiler.is_compiling():
+            gap = mask[:, 1:] & ~mask[:, :-1]
+            check(not gap.any(), "padding stands before a token: references are left-aligned")
+        P = len(c.header)
+        tokens = torch.cat([self._header(N), references.clamp(min=0)], 1)  # (N, P+n)
+        cos, sin = rope_table(torch.arange(P + n, device=tokens.device), c)  # (P+n, dh)
+        last = c.memory_layers[-1]
+
+        def attend(l, q, k, v):
+            """What layer l does between projecting and finishing; it makes its part of the memory:
+            (N, 2, Hkv, S, dh), and which tokens it kept (N, Hkv, S)."""
+            made = None
+            if l in c.memory_layers:
+                with torch.no_grad():  # the choice has no gradient; what was chosen does
+                    rule = c.memory_tokens, c.approximate_weights, c.selection
+                    index = keep_tokens(q[:, :, P:], k[:, :, P:], mask, *rule)  # (N, Hkv, S)
+            q = apply_rope(q, cos, sin)
+            k = apply_rope(k, cos, sin)
+            if l in c.memory_layers:
+                made = torch.stack([kept(k, index, P), kept(v, index, P)], 1), index
+            if l == last:
+                return None, made  # the references leave: nothing is needed after their keys
+            # padding is on the right, so the causal mask already hides it from real tokens
+            return causal_attention(q, k, v), made
+
+        x = self.embed(tokens)  # (N, P+n, d)
+        layers = []
+        for l in range(last + 1):
+            x, made = self._layer(l, x, attend)
+            if made is not None:
+                layers.append(made)
+        kv = torch.stack([kv for kv, _ in layers], 1)  # (N, Lm, 2, Hkv, S, dh)
+        memories = Memories(kv, mask.sum(1).clamp(max=c.memory_tokens))
+        if not return_indices:
+            return memories
+        return memories, torch.stack([index for _, index in layers], 1)  # (N, Lm, Hkv, S)
+
+
+def kept(x, index, n_header):
+    """The keys, or values, of the kept tokens, zero in slots that stay empty.
+
+    x (N, Hkv, P+n, dh), index (N, Hkv, S) of the tokens after the header, -1 = none
+    -> (N, Hkv, S, dh).
+    """
+    at = index.clamp(min=0) + n_header  # (N, Hkv, S)
+    at = at.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])  # (N, Hkv, S, dh)
+    filled = (index >= 0).unsqueeze(-1)  # (N, Hkv, S, 1)
+    return x.gather(2, at) * filled
 
 
 class Cache:
@@ -338,49 +496,63 @@ class Cache:
     """
 
     def __init__(self, config, batch, max_context, header=True, dtype=torch.float32, device="cpu"):
-        c = self.config = config
-        self.P, self.slots = (len(c.header), c.n_recall * c.memory_tokens) if header else (0, 0)
+        c = config
+        self.config = config
+        self.n_header = len(c.header) if header else 0
+        self.n_slots = c.n_recall * c.memory_tokens if header else 0
 
-        def layers(n, keys):
-            shape = (n, 2, batch, c.n_kv_head, keys, c.head_dim)
+        def buffers(n_layers, n_keys):
+            shape = (n_layers, 2, batch, c.n_kv_head, n_keys, c.head_dim)
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        # the memory layers in one tensor: a recall fills the slots of all at once
-        self.memory_kv = layers(c.n_memory_layer, self.P + self.slots + max_context)
-        others = layers(c.n_layer - c.n_memory_layer, self.P + max_context)
-        self.kv = [*self.memory_kv, *others]
-        self.valid = torch.zeros(batch, self.slots, dtype=bool, device=device)  # slots to be read
+        # the memory layers in one tensor: their slots are all filled at once
+        self.memory_kv = buffers(c.n_memory_layer, self.n_header + self.n_slots + max_context)
+        plain_kv = buffers(c.n_layer - c.n_memory_layer, self.n_header + max_context)
+        before = c.memory_from  # how many plain layers come before the memory layers
+        self.kv = [*plain_kv[:before], *self.memory_kv, *plain_kv[before:]]
+
+        # which slots are to be read; layers without slots have none to read
+        self.valid = torch.zeros(batch, self.n_slots, dtype=bool, device=device)
+        self.no_slots = self.valid[:, :0]
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
-        start = self.P + c.ref_len if header else 0
+        start = self.n_header + c.ref_len if header else 0  # the position of the first token
         self.rope = rope_table(torch.arange(start, start + max_context, device=device), c)
 
     def clear(self):
+        """Empty again: no context, no memories."""
         self.length.zero_()
         self.valid.zero_()
 
-    def fill(self, l, k, v):  # k v (B, Hkv, P+T, dh): the prefill
-        at, T = self.P + self.slots * (l < self.config.n_memory_layer), k.shape[2] - self.P
-        for mine, x in zip(self.kv[l], (k, v), strict=True):
-            mine[:, :, : self.P] = x[:, :, : self.P]
-            mine[:, :, at : at + T] = x[:, :, self.P :]
+    def fill(self, l, k, v):
+        """The prefill of layer l: k v (B, Hkv, P+T, dh)."""
+        P = self.n_header
+        start = P + self.n_slots if l in self.config.memory_layers else P
+        end = start + k.shape[2] - P
+        keys, values = self.kv[l]
+        for buffer, x in ((keys, k), (values, v)):
+            buffer[:, :, :P] = x[:, :, :P]
+            buffer[:, :, start:end] = x[:, :, P:]
 
     def grow(self):
         """Room for one more token; cos and sin (1, dh) of its position."""
-        # in memory layers and in others: where its key comes to lie, how many there are then
-        self.at = [self.P + self.slots + self.length, self.P + self.length]
-        self.ends = [at + 1 for at in self.at]
-        cos_sin = [x[self.length] for x in self.rope]
+        cos, sin = self.rope
+        cos = cos[self.length]
+        sin = sin[self.length]
+        # where its key comes to lie, and how many keys there are then
+        self.at = self.n_header + self.length
+        self.end = self.at + 1
+        self.memory_at = self.at + self.n_slots
+        self.memory_end = self.end + self.n_slots
         self.length += 1
-        return cos_sin
+        return cos, sin
 
-    def append(self, l, k, v):
-        """Adds the new token's k v (B, Hkv, 1, dh) -> what decode_attention attends."""
-        other = l >= self.config.n_memory_layer
-        for mine, x in zip(self.kv[l], (k, v), strict=True):
-            mine.index_copy_(2, self.at[other], x)
-        return *self.kv[l], self.valid[:, :0] if other else self.valid, self.ends[other]
+    def layer(self, l):
+        """What Block.decode needs of layer l: kv, at, end, valid."""
+        if l in self.config.memory_layers:
+            return self.kv[l], self.memory_at, self.memory_end, self.valid
+        return self.kv[l], self.at, self.end, self.no_slots
 
-    def recall(self, memories, table, codec=None):
+    def load_memories(self, memories, table, codec=None):
         """Overwrites the memory slots in place: sequence b now reads memories table[b].
 
         table (B, R) rows of the pool, -1 = none. codec: the pool's kv are its codes.
@@ -389,9 +561,11 @@ class Cache:
         if len(memories) == 0:
             return  # nothing was found
         count = torch.where(table >= 0, memories.count[table.clamp(min=0)], 0)  # (B, R)
-        filled = torch.arange(self.config.memory_tokens, device=table.device) < count.unsqueeze(-1)
-        self.valid[:, : filled[0].numel()] = filled.flatten(1)  # (B, R*S)
-        fill_slots(self.memory_kv, memories, table, self.P, codec)
+        slot = torch.arange(self.config.memory_tokens, device=table.device)  # (S,)
+        filled = slot < count.unsqueeze(-1)  # (B, R, S)
+        filled = filled.flatten(1)  # (B, R*S)
+        self.valid[:, : filled.shape[1]] = filled
+        fill_slots(self.memory_kv, memories, table, self.n_header, codec)
 
 
 # -- Checkpoints ------------------------------------------------------------------------------

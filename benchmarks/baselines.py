@@ -207,7 +207,7 @@ def decoding(b, batch, codec):
     pool = Memories(codes, torch.full((n,), config.memory_tokens, device=b.device))
     cache = Cache(config, batch, 1, dtype=b.dtype, device=b.device)
     table = torch.arange(n, device=b.device).view(batch, -1)  # (B, R)
-    return partial(cache.recall, pool, table, codec)
+    return partial(cache.load_memories, pool, table, codec)
 
 
 def random_bank(b, folder, queries, codec=None):

@@ -152,15 +152,15 @@ def plan(quick=False):
     return left, right
 
 
-# These stand in for memory.choose_tokens while a run writes its memories.
+# These stand in for memory.keep_tokens while a run writes its memories.
 
 
-def random_tokens(q, k, mask, s, approximate=False):
+def random_tokens(q, k, mask, s, approximate=False, selection=1):
     """Other tokens at each writing, whatever attention they get."""
     return memory.select_tokens(torch.rand(k.shape[:3], device=k.device), mask, s)
 
 
-def first_tokens(q, k, mask, s, approximate=False):
+def first_tokens(q, k, mask, s, approximate=False, selection=1):
     ranks = -torch.arange(k.shape[2], device=k.device, dtype=torch.float32)
     return memory.select_tokens(ranks.expand(k.shape[:3]), mask, s)
 
@@ -206,7 +206,7 @@ def do(run, name, out, device="auto", quick=False):
         device=device,
     )
     started = time.time()
-    decoder.choose_tokens = SELECT.get(run.get("select"), memory.choose_tokens)
+    decoder.keep_tokens = SELECT.get(run.get("select"), memory.keep_tokens)
     try:
         with open(path / "log.txt", "a") as log, contextlib.redirect_stdout(log):
             model = train.main(cfg, config)["model"]
@@ -216,7 +216,7 @@ def do(run, name, out, device="auto", quick=False):
         curve = [[step * per_step, *rows[step].values()] for step in sorted(rows)]
         final = measure(model.eval(), cfg, run)
     finally:
-        decoder.choose_tokens = memory.choose_tokens
+        decoder.keep_tokens = memory.keep_tokens
     seconds = round(time.time() - started)
     result = dict(run, tokens=run["steps"] * per_step, seconds=seconds, curve=curve, final=final)
     write_json(path / "result.json", result)

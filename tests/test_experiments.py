@@ -118,7 +118,7 @@ def test_every_run_in_miniature_is_skipped_when_done(tmp_path, monkeypatch):
     for wave in two_stages.plan(quick=True):
         for name, run in wave.items():
             results[name] = two_stages.do(run, name, tmp_path, "cpu", quick=True)
-    assert decoder.choose_tokens is memory.choose_tokens
+    assert decoder.keep_tokens is memory.keep_tokens
     assert [i for i, (kept, _) in enumerate(seen) if kept == list(range(8))] == [len(seen) - 1]
     changed = [c.memory_tokens for _, c in seen], [c.n_memory_layer for _, c in seen]
     assert {1, 2, 4, 8, 16} == set(changed[0]) and {1, 2, 4} == set(changed[1])

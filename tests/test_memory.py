@@ -376,7 +376,7 @@ def through_kernels(monkeypatch):
         weights = token_weights(q, k, mask, approximate)
         return weights, select_tokens(weights, mask, s)
 
-    monkeypatch.setattr(memory, "_kernel", lambda *a, **k: True)
+    monkeypatch.setattr(memory, "runs_kernel", lambda *a, **k: True)
     played("memory_attention", forward)
     played("memory_attention_backward", backward)
     played("select", select)
@@ -400,7 +400,7 @@ def test_the_kernels_are_given_what_the_paths_in_pytorch_get(monkeypatch):
         assert torch.equal(a, b)
     assert calls == ["memory_attention", "memory_attention_backward"]
     q, k, mask = writing_case()
-    kept = memory.choose_tokens(q, k, mask, 4)
+    kept = memory.keep_tokens(q, k, mask, 4)
     assert torch.equal(kept, select_tokens(token_weights(q, k, mask), mask, 4))
     assert calls[2:] == ["select"]
 
@@ -461,7 +461,7 @@ def test_codes_and_numbers_fill_the_same_slots(monkeypatch):
         want = codec.decode(codes[table[b, r]])
         assert torch.equal(plain[:, :, b, :, 6 + 5 * r : 11 + 5 * r], want)
     seen = []
-    monkeypatch.setattr(memory, "_kernel", lambda *a: True)
+    monkeypatch.setattr(memory, "runs_kernel", lambda *a: True)
     monkeypatch.setattr(kernels, "decode_codes", lambda *a: seen.append(a))
     memory.fill_slots(coded, Memories(codes, count), table.T.contiguous().T, 6, codec)
     ((kv, given, rows, fields, where, first),) = seen

@@ -469,7 +469,7 @@ def test_decoding_through_the_cache_is_the_forward(case, header):
             out = [model(tokens[:, :start], None, memories, recall, cache)[0][:, 0]]
             for t in range(start, 25):
                 if header and t % 7 == 0:
-                    cache.recall(pool, table[:, t // 7])
+                    cache.load_memories(pool, table[:, t // 7])
                 out.append(model.decode(tokens[:, t], cache))
                 held = (*cache.kv, cache.valid, cache.length)
                 addresses.add(tuple(x.data_ptr() for x in held))
@@ -497,7 +497,7 @@ def test_the_paths_of_a_gpu_fit_together(monkeypatch, path):
     cache = Cache(c, 2, 40, dtype=torch.bfloat16, device="meta")
     with torch.no_grad():
         assert model(tokens, None, pool, recall, cache)[0].shape == (2, 1, 97)
-        cache.recall(pool, recall[:, 0])
+        cache.load_memories(pool, recall[:, 0])
         assert model.decode(tokens[:, 0], cache).shape == (2, 97)
 
 
