@@ -361,7 +361,7 @@ def given(args, cls):
 
 # flags of the shape that no weight depends on: a new stage may change them
 OF_MEMORIES = ("n_memory_layer", "memory_tokens", "n_recall", "chunk_len", "ref_len")
-OF_MEMORIES += ("max_context", "approximate_weights")
+OF_MEMORIES += ("max_context", "approximate_weights", "memory_from", "selection")
 
 
 def command_line(argv=None):
