@@ -87,7 +87,7 @@ class Config:
         check_fields(self)
         check(
             self.n_memory_layer <= self.n_layer,
-            f"n_memory_layer {self.n_memory_layer} > n_layer {self.n_layer}: each layer has its own",
+            f"n_memory_layer {self.n_memory_layer} > n_layer {self.n_layer}",
         )
         check(
             self.memory_layers.stop <= self.n_layer,
