@@ -1,19 +1,26 @@
-"""What every file needs: refusals in one line, optional packages, whole files, devices.
+"""What every file needs: refusals in one line, files of ours, optional packages, devices.
 
 check(condition, line)      every refusal: one line that names the file or flag and the cure
 check_fields(config)        every field of a dataclass within the range of its annotation
-optional(package)           a package that only some commands need
+read_text, read_json,
+read_rows, read_array       the readers of all our text, JSON, JSON-lines and NumPy files
 replace_file, write_json    written beside and renamed: a kill leaves the old file
+optional(package)           a package that only some commands need
 find_device(name)           "auto": CUDA where there is one
 run(main)                   an entry point: a UserError is one line, a bug keeps its traceback
+
+A reader's `cure` is what the user can do about a file that is missing or damaged, as the end of a
+sentence: "run python data/cities/prepare.py".
 """
 
 import importlib
+import io
 import json
 import math
 import os
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -65,7 +72,9 @@ def check_fields(config, flag=""):
         setattr(config, field.name, value)
 
 
-# what pip calls a package where it has another name than the module
+# -- Optional packages ------------------------------------------------------------------------
+
+# what pip calls a package where that is not the module's name
 PIP_NAMES = dict(faiss="faiss-cpu")
 
 
@@ -78,12 +87,18 @@ def optional(package):
         raise UserError(f"needed: pip install {PIP_NAMES.get(name, name)}") from None
 
 
+# -- Entry points -----------------------------------------------------------------------------
+
+
 def run(main):
     """Runs an entry point. What the user can mend is one line: UserError and Ctrl-C.
 
     Everything else is a bug, and keeps its traceback.
     """
     command = os.path.basename(sys.argv[0])
+    if hasattr(sys.stdout, "reconfigure"):
+        # a terminal that cannot show a letter (LC_ALL=C) gets its code, and the command goes on
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
@@ -92,19 +107,175 @@ def run(main):
         sys.exit(f"{command}: stopped {stop}".rstrip())
 
 
-def replace_file(path, write, tmp=None):
-    """Writes a file beside its place with write(file), then renames it: never a half file."""
-    tmp = tmp or f"{path}.tmp"
-    with open(tmp, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+def visible(text):
+    r"""The text without what steers a terminal: control characters become their escapes.
+
+    References come from anywhere; an escape sequence in one could clear the screen or worse.
+    >>> print(visible("Kyiv\x1b[2J has\n2797553"))
+    Kyiv\x1b[2J has
+    2797553
+    """
+    shown = []
+    for character in text:
+        code = ord(character)
+        steers = code < 32 or 127 <= code < 160
+        if steers and character not in "\n\t":
+            shown.append(f"\\x{code:02x}")
+        else:
+            shown.append(character)
+    return "".join(shown)
+
+
+# -- Reading ----------------------------------------------------------------------------------
+
+
+def read_bytes(path, cure):
+    """The bytes of a file of ours. UserError if it is missing, empty or may not be read."""
+    path = Path(path)
+    check(path.exists(), f"{path} is missing: {cure}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {cure}") from None
+    check(data, f"{path} is empty: {cure}")
+    return data
+
+
+def read_text(path, cure):
+    """The text of a file of ours: UTF-8 whatever the locale, with or without a byte order mark,
+    lines ending in LF or CRLF. UserError if it is missing, empty or something else."""
+    data = read_bytes(path, cure)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + data[: error.start].count(b"\n")
+        raise UserError(f"{path} is damaged: line {line} is not UTF-8: {cure}") from None
+    return text.replace("\r\n", "\n")
+
+
+def read_json(path, schema, cure):
+    """A JSON file of ours that holds an object, as a dict.
+
+    schema: {key: type, or tuple of types}; each key must be there, more may be. A float may be
+    written as an int, an int never as true. UserError names the file, the key, and the cure.
+    """
+    text = read_text(path, cure)
+    row = _parse_json(text, f"{path} is damaged", cure)
+    return _fit_schema(row, schema, f"{path} is damaged", cure)
+
+
+def read_rows(path, schema, cure):
+    """A JSON-lines file of ours as a list of dicts; blank lines count for nothing, and a file
+    without any row is refused. UserError names the line."""
+    rows = []
+    for number, line in enumerate(read_text(path, cure).split("\n"), start=1):
+        if line.strip():
+            where = f"{path} is damaged: line {number}"
+            row = _parse_json(line, where, cure)
+            rows.append(_fit_schema(row, schema, where, cure))
+    check(rows, f"{path} is empty: {cure}")
+    return rows
+
+
+def _parse_json(text, where, cure):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
+        why = str(error).splitlines()[0]
+        raise UserError(f"{where}: no JSON ({why}): {cure}") from None
+
+
+def _fit_schema(row, schema, where, cure):
+    """The row, if it is an object with the keys and types of the schema."""
+    check(isinstance(row, dict), f"{where}: it holds {_called(type(row))}, not an object: {cure}")
+    for key, kinds in schema.items():
+        check(key in row, f"{where}: it has no {key!r}: {cure}")
+        if not isinstance(kinds, tuple):
+            kinds = (kinds,)
+        value = row[key]
+        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+        if isinstance(value, bool):  # to Python a bool is an int
+            fits = bool in kinds
+        wanted = " or ".join(_called(kind) for kind in kinds)
+        check(fits, f"{where}: {key!r} is {_called(type(value))}, not {wanted}: {cure}")
+    return row
+
+
+def _called(kind):
+    """What JSON calls a Python type."""
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+    names |= {bool: "true or false", int: "an integer", float: "a number"}
+    return names[kind]
+
+
+def read_array(path, dtype, shape, cure):
+    """An .npy file of ours, read without pickle.
+
+    shape: one entry a dimension, None where any size will do; so (None, 512) is any number of
+    rows. UserError if the file is missing, damaged, or of another type or shape.
+    """
+    data = read_bytes(path, cure)
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # NumPy reads the header as Python: its parser's errors, too
+        why = [*str(error).splitlines(), type(error).__name__][0]
+        raise UserError(f"{path} is damaged ({why}): {cure}") from None
+    is_array = isinstance(array, np.ndarray)  # else a zip file, which np.load opens too
+    fits = is_array and array.dtype == np.dtype(dtype) and array.ndim == len(shape)
+    if fits:
+        for size, wanted in zip(array.shape, shape, strict=True):
+            fits = fits and wanted in (None, size)
+    check(fits, f"{path} is damaged: not an array of {np.dtype(dtype)} {shape}: {cure}")
+    return array
+
+
+# -- Writing ----------------------------------------------------------------------------------
+
+
+def replace_file(path, write):
+    """Writes a file beside its place with write(file), then renames it: never a half file.
+
+    UserError if the place cannot be written to; the old file, if any, is then as it was.
+    """
+    tmp = f"{path}.tmp"  # one name, so that what a kill leaves is overwritten the next time
+    try:
+        with open(tmp, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except OSError as error:
+        _remove(tmp)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    except BaseException:  # Ctrl-C, too
+        _remove(tmp)
+        raise
+
+
+def _remove(path):
+    try:
+        os.remove(path)
+    except OSError:
+        pass  # it was never made
 
 
 def write_json(path, obj):
-    text = json.dumps(obj, indent=1) + "\n"
-    replace_file(path, lambda f: f.write(text.encode()))
+    """Writes an object as JSON (UTF-8, one line a key), beside and renamed."""
+    text = json.dumps(obj, indent=1, ensure_ascii=False) + "\n"
+    data = text.encode("utf-8", "backslashreplace")  # half of a surrogate pair is no UTF-8
+    replace_file(path, lambda file: file.write(data))
+
+
+def make_directory(path):
+    """Makes a directory and those above it; nothing happens if it is there. Returns its Path."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made a directory: {error.strerror}") from None
+    return Path(path)
+
+
+# -- Devices ----------------------------------------------------------------------------------
 
 
 def find_device(name):

@@ -1,118 +1,395 @@
 """Texts as token files: tokenizer, memmapped training tokens, references, manifest (sec. 4).
 
-A prepared data set is a directory, made by data/<name>/prepare.py:
+A prepared data set is a directory, made by data/<name>/prepare.py. It holds all that it needs, so
+it can be moved, renamed and used from any working directory:
     meta.json           manifest: what is in it, how it was made
-    tokenizer.json      byte-pair ranks, where the data set has its own tokenizer
+    tokenizer.json      byte-pair ranks, where the data set has a tokenizer of its own
     <split>.bin         tokens of a split, uint16 (uint32 for a vocabulary beyond 65,536)
     <refs>.bin, .idx    references: their tokens end to end, and N+1 offsets (int64)
 Nothing here knows what the texts are about.
 """
 
 import base64
+import binascii
 import hashlib
-import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import UserError, check, optional, replace_file
+from common import UserError, check, optional, read_json, replace_file, write_json
+
+# -- The tokenizer ----------------------------------------------------------------------------
 
 
 class Tokenizer:
-    """A tiktoken encoding with the few things a decoder needs around it.
-    bos: id of the token every text begins with. header: the modified BOS of references, the tokens
-    of "<s>Reference:" (sec. 3.2). id: name and hash of the vocabulary, stored wherever tokens are.
-    prefix_space: a space before the first word, as Llama has it: a name is one thing everywhere."""
+    """A tiktoken encoding with the few things that a decoder needs around it.
 
-    def __init__(self, encoding, bos, name, prefix_space=False):
-        self.encoding, self.bos, self.prefix_space = encoding, bos, prefix_space
-        self.n_vocab = encoding.n_vocab
-        ranks = b"".join(sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get))
-        self.id = f"{name}:{hashlib.sha256(ranks).hexdigest()[:8]}"
+    bos: id of the token every text begins with. header: the modified BOS of references, the tokens
+    of "<s>Reference:" (sec. 3.2). n_vocab: ids are below it. prefix_space: a space goes before the
+    first word, as Llama has it, so that a name is the same tokens wherever it stands.
+    id: names all that decides which tokens a text becomes; it is stored wherever tokens are.
+    """
+
+    def __init__(self, encoding, bos, name, prefix_space=False, n_vocab=None):
+        """n_vocab: where the encoding has ids beyond those of the model (`from_huggingface`)."""
+        self.encoding = encoding
+        self.bos = bos
+        self.name = name
+        self.prefix_space = prefix_space
+        self.n_vocab = n_vocab or encoding.n_vocab
+        ids = {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
+        self.no_token = {i for i in range(self.n_vocab) if i not in ids}  # cl100k_base has 11
+        self.id = f"{name}:{self._digest()}"
         self.header = [bos, *encoding.encode_ordinary("Reference:")]
 
+    def _digest(self):
+        """Eight hex digits of the ranks, the pattern, the special tokens and our own rules."""
+        rules = ("NFC", self.encoding._pat_str, self.prefix_space, self.bos, self.n_vocab)
+        digest = hashlib.sha256(repr(rules).encode())
+        for token, i in sorted(self.encoding._mergeable_ranks.items()):
+            digest.update(b"%d %d %s" % (i, len(token), token))
+        for token, i in sorted(self.encoding._special_tokens.items()):
+            digest.update(repr((i, token)).encode())
+        return digest.hexdigest()[:8]
+
     def encode(self, text):
-        """Token ids of a text, without BOS."""
-        lead = " " if self.prefix_space and text and not text[0].isspace() else ""
-        return self.encoding.encode_ordinary(lead + text)
+        """Token ids of a text, without BOS.
+
+        Unicode has several spellings of one letter (e with an accent, or e and then the accent).
+        Here, where every text enters, they become one (NFC): equal texts are equal tokens.
+        """
+        text = unicodedata.normalize("NFC", text)
+        if self.prefix_space and text and not text[0].isspace():
+            text = " " + text
+        ids = self.encoding.encode_ordinary(text)
+        if self.encoding.n_vocab > self.n_vocab:
+            ids = [i for i in ids if i < self.n_vocab]
+        return ids
 
     def decode(self, ids):
         """The text of token ids; BOS, -1 padding and ids of no token become nothing."""
-        ids = [int(t) for t in ids if 0 <= int(t) < self.n_vocab and int(t) != self.bos]
-        return self.encoding.decode(ids, errors="replace")
+        known = []
+        for i in ids:
+            i = int(i)
+            if 0 <= i < self.n_vocab and i != self.bos and i not in self.no_token:
+                known.append(i)
+        return self.encoding.decode(known, errors="replace")
+
+    def save(self, path):
+        """Writes what `tokenizer` reads: a tokenizer.json of ours."""
+        tokens = {i: token for token, i in self.encoding._mergeable_ranks.items()}
+        ranks = []
+        for i in range(max(tokens) + 1):
+            ranks.append(base64.b64encode(tokens[i]).decode() if i in tokens else None)
+        special = self.encoding._special_tokens
+        bos = next(token for token, i in special.items() if i == self.bos)
+        made = dict(name=self.name, pattern=self.encoding._pat_str, prefix_space=self.prefix_space)
+        made |= dict(n_vocab=self.n_vocab, special=special, bos=bos, ranks=ranks)
+        write_json(path, made)
 
 
 def tokenizer(name):
-    """The tokenizer of a data directory (its tokenizer.json), or one of tiktoken's by name.
+    """The tokenizer of a prepared data set (its directory), or one of tiktoken's by name.
+
+    A string without a slash that names an encoding of tiktoken is that encoding, even if there is
+    a directory called so: write ./gpt2 for the directory.
     >>> t = tokenizer("data/cities")
     >>> t.decode(t.encode("Kyiv has 2797553 people."))
     ' Kyiv has 2797553 people.'
     """
-    tiktoken, path = optional("tiktoken"), Path(name, "tokenizer.json")
+    if str(name) in optional("tiktoken").list_encoding_names():
+        return _from_tiktoken(str(name))
+    path = Path(name, "tokenizer.json")
     if path.exists():
-        d = json.loads(path.read_text())
-        ranks = {base64.b64decode(t): i for i, t in enumerate(d["ranks"])}
-        encoding = tiktoken.Encoding(
-            d["name"],
-            pat_str=d["pattern"],
-            mergeable_ranks=ranks,
-            special_tokens={"<s>": len(ranks)},
-        )
-        return Tokenizer(encoding, len(ranks), d["name"], d["prefix_space"])
+        return open_tokenizer(path)
     if path.parent.is_dir() or os.sep in str(name):
-        used = manifest(name)["tokenizer"] if path.with_name("meta.json").exists() else name
-        return tokenizer(_present(path) if Path(used) == path.parent else used)  # raises
+        used = manifest(name, dict(tokenizer=str))["tokenizer"]
+        if used in optional("tiktoken").list_encoding_names():
+            return _from_tiktoken(used)
+        # else a directory, seen from this one: "." (that which is missing) or another data set
+        path = _present(Path(name, used, "tokenizer.json"))
+        return open_tokenizer(path)
+    known = ", ".join(optional("tiktoken").list_encoding_names())
+    raise UserError(f"unknown tokenizer {name!r}: give a data directory, or one of {known}")
+
+
+def _from_tiktoken(name):
+    """An encoding of tiktoken, which fetches its file at first use."""
     try:
-        encoding = tiktoken.get_encoding(name)
-    except ValueError:
-        known = f"a data directory, or one of {', '.join(tiktoken.list_encoding_names())}"
-        raise UserError(f"unknown tokenizer {name!r}: {known}") from None
-    except Exception as e:  # tiktoken fetches its files at first use
-        what = f"tokenizer {name!r} could not be fetched ({type(e).__name__})"
-        raise UserError(f"{what}: it needs the network once, or TIKTOKEN_CACHE_DIR") from e
+        encoding = optional("tiktoken").get_encoding(name)
+    except Exception as error:  # whatever its HTTP client raises
+        line = f"tokenizer {name!r} could not be fetched ({type(error).__name__})"
+        raise UserError(f"{line}: it needs the network once, or TIKTOKEN_CACHE_DIR") from error
     return Tokenizer(encoding, encoding.eot_token, name)
+
+
+def open_tokenizer(path):
+    """A tokenizer.json, ours (what `Tokenizer.save` writes) or Hugging Face's."""
+    cure = "take it again from where it came"
+    made = read_json(path, {}, cure)
+    if "ranks" not in made and "model" in made:
+        return from_huggingface(path)
+    made = read_json(path, dict(name=str, pattern=str, prefix_space=bool, ranks=list), cure)
+    ranks = {}
+    for i, token in enumerate(made["ranks"]):
+        if token is None:  # an id that is a special token, or none
+            continue
+        try:
+            ranks[base64.b64decode(token, validate=True)] = i
+        except (binascii.Error, TypeError, ValueError):
+            raise UserError(f"{path} is damaged: rank {i} is no base64: {cure}") from None
+    special = made.get("special", {"<s>": len(made["ranks"])})
+    bos = made.get("bos", "<s>")
+    fits = isinstance(special, dict) and all(type(i) is int and i >= 0 for i in special.values())
+    check(fits and bos in special, f"{path} is damaged: its special tokens: {cure}")
+    encoding = _encoding(path, made["name"], made["pattern"], ranks, special)
+    n_vocab = made.get("n_vocab", encoding.n_vocab)
+    fits = type(n_vocab) is int and special[bos] < n_vocab <= encoding.n_vocab
+    check(fits, f"{path} is damaged: n_vocab {n_vocab} of {encoding.n_vocab} tokens: {cure}")
+    return Tokenizer(encoding, special[bos], made["name"], made["prefix_space"], n_vocab)
+
+
+def _encoding(path, name, pattern, ranks, special):
+    """A tiktoken.Encoding, after the checks without which tiktoken dies in Rust."""
+    for byte in range(256):
+        check(bytes([byte]) in ranks, f"{path}: no token for the byte {byte}: not a byte-level BPE")
+    ids = [*ranks.values(), *special.values()]
+    check(len(ids) == len(set(ids)), f"{path}: two tokens have one id")
+    try:
+        return optional("tiktoken").Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+    except (ValueError, OverflowError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path}: tiktoken cannot use its pattern ({why})") from None
+
+
+# -- Other people's vocabularies --------------------------------------------------------------
+
+# how GPT-2 cuts a text into pieces, inside which tokens are merged
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# the same, after each digit has been set apart: the spaces before a digit are a piece of their own
+DIGITS_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+)
+BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|endoftext|>", "<bos>", "[BOS]", "<|im_start|>")
+
+
+def from_huggingface(path, bos=None):
+    """A byte-level BPE tokenizer.json of Hugging Face as a Tokenizer: the same tokens (4.3).
+
+    bos: the special token with which a text begins; None: the first of BOS_NAMES that it has.
+    Its texts are brought to NFC first, as all of ours. UserError for a tokenizer of another kind.
+
+    tiktoken merges the pair whose union has the lowest id. That is Hugging Face's list of merges
+    if ids rise along the list, which is checked.
+    """
+    cure = "give a byte-level BPE tokenizer.json, as those of GPT-2, Llama 3, Qwen or SmolLM"
+    made = read_json(path, dict(model=dict, added_tokens=list), cure)
+    model = made["model"]
+    vocab, merges = model.get("vocab"), model.get("merges")
+    is_bpe = model.get("type") in ("BPE", None) and isinstance(vocab, dict)
+    check(is_bpe and isinstance(merges, list), f"{path}: not a BPE: {cure}")
+    pattern, prefix_space = _pattern_of(path, made, cure)
+    special = {}
+    for token in made["added_tokens"]:
+        special[token["content"]] = token["id"]
+    if bos is None:
+        bos = next((name for name in BOS_NAMES if name in special), None)
+    check(bos in special, f"{path}: none of its special tokens is the BOS {bos or BOS_NAMES}")
+
+    # vocab spells each byte as a printable letter; only what merges reach is a token
+    byte_of = _bytes_of_letters()
+    reached = list(byte_of)  # single bytes
+    last = -1
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        token = left + right
+        check(token in vocab, f"{path}: the merge {token!r} is not in its vocabulary: {cure}")
+        if token not in special:
+            check(vocab[token] > last, f"{path}: its ids do not follow its merges, at {token!r}")
+            last = vocab[token]
+            reached.append(token)
+    if model.get("ignore_merges"):  # a whole piece in the vocabulary is a token, merged or not
+        reached = [*reached, *vocab]
+    ranks = {}
+    for token in reached:
+        if token in vocab and token not in special:
+            check(set(token) <= byte_of.keys(), f"{path}: {token!r} is no string of bytes: {cure}")
+            ranks[bytes(byte_of[letter] for letter in token)] = vocab[token]
+    n_vocab = 1 + max(*ranks.values(), *special.values(), *vocab.values())
+    # Bytes without a token (some are never used by UTF-8): Hugging Face drops them. They get ids
+    # beyond the vocabulary, which encode() drops.
+    beyond = n_vocab
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            ranks[bytes([byte])] = beyond
+            beyond += 1
+    check(beyond - n_vocab < 128, f"{path}: it has no tokens for most bytes: {cure}")
+    name = Path(path).resolve().parent.name
+    encoding = _encoding(path, name, pattern, ranks, special)
+    return Tokenizer(encoding, special[bos], name, prefix_space, n_vocab)
+
+
+def _pattern_of(path, made, cure):
+    """(pattern, prefix_space): how a Hugging Face tokenizer cuts a text into pieces."""
+    normalizer = made.get("normalizer") or dict(type="NFC")
+    check(normalizer.get("type") == "NFC", f"{path}: it changes texts first ({normalizer}): {cure}")
+    step = made.get("pre_tokenizer") or {}
+    steps = step.get("pretokenizers", []) if step.get("type") == "Sequence" else [step]
+    kinds = [step.get("type") for step in steps]
+    check(kinds and kinds[-1] == "ByteLevel", f"{path}: not byte-level: {cure}")
+    prefix_space = bool(steps[-1].get("add_prefix_space"))
+    by_gpt2 = steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"] and by_gpt2:
+        return GPT2_PATTERN, prefix_space
+    if kinds == ["Digits", "ByteLevel"] and by_gpt2 and steps[0].get("individual_digits"):
+        return DIGITS_PATTERN, prefix_space
+    known = kinds == ["Split", "ByteLevel"] and not by_gpt2
+    if known and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+        pattern = steps[0].get("pattern", {}).get("Regex")
+        if isinstance(pattern, str):
+            return pattern, prefix_space
+    raise UserError(f"{path}: it cuts texts by {', '.join(map(str, kinds))} in a way unknown here")
+
+
+def _bytes_of_letters():
+    """{letter: byte} of GPT-2's vocabulary files: printable bytes are themselves in Latin-1, the
+    others are the letters from 256 on."""
+    letters = {}
+    beyond = 256
+    for byte in range(256):
+        printable = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
+        if printable:
+            letters[chr(byte)] = byte
+        else:
+            letters[chr(beyond)] = byte
+            beyond += 1
+    return letters
+
+
+def merge_tokenizers(first, second, name):
+    """One vocabulary of two, each token once (4.3: LLaMA2's and a Chinese one became 60,299).
+
+    The tokens of `first` keep their ids, the new ones of `second` follow in their order, and then
+    the BOS. Texts are cut by the pattern of `first`.
+    """
+    tokens = sorted(first.encoding._mergeable_ranks, key=first.encoding._mergeable_ranks.get)
+    known = set(tokens)
+    for token in sorted(second.encoding._mergeable_ranks, key=second.encoding._mergeable_ranks.get):
+        if token not in known:
+            tokens.append(token)
+    ranks = {token: i for i, token in enumerate(tokens)}
+    encoding = _encoding(name, name, first.encoding._pat_str, ranks, {"<s>": len(ranks)})
+    return Tokenizer(encoding, len(ranks), name, first.prefix_space)
+
+
+# -- Files of a data set ----------------------------------------------------------------------
+
+
+def _cure(folder):
+    """The command that makes what a data set lacks."""
+    folder = Path(folder)
+    if Path(folder, "prepare.py").exists():
+        return f"run python {folder}/prepare.py"
+    try:
+        return "run " + read_json(folder / "meta.json", dict(command=str), "")["command"]
+    except UserError:
+        return f"run python data/text/prepare.py TEXTS --out {folder}, or give another data set"
 
 
 def _present(path):
     """A file of a prepared data set: its path, or UserError with the command to run."""
+    path = Path(path)
     if not path.exists():
-        flag = " --train" if path.stem in ("train", "explicit", "train_refs") else ""
-        raise UserError(f"{path} is missing: run python {path.parent}/prepare.py{flag}")
+        cure = _cure(path.parent)
+        if cure.endswith("/prepare.py") and path.stem in ("train", "explicit", "train_refs"):
+            cure += " --train"
+        raise UserError(f"{path} is missing: {cure}")
     return path
 
 
-def manifest(data_dir):
-    """The meta.json of a prepared data set, as a dict."""
-    path = _present(Path(data_dir) / "meta.json")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError:
-        raise UserError(f"{path} is damaged: run python {path.parent}/prepare.py") from None
+def manifest(data_dir, schema=None):
+    """The meta.json of a prepared data set, as a dict: n_vocab and what else `schema` asks for."""
+    path = Path(data_dir, "meta.json")
+    meta = read_json(path, dict(n_vocab=int) | (schema or {}), _cure(data_dir))
+    n_vocab = meta["n_vocab"]
+    check(0 < n_vocab < 1 << 32, f"{path} is damaged: n_vocab {n_vocab}: {_cure(data_dir)}")
+    return meta
 
 
 def dtype_for(n_vocab):
-    return np.uint16 if n_vocab <= 65536 else np.uint32
+    """The integers that hold the ids of a vocabulary, on disk."""
+    return np.dtype("<u2") if n_vocab <= 65536 else np.dtype("<u4")
+
+
+CHECKED = 1 << 28  # tokens of a file whose ids are looked at when it is opened (half a second)
 
 
 def open_tokens(data_dir, split):
-    """The tokens of a split, as a read-only memmap."""
+    """The tokens of a split, as a read-only memmap. UserError if the file is cut off or damaged."""
     path = _present(Path(data_dir) / f"{split}.bin")
-    check(path.stat().st_size, f"{path} is empty: there is no token in it")
-    return np.memmap(path, dtype_for(manifest(data_dir)["n_vocab"]), mode="r")
+    meta = manifest(data_dir)
+    tokens = _map_tokens(path, meta["n_vocab"])
+    splits = meta.get("splits")
+    length = splits.get(split) if isinstance(splits, dict) else None
+    fits = length in (None, len(tokens))
+    check(fits, f"{path} has {len(tokens):,} tokens, meta.json {length}: {_cure(data_dir)}")
+    return tokens
+
+
+def _map_tokens(path, n_vocab):
+    """A .bin file as a memmap of ids below n_vocab."""
+    cure = _cure(path.parent)
+    dtype = dtype_for(n_vocab)
+    size = path.stat().st_size
+    check(size, f"{path} is empty: {cure}")
+    check(size % dtype.itemsize == 0, f"{path} is cut off: {size:,} bytes are no ids: {cure}")
+    try:
+        tokens = np.memmap(path, dtype, mode="r")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    highest = int(tokens[:CHECKED].max())
+    check(highest < n_vocab, f"{path}: id {highest} of a vocabulary of {n_vocab:,}: {cure}")
+    return tokens
 
 
 def write_tokens(path, tokens, n_vocab):
-    replace_file(path, lambda f: f.write(np.asarray(tokens, dtype_for(n_vocab)).tobytes()))
+    """Writes ids below n_vocab as a .bin file."""
+    data = checked_ids(path, tokens, n_vocab).tobytes()
+    replace_file(path, lambda file: file.write(data))
+
+
+def checked_ids(path, tokens, n_vocab):
+    """Token ids in the dtype of their vocabulary; UserError, before anything is written, for what
+    is no id in it. path: only for the message."""
+    tokens = np.asarray(tokens)
+    if tokens.size:  # an empty list is float64
+        check(tokens.dtype.kind in "iu", f"{path}: token ids are integers, not {tokens.dtype}")
+        low = int(tokens.min())
+        high = int(tokens.max())
+        wrong = low if low < 0 else high
+        check(low >= 0 and high < n_vocab, f"{path}: id {wrong}; token ids are below {n_vocab}")
+    return tokens.astype(dtype_for(n_vocab))
+
+
+# -- References -------------------------------------------------------------------------------
 
 
 class References:
     """The knowledge base as text: N token sequences of at most ref_len tokens (sec. 4.4).
-    Row i of a memory bank is the memory of reference i."""
+
+    Row i of a memory bank is the memory of reference i.
+    """
 
     def __init__(self, path, tokens, offsets, n_vocab):
-        self.path, self.tokens, self.offsets, self.n_vocab = path, tokens, offsets, n_vocab
+        self.path = path
+        self.tokens = tokens  # (all tokens,)
+        self.offsets = offsets  # (N + 1,)
+        self.n_vocab = n_vocab
 
     @staticmethod
     def create(path, sequences, n_vocab):
@@ -120,24 +397,29 @@ class References:
         check(len(sequences), f"{path}: no references to write")
         lengths = np.array([len(s) for s in sequences])
         check(lengths.all(), f"{path}: reference {lengths.argmin()} is empty")
-        tokens = np.concatenate([np.asarray(s, np.int64) for s in sequences])
-        check(0 <= tokens.min() <= tokens.max() < n_vocab, f"{path}: token ids are below {n_vocab}")
-        offsets = np.append(0, lengths.cumsum()).astype("<i8")
+        tokens = np.concatenate([checked_ids(path, s, n_vocab) for s in sequences])
+        offsets = np.zeros(len(lengths) + 1, "<i8")
+        offsets[1:] = lengths.cumsum()
         write_tokens(f"{path}.bin", tokens, n_vocab)
-        replace_file(f"{path}.idx", lambda f: f.write(offsets.tobytes()))
+        replace_file(f"{path}.idx", lambda file: file.write(offsets.tobytes()))
         return References.open(path, n_vocab)
 
     @staticmethod
     def open(path, n_vocab=None):
         """path: "<data dir>/<name>". n_vocab is read from the data set's manifest."""
-        text, index = (_present(Path(f"{path}{ext}")) for ext in (".bin", ".idx"))
+        text = _present(Path(f"{path}.bin"))
+        index = _present(Path(f"{path}.idx"))
         n_vocab = n_vocab or manifest(text.parent)["n_vocab"]
-        check(text.stat().st_size, f"{text} is empty: there is no reference in it")
-        tokens, offsets = np.fromfile(text, dtype_for(n_vocab)), np.fromfile(index, "<i8")
-        whole = index.stat().st_size % 8 == 0 and len(offsets) > 1 and offsets[0] == 0
-        whole = whole and offsets[-1] <= len(tokens) and (np.diff(offsets) > 0).all()
-        check(whole, f"{index} does not fit {text}: one of them is cut off")
-        return References(Path(path), tokens[: offsets[-1]], offsets, n_vocab)
+        tokens = _map_tokens(text, n_vocab)
+        try:
+            offsets = np.fromfile(index, "<i8")
+        except OSError as error:
+            raise UserError(f"{index} cannot be read: {error.strerror}") from None
+        fits = index.stat().st_size % 8 == 0 and len(offsets) > 1 and offsets[0] == 0
+        # tokens beyond the last offset are what a kill left of an append
+        fits = fits and offsets[-1] <= len(tokens) and bool((np.diff(offsets) > 0).all())
+        check(fits, f"{index} does not fit {text}: one of them is cut off: {_cure(text.parent)}")
+        return References(Path(path), np.asarray(tokens[: offsets[-1]]), offsets, n_vocab)
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -148,13 +430,17 @@ class References:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]].astype(np.int64)
 
     def batch(self, ids, width=None):
-        """(n, width) int64 on the CPU, -1 = padding on the right; width: the longest of them."""
+        """(n, width) int64 on the CPU, -1 = padding on the right; at least as wide as `width`."""
         rows = [torch.from_numpy(self[int(i)]) for i in ids]
-        rows.append(torch.zeros(width or 0, dtype=torch.int64))  # only to make the others so wide
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)[:-1]
+        width = max([width or 0, *map(len, rows)])
+        out = torch.full((len(rows), width), -1)  # (n, width)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = row
+        return out
 
     @property
     def hash(self):
+        """Names the references exactly: their tokens and where each begins."""
         return hashlib.sha256(self.offsets.tobytes() + self.tokens.tobytes()).hexdigest()[:16]
 
     def append(self, sequence):
@@ -168,5 +454,6 @@ class References:
         rows = np.split(self.tokens, self.offsets[1:-1])
         rows[i : i + 1] = [sequence]
         new = References.create(self.path, rows, self.n_vocab)
-        self.tokens, self.offsets = new.tokens, new.offsets
+        self.tokens = new.tokens
+        self.offsets = new.offsets
         return i

@@ -309,7 +309,7 @@ def open_model(checkpoint, data, device, dtype="auto"):
     if dtype == "bfloat16" or dtype == "auto" and fast:
         model.rounded(torch.bfloat16)
     model.to(device).eval()
-    c, tokenizer = model.config, corpus.tokenizer(corpus.manifest(data)["tokenizer"])
+    c, tokenizer = model.config, corpus.tokenizer(data)
     trained = f"{checkpoint} was trained with tokenizer {meta['tokenizer']}"
     check(meta["tokenizer"] == tokenizer.id, f"{trained}; that of {data} is {tokenizer.id}")
     dtype, chunk = model.embed.weight.dtype, len(c.header) + c.chunk_len

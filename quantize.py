@@ -19,58 +19,88 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import UserError, check, optional, replace_file
+from common import UserError, check, make_directory, optional, read_bytes, replace_file
 
 ITERATIONS = 10  # of each k-means; FAISS's 25 take 2.5 times as long for at most 3 % less error
+PAPER = "OPQ20_80,Residual2x14,PQ8x10"
 BITS = "([1-9]|1[0-6])"
-SPEC = re.compile(rf"(?:OPQ\d+(?:_\d+)?,)?Residual([1-4])x{BITS},PQ(\d+)x{BITS}")
+SPEC = re.compile(rf"(?:OPQ\d{{1,4}}(?:_\d{{1,4}})?,)?Residual([1-4])x{BITS},PQ(\d{{1,4}})x{BITS}")
 
 
 def default_spec(dh, n):
     """The FAISS factory string for vectors of dh numbers (even), n of which are there to train on.
+
     k-means wants 39 vectors a centroid (FAISS's rule), so few vectors get few bits:
     >>> default_spec(80, 638_976), default_spec(80, 638_975)
     ('OPQ20_80,Residual2x14,PQ8x10', 'Residual2x10,PQ8x10')
     >>> default_spec(32, 10_000_000), default_spec(32, 20_000)
     ('Residual2x10,PQ8x10', 'Residual2x8,PQ8x8')
     """
-    # FAISS cuts vectors into equal pieces only: of 4 to 10 numbers, often (paper: 10)
-    divisors = [p for p in range(1, dh + 1) if dh % p == 0]
-    pieces = max(p for p in divisors if p <= 4 << (dh >= 32) << (dh > 80))  # at most 4, 8, 16
-    if dh >= 64 and n >= 39 << 14:
-        rotated = max(p for p in divisors if p <= dh // 4)
+    # FAISS cuts vectors into equal pieces only. Pieces of 4 to 10 numbers are wanted (paper: 10).
+    most = 4
+    if dh >= 32:
+        most = 8
+    if dh > 80:
+        most = 16
+    pieces = _largest_divisor(dh, most)
+    if dh >= 64 and n >= 39 * 2**14:
+        rotated = _largest_divisor(dh, dh // 4)
         return f"OPQ{rotated}_{dh},Residual2x14,PQ{pieces}x10"
     # Small heads: 12 bits encode 4 times slower for 0.01 less relative error, OPQ gains nothing.
-    bits = max((b for b in (6, 8, 10) if n >= 39 << b), default=4)
+    bits = 4
+    for more in (6, 8, 10):
+        if n >= 39 * 2**more:
+            bits = more
     return f"Residual2x{bits},PQ{pieces}x{bits}"
+
+
+def _largest_divisor(n, most):
+    """The largest number up to `most` that divides n."""
+    return max(p for p in range(1, most + 1) if n % p == 0)
 
 
 def layout(spec):
     """Where the centroid numbers lie in a code: [(first bit, bits), ...] and the bytes of a code.
+
     FAISS packs bits from the low end of each byte on, and both stages begin with a new byte:
     >>> layout("Residual2x10,PQ3x6")
     ([(0, 10), (10, 10), (24, 6), (30, 6), (36, 6)], 6)
     """
-    match, like = SPEC.fullmatch(spec), "OPQ20_80,Residual2x14,PQ8x10"
-    check(match, f"codec {spec!r}: give a string like {like!r}, at most 16 bits a number")
-    halves, coarse, pieces, fine = map(int, match.groups())
-    second = 8 * -(-halves * coarse // 8)  # first bit of the second stage
-    fields = [(m * coarse, coarse) for m in range(halves)]
-    fields += [(second + m * fine, fine) for m in range(pieces)]
-    return fields, second // 8 + -(-pieces * fine // 8)
+    match = SPEC.fullmatch(spec)
+    check(match, f"codec {spec!r}: give a string like {PAPER!r}, at most 16 bits a number")
+    parts, coarse_bits, pieces, fine_bits = (int(number) for number in match.groups())
+    fields = []
+    for m in range(parts):
+        fields.append((m * coarse_bits, coarse_bits))
+    coarse_bytes = _bytes(parts * coarse_bits)
+    for m in range(pieces):
+        fields.append((8 * coarse_bytes + m * fine_bits, fine_bits))
+    return fields, coarse_bytes + _bytes(pieces * fine_bits)
+
+
+def _bytes(bits):
+    """The bytes that hold so many bits."""
+    return (bits + 7) // 8
 
 
 def unpack(codes, fields):
     """codes (n, bytes) uint8 -> the numbers at the fields' bits, (n, len(fields)) int32.
+
     Three neighbouring bytes hold any number of at most 16 bits; here 2, and 7 that cross a byte:
     >>> unpack(torch.tensor([[0b10110100, 0b00000001]], dtype=torch.uint8), [(0, 2), (2, 7)])
     tensor([[  0, 109]], dtype=torch.int32)
     """
-    start, bits = torch.tensor(fields, dtype=torch.int32, device=codes.device).T
-    byte = start // 8
-    codes = F.pad(codes, (0, 2)).int()  # two zero bytes, for numbers that end with the code
-    words = codes[:, byte] | codes[:, byte + 1] << 8 | codes[:, byte + 2] << 16
-    return (words >> (start % 8)) & ((1 << bits) - 1)
+    fields = torch.tensor(fields, dtype=torch.int32, device=codes.device)  # (numbers, 2)
+    first_bit = fields[:, 0]
+    bits = fields[:, 1]
+    byte = first_bit // 8
+    codes = F.pad(codes, (0, 2)).int()  # (n, bytes + 2): zeros after a number that ends the code
+    low = codes[:, byte]  # (n, numbers)
+    middle = codes[:, byte + 1] << 8
+    high = codes[:, byte + 2] << 16
+    words = low | middle | high
+    mask = (1 << bits) - 1
+    return (words >> (first_bit % 8)) & mask
 
 
 class Codec:
@@ -81,12 +111,16 @@ class Codec:
         kv = codec.to("cuda").decode(codes)  # back, float32, on the GPU
 
     table (rows, dh) float32: all centroids, rotated back, number after number in code order.
-    index: the FAISS index that encodes; None until needed where it comes from `file`."""
+    index: the FAISS index that encodes; None until needed where it comes from `file`.
+    """
 
     def __init__(self, spec, table, index=None, file=None):
-        self.spec, self.table, self.index, self.file = spec, table, index, file
+        self.spec = spec
+        self.table = table
+        self.index = index
+        self.file = file
         self.fields, self.bytes = layout(spec)
-        sizes = torch.tensor([1 << bits for _, bits in self.fields], device=table.device)
+        sizes = torch.tensor([2**bits for _, bits in self.fields], device=table.device)
         n = int(sizes.sum())
         check(len(table) == n, f"codec {spec}: {n} centroids needed, not {len(table)}")
         self.first = (sizes.cumsum(0) - sizes).int()  # the row of each number's centroid 0
@@ -94,26 +128,38 @@ class Codec:
     @staticmethod
     def train(vectors, spec=None):
         """A codec for vectors (n, dh), which are a uniform sample of the keys and values (App. B).
-        spec: a FAISS factory string; None: `default_spec`. ValueError for too few vectors (k-means
-        needs one a centroid), for NaN, and for a string that does not fit dh."""
-        faiss, x = optional("faiss"), _rows(vectors)
+
+        spec: a FAISS factory string; None: `default_spec`. UserError for too few vectors (k-means
+        needs one a centroid), for numbers that float32 cannot square and add, and for a string
+        that does not fit dh.
+        """
+        faiss = optional("faiss")
+        x = _rows(vectors)  # (n, dh)
         n, dh = x.shape
-        spec = spec or default_spec(dh, n)
-        bits = [bits for _, bits in layout(spec)[0]] + [8] * spec.startswith("OPQ")  # its own PQ
-        least = 1 << max(bits)
+        if spec is None:
+            spec = default_spec(dh, n)
+        fields, _ = layout(spec)
+        bits = max(bits for _, bits in fields)
+        if spec.startswith("OPQ"):  # is fitted to a quantizer of 8 bits
+            bits = max(bits, 8)
+        least = 2**bits
         few = f"{n} vectors to train on, it needs {least} (and wants {39 * least})"
         check(n >= least, f"codec {spec}: {few}: give more references or fewer bits")
         try:
             index = faiss.index_factory(dh, spec)
         except RuntimeError as e:
             raise UserError(f"codec {spec}: not for vectors of {dh} numbers: uneven pieces") from e
-        rotation, *pqs = _stages(index)
-        if rotation:  # it is fitted to a PQ of its own: give it one that is as quiet as ours
-            rotation.niter = rotation.niter_pq_0 = ITERATIONS
-            pqs.append(faiss.ProductQuantizer(rotation.d_out, rotation.M, 8))
-            rotation.pq = pqs[-1]
-        for pq in pqs:
-            pq.cp.niter, pq.cp.min_points_per_centroid = ITERATIONS, 1  # 1: do not warn
+        rotation, coarse, fine = _stages(index)
+        quantizers = [coarse, fine]
+        if rotation:  # it is fitted to a quantizer of its own: give it one as quiet as ours
+            rotation.niter = ITERATIONS
+            rotation.niter_pq_0 = ITERATIONS
+            own = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
+            rotation.pq = own
+            quantizers.append(own)
+        for quantizer in quantizers:
+            quantizer.cp.niter = ITERATIONS
+            quantizer.cp.min_points_per_centroid = 1  # no warnings
         index.train(x)
         if rotation:
             rotation.pq = None  # ours is gone after this
@@ -121,47 +167,57 @@ class Codec:
 
     def encode(self, x):
         """x (..., dh), any float type, any device -> codes (..., bytes) uint8, on the CPU."""
-        codes = self._index().sa_encode(_rows(x, self.table.shape[1]))
-        return torch.from_numpy(codes).view(*x.shape[:-1], self.bytes)
+        rows = _rows(x, self.table.shape[1])  # (n, dh)
+        codes = torch.from_numpy(self._index().sa_encode(rows))  # (n, bytes)
+        return codes.view(*x.shape[:-1], self.bytes)
 
     def decode(self, codes):
         """codes (..., bytes) uint8 -> (..., dh) float32 where the table is. FAISS's `sa_decode`."""
-        ours = codes.dtype == torch.uint8 and codes.shape[-1] == self.bytes
-        check(ours, f"codec {self.spec}: {self.bytes} uint8 needed, not another codec's")
-        flat = codes.to(self.table.device).reshape(-1, self.bytes)
+        fits = codes.dtype == torch.uint8 and codes.shape[-1] == self.bytes
+        check(fits, f"codec {self.spec}: {self.bytes} uint8 needed, not another codec's")
+        flat = codes.to(self.table.device).reshape(-1, self.bytes)  # (n, bytes)
         rows = unpack(flat, self.fields) + self.first  # (n, numbers a code)
         x = F.embedding_bag(rows, self.table, mode="sum")  # (n, dh)
         return x.view(*codes.shape[:-1], self.table.shape[1])
 
     def to(self, device):
         """Moves the table that decodes; encoding stays on the CPU."""
-        self.table, self.first = self.table.to(device), self.first.to(device)
+        self.table = self.table.to(device)
+        self.first = self.first.to(device)
         return self
 
     def save(self, path):
         """Writes codec.faiss (encodes) and codec.npz (decodes) into the directory `path`: codec.npz
         last, for it holds the checksum of the other."""
-        new, index = Path(path, "codec.new"), optional("faiss").serialize_index(self._index())
+        folder = make_directory(path)
+        index = optional("faiss").serialize_index(self._index())
         arrays = dict(spec=self.spec, table=self.table.cpu().numpy(), crc=zlib.crc32(index))
-        new.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(new.with_suffix(".faiss"), lambda f: f.write(index), new)
-        replace_file(new.with_suffix(".npz"), lambda f: np.savez(f, **arrays), new)
+        replace_file(folder / "codec.faiss", lambda file: file.write(index))
+        replace_file(folder / "codec.npz", lambda file: np.savez(file, **arrays))
 
     @staticmethod
     def load(path):
         """Opens what `save` wrote; path: the directory or either file. Without codec.faiss or FAISS
         it only decodes. UserError without codec.npz, or if either is damaged."""
-        folder = Path(path).parent if Path(path).suffix in (".npz", ".faiss") else Path(path)
-        tables, file = folder / "codec.npz", folder / "codec.faiss"
+        folder = Path(path)
+        if folder.suffix in (".npz", ".faiss"):
+            folder = folder.parent
+        tables = folder / "codec.npz"
+        file = folder / "codec.faiss"
         check(tables.exists(), f"{tables}: no codec here: train one")
         try:
-            with np.load(tables) as z:
-                crc, table = z["crc"], torch.from_numpy(z["table"])
-                codec = Codec(str(z["spec"]), table, file=file)
-        except Exception as e:  # zip, zlib, numpy and we each have errors of our own
-            raise UserError(f"{tables}: not a whole codec ({e}): train it again") from e
-        same = not file.exists() or zlib.crc32(file.read_bytes()) == crc
-        check(same, f"{file}: not what {tables.name} was made with: train the codec again")
+            with np.load(tables, allow_pickle=False) as arrays:
+                checksum = int(arrays["crc"])
+                table = torch.from_numpy(arrays["table"])
+                codec = Codec(str(arrays["spec"]), table, file=file)
+            check(table.dim() == 2 and table.dtype == torch.float32, "not a table of vectors")
+            check(table.isfinite().all(), "NaN or infinity in its table")
+        except Exception as error:  # zip, zlib, numpy and we each have errors of our own
+            raise UserError(f"{tables}: not a whole codec ({error}): train it again") from error
+        if file.exists():
+            found = zlib.crc32(read_bytes(file, "train the codec again"))
+            line = f"{file}: not what {tables.name} was made with: train the codec again"
+            check(found == checksum, line)
         return codec
 
     def _index(self):
@@ -173,23 +229,38 @@ class Codec:
 
 def fold(index):
     """All centroids of a trained FAISS index, rotated back: (rows, dh) float32.
+
     FAISS decodes A^T (coarse + fine), each of them pieces laid side by side. Piece m of a centroid
-    meets only its rows of A, so row = piece @ A[its rows], and the decoded vector is their sum."""
-    array, (rotation, *pqs), rows = optional("faiss").vector_to_array, _stages(index), []
-    A = array(rotation.A).astype(float) if rotation else np.eye(index.d)
-    for pq in pqs:
+    meets only its rows of A, so row = piece @ A[its rows], and the decoded vector is their sum.
+    """
+    array = optional("faiss").vector_to_array
+    rotation, coarse, fine = _stages(index)
+    dh = index.d
+    A = np.eye(dh)
+    if rotation:
+        A = array(rotation.A).astype(float).reshape(-1, dh)  # (d_out, dh)
+    rows = []
+    for pq in (coarse, fine):
         centroids = array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
-        rows += [*centroids @ A.reshape(pq.M, pq.dsub, index.d)]  # (ksub, dh) each, float64
+        its_rows = A.reshape(pq.M, pq.dsub, dh)
+        rotated = centroids @ its_rows  # (M, ksub, dh), in float64
+        rows.append(rotated.reshape(-1, dh))  # (M * ksub, dh)
     return torch.from_numpy(np.concatenate(rows).astype(np.float32))
 
 
 def _stages(index):
     """(rotation or None, coarse, fine) of an index: an OPQMatrix and two ProductQuantizers."""
-    faiss, rotation = optional("faiss"), None
+    faiss = optional("faiss")
+    rotation = None
     if isinstance(index, faiss.IndexPreTransform):
         rotation = faiss.downcast_VectorTransform(index.chain.at(0))
         index = faiss.downcast_index(index.index)
-    return rotation, faiss.downcast_index(index.q1.quantizer).pq, index.pq
+    coarse = faiss.downcast_index(index.q1.quantizer)
+    return rotation, coarse.pq, index.pq
+
+
+# FAISS squares and adds in float32, whose largest is 3e38: from 1e18 on it ends the whole process.
+LARGEST = 1e15
 
 
 def _rows(x, dh=None):
@@ -198,4 +269,6 @@ def _rows(x, dh=None):
     fits = dh in (None, x.shape[-1])
     check(fits, f"codec: vectors of {dh} numbers needed, got the shape {tuple(x.shape)}")
     check(x.isfinite().all(), "codec: NaN or infinity among the vectors: check what wrote them")
-    return np.ascontiguousarray(x.reshape(-1, x.shape[-1]).numpy())
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    check(largest <= LARGEST, f"codec: a number of {largest:.0e} among the vectors, beyond 1e15")
+    return np.ascontiguousarray(x.reshape(-1, x.shape[-1]).numpy())  # (n, dh)

@@ -246,7 +246,7 @@ def main(cfg, config=None):
 
     model, meta, optimizer_state = open_run(cfg, config)
     config, explicit = model.config, cfg.stage == "explicit"
-    tok = corpus.tokenizer(corpus.manifest(cfg.data)["tokenizer"])
+    tok = corpus.tokenizer(cfg.data)
     same = meta.get("tokenizer") in (None, tok.id) and tok.n_vocab <= config.vocab_size
     if not same or tuple(tok.header) != config.header:
         raise UserError(f"the checkpoint's tokenizer is not that of {cfg.data} ({tok.id})")
@@ -381,7 +381,7 @@ def command_line(argv=None):
     if cfg.init:
         return cfg, Config.from_dict(load_checkpoint(cfg.init)[1]["config"] | given(args, Config))
     check(args.preset, f"--preset is missing: {', '.join(PRESETS)}; or --init a checkpoint")
-    tok = corpus.tokenizer(corpus.manifest(cfg.data)["tokenizer"])
+    tok = corpus.tokenizer(cfg.data)
     shape = dict(given(args, Config), vocab_size=tok.n_vocab, header=tuple(tok.header))
     return cfg, Config.preset(args.preset, **shape)
 

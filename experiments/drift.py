@@ -113,7 +113,7 @@ def main(a, picture="out/drift.png"):
             raise UserError(f"--drift {path} is later than {a.drift[-1]}: give the last one last")
         model.to(find_device(a.device)).eval()
     last.config.n_recall = a.n_recall or last.config.n_recall
-    if meta["tokenizer"] != corpus.tokenizer(corpus.manifest(a.data)["tokenizer"]).id:
+    if meta["tokenizer"] != corpus.tokenizer(a.data).id:
         raise UserError(f"{a.drift[-1]} was not trained with the tokenizer of {a.data}")
     windows, n = open_text(a, last.config)
     found = sorted({int(i) for i in windows.neighbors[: n * windows.T // windows.C, 0] if i >= 0})

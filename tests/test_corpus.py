@@ -1,8 +1,12 @@
 """Tokens on disk: the tokenizer of data/cities, tiktoken's by name, token files, references."""
 
+import base64
 import doctest
+import json
 import random
 import re
+import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +48,7 @@ def test_every_byte_is_a_token(tok):
         assert tok.encoding.encode_single_token(bytes([byte])) < tok.bos
     for at in range(0, 0x2500, 0x100):
         text = " " + "".join(map(chr, range(at, at + 0x100)))
-        assert tok.decode(tok.encode(text)) == text
+        assert tok.decode(tok.encode(text)) == unicodedata.normalize("NFC", text)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,7 @@ def test_round_trip_of_any_script(tok, text):
     """A script that the ranks never saw comes back otherwise, or not at all; "<s>" in somebody's
     text becomes the BOS."""
     ids = tok.encode(text)
-    assert tok.decode(ids) == " " + text and tok.bos not in ids
+    assert tok.decode(ids) == " " + unicodedata.normalize("NFC", text) and tok.bos not in ids
     assert min(ids) >= 0 and max(ids) < tok.n_vocab
 
 
@@ -78,7 +82,7 @@ def test_round_trip_of_random_text(tok):
         kinds = [(32, 127), (0xA0, 0xD7FF), (0x10000, 0x1F9FF)]
         ranges = rng.choices(kinds, k=rng.randrange(1, 41))
         text = " " + "".join(chr(rng.randrange(*r)) for r in ranges)
-        assert tok.decode(tok.encode(text)) == text
+        assert tok.decode(tok.encode(text)) == unicodedata.normalize("NFC", text)
 
 
 def test_a_name_is_the_same_tokens_wherever_it_stands(tok):
@@ -128,7 +132,7 @@ def test_a_missing_tokenizer_is_one_line(tmp_path):
         corpus.tokenizer("gpt9")
     assert one_line(e)
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="tokenizer.json is missing: run python") as e:
+        with pytest.raises(UserError, match="meta.json is missing: run python data/text") as e:
             corpus.tokenizer(path)
         assert one_line(e) and str(path) in str(e.value)
     # a manifest that names its own directory, where the tokenizer has been lost
@@ -161,10 +165,258 @@ def test_tiktokens_own(monkeypatch):
         "small", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257}
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small)
-    t = corpus.tokenizer("small")
+    t = corpus.tokenizer("gpt2")
     assert t.encode("ab c") == [256, 32, 99] and t.decode([257, 256]) == "ab"
     assert (t.bos, t.n_vocab, t.header[0]) == (257, 258, 257)
     assert t.id != corpus.tokenizer(ROOT / "data/cities").id
+
+
+@pytest.fixture
+def small(tok):
+    """small(**changes) -> a tokenizer of 258 ids, by default with the pattern of data/cities."""
+
+    def make(pattern=tok.encoding._pat_str, prefix_space=True, ranks=None, special=None):
+        ranks = ranks or {bytes([i]): i for i in range(256)} | {b" C": 256}
+        special = special or {"<s>": 257}
+        encoding = tiktoken.Encoding(
+            "small", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+        return corpus.Tokenizer(encoding, 257, "small", prefix_space)
+
+    return make
+
+
+def test_an_identity_covers_all_that_makes_tokens(small):
+    """The same ranks with another pattern, without the space in front, with other special tokens,
+    or in another order: other tokens under the same id."""
+    letters = {bytes([i]): i for i in range(256)}
+    others = [
+        small(prefix_space=False),
+        small(pattern=r"\S+|\s+"),
+        small(special={"<s>": 257, "<pad>": 258}),
+        small(special={"<S>": 257}),
+        small(ranks=letters | {b" D": 256}),
+        small(ranks=letters | {b"a": 98, b"b": 97, b" C": 256}),
+        small(ranks=letters),  # a gap: id 256 is no token
+    ]
+    ids = {t.id for t in others}
+    assert len(ids) == len(others) and small().id not in ids
+    assert small().id == small().id and small().id.startswith("small:")
+
+
+def test_decode_of_ids_that_are_no_token(small):
+    """cl100k_base and o200k_base have ids that no text becomes: a KeyError of tiktoken."""
+    letters = {bytes([i]): i for i in range(256)}
+    t = small(ranks=letters, special={"<s>": 257, "<end>": 263})
+    assert t.no_token == {256, 258, 259, 260, 261, 262} and t.n_vocab == 264
+    assert t.decode([256, 65, 260, 66, 262, 257, 264, -1]) == "AB"
+    assert t.decode(range(258, 263)) == "" and t.decode(np.array([72, 256])) == "H"
+
+
+@pytest.mark.parametrize(
+    "nfc, nfd",
+    [
+        ("\u00c7orlu", "C\u0327orlu"),
+        ("Vi\u1ec7t Nam", "Vie\u0323\u0302t Nam"),
+        ("\uc11c\uc6b8", "\u1109\u1165\u110b\u116e\u11af"),  # Seoul in Hangul
+        ("\u00c5ngstr\u00f6m", "\u212bngstro\u0308m"),  # the sign of the unit is the letter
+    ],
+)
+def test_equal_texts_are_equal_tokens(tok, small, nfc, nfd):
+    """A name typed on another keyboard is another name: its city is not found."""
+    assert nfc != nfd
+    for t in (tok, small(prefix_space=False)):
+        assert t.encode(nfc) == t.encode(nfd)
+        assert t.decode(t.encode(nfd)).strip() == nfc
+
+
+def test_a_folder_does_not_hide_an_encoding(small, tmp_path, monkeypatch):
+    """mkdir gpt2: the tokenizer of every data set that says "gpt2" is then another, or missing."""
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small(prefix_space=False).encoding)
+    monkeypatch.setattr(tiktoken.Encoding, "eot_token", 257)
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "cl100k_base", "o200k_base"):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(ROOT / "data/cities/tokenizer.json", folder)
+        assert corpus.tokenizer(name).id.startswith(f"{name}:")
+        for path in (f"./{name}", f"{name}/", folder):
+            assert corpus.tokenizer(path).id.startswith("cities:")
+        # a data set that names it in its manifest, from beside such a folder
+        data = tmp_path / f"of_{name}"
+        data.mkdir()
+        common.write_json(data / "meta.json", dict(n_vocab=258, tokenizer=name))
+        assert corpus.tokenizer(data).id.startswith(f"{name}:")
+
+
+def test_a_data_set_can_be_moved(tmp_path, monkeypatch):
+    """A manifest that names a directory as it was seen from where prepare.py ran: found from
+    nowhere else, or another's tokenizer found in its place."""
+    first, other = tmp_path / "a/first", tmp_path / "a/other"
+    for folder in (first, other):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "data/cities/tokenizer.json", first)
+    common.write_json(first / "meta.json", dict(n_vocab=4096, tokenizer="."))
+    common.write_json(other / "meta.json", dict(n_vocab=4096, tokenizer="../first"))
+    References.create(first / "kb", [[3, 4], [5]], 4096)
+    corpus.write_tokens(first / "val.bin", [1, 2, 3], 4096)
+    (tmp_path / "a").rename(tmp_path / "b")
+    for place in ("/", tmp_path, tmp_path / "b", tmp_path / "b/first"):
+        monkeypatch.chdir(place)
+        data = tmp_path / "b/first"
+        for path in (data, str(data), f"{data}/", Path(data).relative_to(place)):
+            assert corpus.tokenizer(path).id == corpus.tokenizer(ROOT / "data/cities").id
+            assert corpus.open_tokens(path, "val").tolist() == [1, 2, 3]
+            assert rows_of(References.open(Path(path) / "kb")) == [[3, 4], [5]]
+        assert corpus.tokenizer(tmp_path / "b/other").id.startswith("cities:")
+
+
+def test_a_saved_tokenizer_is_the_same(small, tmp_path):
+    """A gap between the ids closed by saving; a special token lost; another BOS."""
+    letters = {bytes([i]): i for i in range(255, -1, -1)}
+    for t in (small(), small(ranks=letters, special={"<s>": 257, "</s>": 300})):
+        t.save(tmp_path / "tokenizer.json")
+        again = corpus.tokenizer(tmp_path)
+        assert (again.id, again.bos, again.n_vocab) == (t.id, t.bos, t.n_vocab)
+        assert again.no_token == t.no_token and again.header == t.header
+        assert again.encode("Ça va, Cork?") == t.encode("Ça va, Cork?")
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (dict(ranks=None), "'ranks' is null, not a list"),
+        (dict(ranks=[]), "no token for the byte 0"),
+        (dict(ranks=["!"]), "rank 0 is no base64"),
+        (dict(ranks=[7]), "rank 0 is no base64"),
+        (dict(pattern="("), "tiktoken cannot use its pattern"),
+        (dict(pattern=7), "'pattern' is an integer"),
+        (dict(prefix_space="no"), "'prefix_space' is a string, not true or"),
+        (dict(special={"<s>": 3}), "two tokens have one id"),
+        (dict(special={"<s>": "x"}), "its special tokens"),
+        (dict(special={"<b>": 999}), "its special tokens"),
+        (dict(special=[]), "its special tokens"),
+        (dict(special={"<s>": -3}), "its special tokens"),
+        (dict(n_vocab=10**9), "n_vocab 1000000000 of 257 tokens"),
+        (dict(n_vocab=0), "n_vocab 0 of 257 tokens"),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line(tmp_path, change, line):
+    """A panic of tiktoken, which no `except Exception` catches; a KeyError; a TypeError."""
+    ranks = [base64.b64encode(bytes([i])).decode() for i in range(256)]
+    good = dict(name="x", pattern=r"\S+|\s+", prefix_space=True, ranks=ranks)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(good))
+    assert corpus.tokenizer(tmp_path).n_vocab == 257
+    path.write_text(json.dumps(good | change))
+    with pytest.raises(UserError, match=line) as e:
+        corpus.tokenizer(tmp_path)
+    assert one_line(e) and str(path) in str(e.value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Other people's vocabularies
+
+TEXTS = [
+    "The Amt River is 1,234 km long; it's in Zubrowka (since 1932).",
+    "  two  spaces, tabs\t and\n\nlines \r\n at 12 34  567 ",
+    "\u5317\u4eac\u662f\u9996\u90fd\u3002 \u041a\u0438\u0457\u0432 \U0001f600",
+    "na\u00efve \u00bd\u2167 \u0663\u0664",
+    "don't we'll they've I'm you'd 5'10 x=3.14e-5 <s> </s> [1]",
+    " 7 8", "a  7", "\n\n9\n", "   ", "", "\x00\x1f",
+]  # fmt: skip
+
+
+def byte_bpe(path, kind, alphabet=True, n=400, special=("<|endoftext|>", "<|im_start|>")):
+    """A tokenizer.json that Hugging Face's library has trained on TEXTS, and the library's own."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pre = tokenizers.pre_tokenizers
+    whole = pre.ByteLevel(add_prefix_space=False)
+    digits = pre.Sequence([pre.Digits(individual_digits=True), whole])
+    pattern = tokenizers.Regex(r" ?\d{1,2}| ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\d]+|\s+")
+    split = pre.Split(pattern, "isolated")
+    split = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.pre_tokenizer = dict(whole=whole, digits=digits, split=split)[kind]
+    t.decoder = tokenizers.decoders.ByteLevel()
+    letters = set(pre.ByteLevel.alphabet())
+    if not alphabet:  # without 0xA5, which TEXTS do not have, and the bytes that UTF-8 has not
+        letters -= {chr(0xA5), *map(chr, range(0xF5, 0x100))}
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=n,
+        initial_alphabet=sorted(letters),
+        special_tokens=list(special),
+        show_progress=False,
+    )
+    t.train_from_iterator(TEXTS * 3, trainer)
+    t.save(str(path))
+    return t
+
+
+@pytest.mark.parametrize("kind", ["whole", "digits", "split"])
+@pytest.mark.parametrize("alphabet", [True, False])
+def test_hugging_faces_tokens_are_ours(tmp_path, kind, alphabet):
+    """A space before a digit in another piece; ids shifted by the special tokens; a byte that the
+    vocabulary lacks, on which tiktoken dies and Hugging Face drops the letter's byte."""
+    theirs = byte_bpe(tmp_path / "tokenizer.json", kind, alphabet)
+    ours = corpus.tokenizer(tmp_path)
+    assert (ours.bos, ours.n_vocab) == (0, theirs.get_vocab_size()) and not ours.prefix_space
+    rng = random.Random(7)
+    pieces = sorted({t[i : i + n] for t in TEXTS for n in (1, 2, 5) for i in range(len(t))})
+    texts = TEXTS + ["".join(rng.choices(pieces, k=9)) for _ in range(300)]
+    for text in texts:
+        text = unicodedata.normalize("NFC", text)
+        want = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == want, repr(text)
+        if alphabet:
+            assert ours.decode(want) == text
+    for text in ("\u00e5", "x \u00e5y", "\u00e5\u00e5"):  # 0xC3 0xA5
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    ours.save(tmp_path / "saved.json")
+    again = corpus.open_tokenizer(tmp_path / "saved.json")
+    assert again.id == ours.id and again.encode(TEXTS[1]) == ours.encode(TEXTS[1])
+    assert corpus.from_huggingface(tmp_path / "tokenizer.json", bos="<|im_start|>").bos == 1
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (dict(normalizer=dict(type="Lowercase")), "it changes texts first"),
+        (dict(model=dict(type="WordPiece", vocab={})), "not a BPE"),
+        (dict(model=dict(type="BPE", vocab={"a": 0}, merges=[])), "no tokens for most bytes"),
+        (dict(pre_tokenizer=dict(type="Metaspace")), "not byte-level"),
+        (dict(pre_tokenizer=None), "not byte-level"),
+        (dict(added_tokens=[]), "none of its special tokens is the BOS"),
+        (dict(model=7), "'model' is an integer"),
+    ],
+)
+def test_other_kinds_of_tokenizers_are_refused(tmp_path, change, line):
+    """A tokenizer of another kind read as if it were byte-level: other tokens, no word said."""
+    path = tmp_path / "tokenizer.json"
+    byte_bpe(path, "whole")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=line) as e:
+        corpus.from_huggingface(path)
+    assert one_line(e) and str(path) in str(e.value)
+
+
+def test_merged_vocabularies(tok, tmp_path):
+    """A token twice; a byte uncovered; the first vocabulary's ids moved; a token of the second
+    that no text becomes."""
+    byte_bpe(tmp_path / "tokenizer.json", "split", n=460)
+    other = corpus.tokenizer(tmp_path)
+    both = corpus.merge_tokenizers(tok, other, "both")
+    firsts, seconds = tok.encoding._mergeable_ranks, other.encoding._mergeable_ranks
+    assert both.n_vocab == len({*firsts, *seconds}) + 1 and both.bos == both.n_vocab - 1
+    assert both.n_vocab < tok.n_vocab + other.n_vocab
+    for token, i in firsts.items():
+        assert both.encoding.encode_single_token(token) == i
+    for text in TEXTS:
+        text = unicodedata.normalize("NFC", text)
+        assert both.decode(both.encode(text)).removeprefix(" ") == text.removeprefix(" ")
+        assert both.bos not in both.encode(text)
+    for byte in range(256):
+        assert both.encoding.encode_single_token(bytes([byte])) < both.bos
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,7 +437,8 @@ def test_manifest_and_token_files(tmp_path):
         assert tokens.tolist() == written
         with pytest.raises(ValueError, match="read-only"):
             tokens[0] = 1
-    with pytest.raises(UserError, match="train.bin is missing: .* --train"):
+    (tmp_path / "prepare.py").write_text("")
+    with pytest.raises(UserError, match="train.bin is missing: run python .*prepare.py --train$"):
         corpus.open_tokens(tmp_path, "train")
     with pytest.raises(UserError, match="heldout.bin is missing: .*prepare.py$"):
         corpus.open_tokens(tmp_path, "heldout")
@@ -195,6 +448,53 @@ def test_manifest_and_token_files(tmp_path):
     (tmp_path / "meta.json").write_text('{"n_vocab": 9,')
     with pytest.raises(ValueError, match="meta.json"):
         corpus.manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tokens, line",
+    [
+        ([1, 70000, -1], "id -1"),
+        ([1, 300], "id 300; token ids are below 300"),
+        (np.array([7, 70000]), "id 70000"),
+        (np.array([7, -1], np.int16), "id -1"),
+        (np.array([2**63], np.uint64), "id 9223372036854775808"),
+        ([1.0, 2.0], "token ids are integers, not float64"),
+        ([True], "token ids are integers, not bool"),
+    ],
+)
+def test_ids_are_checked_before_they_are_written(tmp_path, tokens, line):
+    """[1, 70000, -1] stored as [1, 4464, 65535]."""
+    with pytest.raises(UserError, match=line) as e:
+        corpus.write_tokens(tmp_path / "val.bin", tokens, 300)
+    assert one_line(e) and "val.bin" in str(e.value)
+    with pytest.raises(UserError, match=line):
+        References.create(tmp_path / "kb", [[5], tokens], 300)
+    assert not list(tmp_path.iterdir())
+
+
+def test_token_files_are_checked_when_they_are_opened(tmp_path):
+    """A split cut in half, an odd byte, an id beyond the vocabulary: an IndexError deep inside
+    training, hours later, or nothing at all."""
+    common.write_json(tmp_path / "meta.json", dict(n_vocab=300, splits=dict(val=6)))
+    path = tmp_path / "val.bin"
+    corpus.write_tokens(path, [1, 2, 3, 4, 5, 299], 300)
+    assert corpus.open_tokens(tmp_path, "val").tolist() == [1, 2, 3, 4, 5, 299]
+    good = path.read_bytes()
+    for bad, line in [
+        (good[:6], "val.bin has 3 tokens, meta.json 6"),
+        (good * 2, "val.bin has 12 tokens, meta.json 6"),
+        (good[:-1], "val.bin is cut off: 11 bytes"),
+        (good[:-2] + b"\x2c\x01", "val.bin: id 300 of a vocabulary of 300"),
+        (b"\xff" * 12, "val.bin: id 65535 of a vocabulary of 300"),
+    ]:
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=line) as e:
+            corpus.open_tokens(tmp_path, "val")
+        assert one_line(e) and str(tmp_path) in str(e.value)
+    for n_vocab in (0, -3, 1 << 32, "300", None, True, 3.5):
+        (tmp_path / "meta.json").write_text(json.dumps(dict(n_vocab=n_vocab)))
+        with pytest.raises(UserError, match="meta.json is damaged: .*n_vocab"):
+            corpus.open_tokens(tmp_path, "val")
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -302,6 +602,9 @@ def test_bad_reference_files(refs, tmp_path):
     for path, bad, line in [
         (tokens, b"", "kb.bin is empty"),
         (tokens, good[:-2], "does not fit"),
+        (tokens, good[:-1], "kb.bin is cut off"),
+        (tokens, good[:-2] + b"\x33\x01", "kb.bin: id 307 of a vocabulary of 307"),
+        (index, (offsets[:8] + b"\xff" * 7 + b"\x7f") * 2 + offsets[16:], "does not fit"),
         (index, b"", "does not fit"),
         (index, offsets[:8], "does not fit"),
         (index, offsets[:-3], "does not fit"),
@@ -314,9 +617,13 @@ def test_bad_reference_files(refs, tmp_path):
         tokens.write_bytes(good)
         index.write_bytes(offsets)
     index.unlink()
-    with pytest.raises(UserError, match="kb.idx is missing: run python .*prepare.py$"):
+    with pytest.raises(UserError, match="kb.idx is missing: run python data/text/prepare.py"):
         References.open(tmp_path / "kb")
-    with pytest.raises(UserError, match="train_refs.bin is missing: .* --train$"):
+    common.write_json(tmp_path / "meta.json", dict(n_vocab=307, command="python made.py --x 1"))
+    with pytest.raises(UserError, match="kb.idx is missing: run python made.py --x 1$"):
+        References.open(tmp_path / "kb")
+    (tmp_path / "prepare.py").write_text("")
+    with pytest.raises(UserError, match="train_refs.bin is missing: run .*prepare.py --train$"):
         References.open(tmp_path / "train_refs")
     index.write_bytes(offsets)
     (tmp_path / "meta.json").unlink()

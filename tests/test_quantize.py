@@ -180,6 +180,31 @@ def test_refuses_bad_input(codec):
         codec.decode(codec.encode(x).long())
 
 
+@pytest.mark.parametrize("spec", ["Residual2x5,PQ3x5", "OPQ6_24,Residual2x5,PQ3x5"])
+@pytest.mark.parametrize("scale", [1e16, 1e18, 3e38, -1e20])
+def test_enormous_numbers_are_refused(codec, spec, scale):
+    """A bug upstream makes keys of 1e18: FAISS ends the interpreter, and with it hours of work."""
+    x = vectors(307, 24)
+    x[5, 3] = scale
+    with pytest.raises(UserError, match="among the vectors, beyond 1e15"):
+        Codec.train(x, spec)
+    with pytest.raises(UserError, match="among the vectors, beyond 1e15"):
+        codec.encode(x[:7])
+    with pytest.raises(UserError, match="among the vectors, beyond 1e15"):
+        codec.encode(x[:7].bfloat16())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-20, 1e14])
+def test_numbers_at_the_edges(scale):
+    """Vectors that are all alike, denormal, or just within what is allowed: NaN in the table."""
+    x = vectors(307, 24) * scale
+    codec = Codec.train(x, "Residual2x5,PQ3x5")
+    again = codec.decode(codec.encode(x))
+    assert codec.table.isfinite().all() and again.isfinite().all()
+    if scale > 1e-18:  # below, squares vanish in float32
+        assert relative(again, x) < 0.6
+
+
 def test_save_and_load(codec, tmp_path):
     """Half of the state kept; a loaded codec that decodes but encodes otherwise."""
     x = vectors(31, 24, seed=5)
@@ -218,12 +243,22 @@ def test_bad_files(codec, tmp_path):
     codec.save(tmp_path)
     tables, index = tmp_path / "codec.npz", tmp_path / "codec.faiss"
     good = tables.read_bytes()
+    (tmp_path / "good.npz").write_bytes(good)
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 4
     for bad in (b"", good[: len(good) // 2], bytes(flipped), b"no zip at all"):
         tables.write_bytes(bad)
         with pytest.raises(ValueError, match="codec.npz: not a whole codec"):
             Codec.load(tmp_path)
+    for change in (dict(crc="x"), dict(spec="PQ8"), dict(table=np.zeros(3)), dict(spec="")):
+        with np.load(tmp_path / "good.npz") as z:
+            np.savez(tables, **(dict(z) | change))
+        with pytest.raises(ValueError, match="codec.npz: not a whole codec"):
+            Codec.load(tmp_path)
+    arrays = dict(spec=codec.spec, crc=0, table=codec.table.numpy() * np.nan)
+    np.savez(tables, **arrays)
+    with pytest.raises(ValueError, match="codec.npz: not a whole codec .NaN"):
+        Codec.load(tmp_path)
     tables.write_bytes(good)
     Codec.load(tmp_path)
     index.write_bytes(index.read_bytes()[:-9])

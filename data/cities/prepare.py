@@ -242,7 +242,7 @@ def prepare(out, train, n_heldout, n_kb, n_rows, n_cities=None, seed=1):
     if train:
         corpus.References.create(out / "train_refs", [refs[c["id"]] for c in seen], V)
         splits += [("train", seen, n_rows, "implicit"), ("explicit", seen, n_rows, "explicit")]
-    meta = dict(name="cities", tokenizer="data/cities", tokenizer_id=tok.id, n_vocab=V, row=ROW)
+    meta = dict(name="cities", tokenizer=".", tokenizer_id=tok.id, n_vocab=V, row=ROW)
     meta |= dict(heldout=n_heldout, kb=len(kb), splits={})
     for k, (name, of, rows, kind) in enumerate(splits):
         docs = Documents(tok, of, seed + 2 + k)
