@@ -34,7 +34,7 @@ class Tokenizer:
     """
 
     def __init__(self, encoding, bos, name, prefix_space=False, n_vocab=None):
-        """n_vocab: where the encoding has ids beyond those of the model (`from_huggingface`)."""
+        """n_vocab: where the encoding has ids that the model has not (bytes without a token)."""
         self.encoding = encoding
         self.bos = bos
         self.name = name
@@ -80,15 +80,14 @@ class Tokenizer:
 
     def save(self, path):
         """Writes what `tokenizer` reads: a tokenizer.json of ours."""
-        tokens = {i: token for token, i in self.encoding._mergeable_ranks.items()}
-        ranks = []
-        for i in range(max(tokens) + 1):
-            ranks.append(base64.b64encode(tokens[i]).decode() if i in tokens else None)
+        ranks = [None] * self.n_vocab  # None: no token of text
+        for token, i in self.encoding._mergeable_ranks.items():
+            if i < self.n_vocab:
+                ranks[i] = base64.b64encode(token).decode()
         special = self.encoding._special_tokens
         bos = next(token for token, i in special.items() if i == self.bos)
         made = dict(name=self.name, pattern=self.encoding._pat_str, prefix_space=self.prefix_space)
-        made |= dict(n_vocab=self.n_vocab, special=special, bos=bos, ranks=ranks)
-        write_json(path, made)
+        write_json(path, made | dict(special=special, bos=bos, ranks=ranks))
 
 
 def tokenizer(name):
@@ -145,26 +144,30 @@ def open_tokenizer(path):
     bos = made.get("bos", "<s>")
     fits = isinstance(special, dict) and all(type(i) is int and i >= 0 for i in special.values())
     check(fits and bos in special, f"{path} is damaged: its special tokens: {cure}")
-    encoding = _encoding(path, made["name"], made["pattern"], ranks, special)
-    n_vocab = made.get("n_vocab", encoding.n_vocab)
-    fits = type(n_vocab) is int and special[bos] < n_vocab <= encoding.n_vocab
-    check(fits, f"{path} is damaged: n_vocab {n_vocab} of {encoding.n_vocab} tokens: {cure}")
-    return Tokenizer(encoding, special[bos], made["name"], made["prefix_space"], n_vocab)
+    return _build(path, ranks, made["pattern"], special, bos, made["name"], made["prefix_space"])
 
 
-def _encoding(path, name, pattern, ranks, special):
-    """A tiktoken.Encoding, after the checks without which tiktoken dies in Rust."""
-    for byte in range(256):
-        check(bytes([byte]) in ranks, f"{path}: no token for the byte {byte}: not a byte-level BPE")
+def _build(path, ranks, pattern, special, bos, name, prefix_space):
+    """A Tokenizer of {token: id}, after the checks without which tiktoken dies in Rust."""
     ids = [*ranks.values(), *special.values()]
-    check(len(ids) == len(set(ids)), f"{path}: two tokens have one id")
+    check(len(ids) == len(set(ids)), f"{path} is damaged: two of its tokens have one id")
+    n_vocab = max(ids, default=0) + 1
+    check(n_vocab <= 1 << 24, f"{path} is damaged: a token with the id {n_vocab - 1}")
+    # Bytes without a token (some are in no UTF-8) get ids beyond the vocabulary: encode() drops
+    # them, as Hugging Face does.
+    ranks = dict(ranks)
+    missing = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
+    check(len(missing) < 128, f"{path}: no token for {len(missing)} bytes: not a byte-level BPE")
+    for i, byte in enumerate(missing):
+        ranks[byte] = n_vocab + i
     try:
-        return optional("tiktoken").Encoding(
+        encoding = optional("tiktoken").Encoding(
             name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
     except (ValueError, OverflowError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"{path}: tiktoken cannot use its pattern ({why})") from None
+    return Tokenizer(encoding, special[bos], name, prefix_space, n_vocab)
 
 
 # -- Other people's vocabularies --------------------------------------------------------------
@@ -220,18 +223,8 @@ def from_huggingface(path, bos=None):
         if token in vocab and token not in special:
             check(set(token) <= byte_of.keys(), f"{path}: {token!r} is no string of bytes: {cure}")
             ranks[bytes(byte_of[letter] for letter in token)] = vocab[token]
-    n_vocab = 1 + max(*ranks.values(), *special.values(), *vocab.values())
-    # Bytes without a token (some are never used by UTF-8): Hugging Face drops them. They get ids
-    # beyond the vocabulary, which encode() drops.
-    beyond = n_vocab
-    for byte in range(256):
-        if bytes([byte]) not in ranks:
-            ranks[bytes([byte])] = beyond
-            beyond += 1
-    check(beyond - n_vocab < 128, f"{path}: it has no tokens for most bytes: {cure}")
     name = Path(path).resolve().parent.name
-    encoding = _encoding(path, name, pattern, ranks, special)
-    return Tokenizer(encoding, special[bos], name, prefix_space, n_vocab)
+    return _build(path, ranks, pattern, special, bos, name, prefix_space)
 
 
 def _pattern_of(path, made, cure):
@@ -283,8 +276,8 @@ def merge_tokenizers(first, second, name):
         if token not in known:
             tokens.append(token)
     ranks = {token: i for i, token in enumerate(tokens)}
-    encoding = _encoding(name, name, first.encoding._pat_str, ranks, {"<s>": len(ranks)})
-    return Tokenizer(encoding, len(ranks), name, first.prefix_space)
+    special = {"<s>": len(ranks)}
+    return _build(name, ranks, first.encoding._pat_str, special, "<s>", name, first.prefix_space)
 
 
 # -- Files of a data set ----------------------------------------------------------------------
