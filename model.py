@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import pickle
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -292,8 +293,8 @@ class Memory3(nn.Module):
     recompute (False): with True the backward computes each layer's activations again instead of
     keeping them, in forward and in write: the memory of one layer instead of all, for a third more
     time. The gradients are the same, to the last bit on a CPU.
-    fuse (False): with True `decode` runs through torch.compile. The first steps then wait for the
-    compiler; the later ones start fewer kernels.
+    fuse (False, or True where the environment has MEMORY3_FUSE=1): `decode` runs through
+    torch.compile. The first steps then wait for the compiler; the later ones start fewer kernels.
     """
 
     def __init__(self, config):
@@ -306,7 +307,7 @@ class Memory3(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         self.recompute = False
-        self.fuse = False
+        self.fuse = os.environ.get("MEMORY3_FUSE") == "1"
         self.origin = None  # the fingerprint, where these weights are rounded from others
         self.apply(self._init)
         for name, p in self.named_parameters():  # GPT-2's: keep the residual's size over depth

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import kernels
 import memory
+from common import UserError
 from memory import Memories, chunk_attention, select_tokens, token_weights
 from quantize import Codec
 
@@ -403,6 +404,30 @@ def test_the_kernels_are_given_what_the_paths_in_pytorch_get(monkeypatch):
     kept = memory.keep_tokens(q, k, mask, 4)
     assert torch.equal(kept, select_tokens(token_weights(q, k, mask), mask, 4))
     assert calls[2:] == ["select"]
+
+
+def test_a_changed_rule_is_not_overridden(monkeypatch):
+    """Catches a fork whose rule runs on a CPU only, since on CUDA kernels.cu still chooses by its
+    own; and a rule that nobody has written yet, taken for the paper's."""
+    calls = through_kernels(monkeypatch)
+    q, k, mask = writing_case()
+    monkeypatch.setattr(kernels, "SELECTION", 2)  # as if kernels.cu had another rule than memory.py
+    index = memory.keep_tokens(q, k, mask, 4)
+    assert calls == [] and torch.equal(index, select_tokens(token_weights(q, k, mask), mask, 4))
+    with pytest.raises(UserError, match="selection 2: memory.keep_tokens knows only rule 1"):
+        memory.keep_tokens(q, k, mask, 4, selection=2)
+
+
+def test_rule_1_keeps_what_it_kept():
+    """Catches a rule that was changed under its old number: banks written by the old rule would be
+    taken for the new one's, and kernels.cu would still choose by the old. Give it a new number."""
+    g = torch.Generator().manual_seed(21)
+    q, k = torch.randn(2, 6, 9, 4, generator=g), torch.randn(2, 2, 9, 4, generator=g)
+    mask = torch.arange(9) < torch.tensor([[9], [7]])
+    for approximate in (False, True):
+        weights = brute_weights(q, k, mask, approximate)
+        best = weights.masked_fill(~mask[:, None], -math.inf).topk(3).indices.sort().values
+        assert torch.equal(memory.keep_tokens(q, k, mask, 3, approximate, 1), best)
 
 
 def decoding_case(slots=7, first=3, n=13):

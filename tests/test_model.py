@@ -1,6 +1,7 @@
 """The decoder: the plain model, the format with memories, writing, gradients, configs, files."""
 
 import math
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -12,7 +13,7 @@ import memory
 import model as model_module
 from common import UserError
 from memory import Memories
-from model import PRESETS, Cache, Config, Memory3, load_checkpoint
+from model import PRESETS, Block, Cache, Config, Memory3, load_checkpoint
 
 LENGTHS = [13, 4, 9, 1, 11, 6]  # of the references; 4 and 1 are fewer than the 5 that are kept
 T = 25  # 3 chunks of 7 and 4 tokens
@@ -24,11 +25,13 @@ RECALL = torch.tensor(
 )  # nobody reads memory 5; sequence 0 reads 4 nowhere
 
 
-@pytest.fixture
-def case(build, references):
-    """A model in float64, 2 sequences, 6 references."""
+@pytest.fixture(params=[0, 1], ids=lambda first: f"memory_from {first}")
+def case(request, build, references):
+    """A model in float64 whose memory layers are the first three or the last three, 2 sequences, 6
+    references."""
     g = torch.Generator().manual_seed(8)
-    return build(), torch.randint(0, 90, (2, T), generator=g), references(LENGTHS)
+    model = build(memory_from=request.param)
+    return model, torch.randint(0, 90, (2, T), generator=g), references(LENGTHS)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,7 +209,7 @@ def test_header_is_read_and_attends_no_memory(case):
     with_memories, without = keys(RECALL), keys(None)
     for a, b in zip(with_memories, without, strict=True):
         torch.testing.assert_close(a[:, :, :, :3], b[:, :, :, :3], rtol=1e-11, atol=1e-12)
-    assert not with_memories[1][:, :, :, 3:].allclose(without[1][:, :, :, 3:], atol=1e-4)
+    assert not with_memories[2][:, :, :, 3:].allclose(without[2][:, :, :, 3:], atol=1e-4)
     before = model(tokens, memories=pool, recall=RECALL)[0]
     model.config.header = (96, 94, 92)
     assert not before.allclose(model(tokens, memories=pool, recall=RECALL)[0], atol=1e-4)
@@ -232,15 +235,16 @@ def by_hand(model, reference):
         hook.remove()
     kv = torch.zeros(c.memory_shape, dtype=torch.float64)
     index = torch.full((3, 2, 5), -1)
-    for l in range(3):
+    for i in range(3):
+        l = c.memory_from + i
         x = caught[l][0, 3:].view(n, 10, 10)  # (n, H + 2 Hkv, dh), without the header
         for h in range(2):
             k, w = x[:, 6 + h], torch.zeros(n, dtype=torch.float64)
             for q in range(3 * h, 3 * h + 3):
                 w += (x[:, q] @ k.T / math.sqrt(10)).softmax(-1).sum(0)
             keep = sorted(w.argsort(descending=True)[:5].tolist())
-            index[l, h, : len(keep)] = torch.tensor(keep)
-            kv[l, :, h, : len(keep)] = cache.kv[l][:, 0, h, 3:][:, keep]
+            index[i, h, : len(keep)] = torch.tensor(keep)
+            kv[i, :, h, : len(keep)] = cache.kv[l][:, 0, h, 3:][:, keep]
     return kv, index
 
 
@@ -291,10 +295,11 @@ def test_write_uses_no_layer_after_its_last_keys(case):
     """Catches work and gradients where references have left: layer Lm-1 gives keys and values, and
     nothing of it after that (W_O, MLP) nor of later layers is touched."""
     model, _, refs = case
-    last = model.blocks[2]
+    last = model.blocks[model.config.memory_layers[-1]]
     before = model.write(refs).kv
     with torch.no_grad():
-        for p in (last.attn.out.weight, *last.mlp.parameters(), *model.blocks[3].parameters()):
+        later = model.blocks[model.config.memory_layers.stop :].parameters()
+        for p in (last.attn.out.weight, *last.mlp.parameters(), *later):
             p.fill_(math.nan)
     assert torch.equal(model.write(refs).kv, before)
 
@@ -369,6 +374,96 @@ def test_gradient_reaches_the_writer_only_through_kept_slots(case):
     assert (model.embed.weight.grad[91] == 0).all()
 
 
+def all_gradients(model, tokens, refs, **options):
+    """Logits, loss, memories and every gradient of one step of the explicit stage."""
+    model.zero_grad()
+    pool, index = model.write(refs, return_indices=True)
+    logits, loss = model(tokens, tokens.roll(-1, 1), pool, RECALL, **options)
+    loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    return logits, [loss.detach(), pool.kv.detach(), index, *grads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recomputed_layers_give_the_same_bits(build, references, dtype, autocast):
+    """Catches a layer that is computed again with another layer's memories or rule (a variable of
+    the loop that has moved on), without autocast, or that gives its memories twice."""
+    model, refs = build(dtype), references(LENGTHS)
+    tokens = torch.randint(0, 90, (2, T), generator=torch.Generator().manual_seed(14))
+    calls = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    results = []
+    for model.recompute in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(all_gradients(model, tokens, refs)[1])
+    assert len(calls) == 7 + 2 * 7  # 3 layers write, 4 read; then each of them twice
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with torch.no_grad():  # no gradient: nothing to compute again
+        model(tokens)
+    assert len(calls) == 7 + 2 * 7 + 4
+
+
+def rows_kept_for_the_backward(forward):
+    """The numbers of rows of the tensors (rows, V) that autograd keeps, weights aside."""
+    rows = set()
+
+    def pack(x):
+        if x.shape[1:] == (97,) and x.shape[0] != 60:  # (60, 97) is the head's weight, transposed
+            rows.add(x.shape[0])
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        forward()
+    return rows
+
+
+def test_the_loss_in_parts_is_the_loss(build, references, monkeypatch):
+    """Catches parts that are weighed alike though they have other numbers of targets, a part of
+    ignored targets alone (nan), logits that are kept, and a lost last part."""
+    model, refs = build(torch.float32, tied=True), references(LENGTHS)
+    tokens = torch.randint(0, 90, (2, T), generator=torch.Generator().manual_seed(15))
+    targets = tokens.roll(-1, 1)
+    targets[0, 3:17] = -1  # more than one part of 7
+    targets[1, 2] = -1
+    pool = model.write(refs)
+    logits, want = model(tokens, targets, pool, RECALL)
+    want_grads = torch.autograd.grad(want, list(model.parameters()), retain_graph=True)
+    assert logits.shape == (2, T, 97)
+    for most in (model_module.MOST_LOGITS, 7 * 97, 5):  # one part, 8 parts, token by token
+        monkeypatch.setattr(model_module, "MOST_LOGITS", most)
+        logits, loss = model(tokens, targets, pool, RECALL, return_logits=False)
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        assert logits is None
+        torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+        for a, b in zip(grads, want_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
+        saved = rows_kept_for_the_backward(lambda: model(tokens, targets, return_logits=False))
+        assert saved == ({50} if most > 50 * 97 else set())
+
+
+def test_parameters_in_bfloat16_lose_no_more_than_their_rounding(build):
+    """Catches norms, rotations, softmax or the loss computed in bfloat16: the model of rounded
+    parameters must differ from the same numbers in float64 by what rounding of x and y explains."""
+    half = build(torch.bfloat16, scale=2.0)
+    exact = build(scale=2.0)
+    exact.load_state_dict(half.state_dict())
+    tokens = torch.randint(0, 90, (2, T), generator=torch.Generator().manual_seed(16))
+    with torch.no_grad():
+        (_, loss), (_, want) = half(tokens, tokens.roll(-1, 1)), exact(tokens, tokens.roll(-1, 1))
+        assert loss.dtype == torch.float32
+        assert abs(float(loss - want)) < 0.01 * float(want)
+        x = torch.randn(2, 5, 60, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
+        norm, true = half.blocks[1].norm1, exact.blocks[1].norm1
+        assert torch.equal(norm(x), true(x.double()).bfloat16())
+        cos, sin = model_module.rope_table(torch.tensor([5000, 1, 77, 128, 2000]), half.config)
+        x = torch.randn(2, 5, 10, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(2))
+        turned = model_module.apply_rope(x.double(), cos.double(), sin.double())
+        error = model_module.apply_rope(x, cos, sin).double() - turned
+        assert (error.abs() <= turned.abs() * 2**-8 + 1e-6).all()
+
+
 def test_references_are_no_targets(build, references):
     """Catches references (or the header) in the loss: a token that stands only there is never
     predicted, so the gradient of its output row only pushes it down: softmax minus nothing."""
@@ -427,6 +522,7 @@ def test_tied_embeddings_are_one_matrix(build):
     "changes, line",
     [
         (dict(n_memory_layer=5), "n_memory_layer 5 > n_layer 4"),
+        (dict(memory_from=2), "memory_from 2 . n_memory_layer 3 is more than n_layer 4"),
         (dict(n_kv_head=4), "n_head 6 is not a multiple of n_kv_head 4"),
         (dict(head_dim=11), "head_dim 11 is odd"),
         (dict(header=()), "header is empty"),
@@ -481,6 +577,38 @@ def test_decoding_through_the_cache_is_the_forward(case, header):
     assert len(addresses) == 1
 
 
+# aot_eager: all of torch.compile but the generated code, whose C++ takes a minute to compile
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decoding_compiled_is_decoding(build, references, monkeypatch, backend):
+    """Catches a compiled step that reads a copy of the cache, or one that is compiled once a layer:
+    the layers with memories share one graph, those without another."""
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    step = torch.compile(Block.decode, dynamic=False, backend=backend)
+    monkeypatch.setattr(model_module, "fused_decode", lambda: step)
+    model, refs = build(n_layer=6, memory_from=1), references(LENGTHS)
+    tokens = torch.randint(0, 90, (2, T), generator=torch.Generator().manual_seed(17))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    outs = []
+    with torch.no_grad():
+        pool = model.write(refs)
+        for model.fuse in (False, True):
+            cache = Cache(model.config, 2, 25, dtype=torch.float64)
+            out = [model(tokens[:, :14], None, pool, RECALL[:, :2], cache)[0][:, 0]]
+            for t in range(14, 25):
+                if t % 7 == 0:
+                    cache.load_memories(pool, RECALL[:, t // 7])
+                out.append(model.decode(tokens[:, t], cache))
+            outs.append((torch.stack(out), *cache.kv))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    for a, b in zip(*outs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("path", ["flash", "kernel"])
 def test_the_paths_of_a_gpu_fit_together(monkeypatch, path):
     """Catches shapes, layouts and types that no CPU path minds: writing, a training step, prefill,
@@ -517,6 +645,8 @@ def test_fingerprint_names_weights_and_config(build, config):
     assert ours.fingerprint() != first
     assert build(torch.float32, approximate_weights=True).fingerprint() != first
     assert build(torch.float32, header=(96, 94, 92)).fingerprint() != first
+    assert build(torch.float32, selection=2).fingerprint() != first
+    assert build(torch.float32, memory_from=1).fingerprint() != first
     reader = dict(n_recall=3, chunk_len=9, max_context=50)
     assert build(torch.float32, **reader).fingerprint() == first
 
