@@ -7,12 +7,15 @@ read_rows, read_array       the readers of all our text, JSON, JSON-lines and Nu
 replace_file, write_json    written beside and renamed: a kill leaves the old file
 optional(package)           a package that only some commands need
 find_device(name)           "auto": CUDA where there is one
+number(int, 1)              a type of argparse: a number with its range
+visible(text)               a text that a terminal cannot obey
 run(main)                   an entry point: a UserError is one line, a bug keeps its traceback
 
 A reader's `cure` is what the user can do about a file that is missing or damaged, as the end of a
 sentence: "run python data/cities/prepare.py".
 """
 
+import argparse
 import importlib
 import io
 import json
@@ -121,6 +124,8 @@ def visible(text):
         steers = code < 32 or 127 <= code < 160
         if steers and character not in "\n\t":
             shown.append(f"\\x{code:02x}")
+        elif 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069:  # these turn the text around
+            shown.append(f"\\u{code:04x}")
         else:
             shown.append(character)
     return "".join(shown)
@@ -167,12 +172,17 @@ def read_json(path, schema, cure):
 def read_rows(path, schema, cure):
     """A JSON-lines file of ours as a list of dicts; blank lines count for nothing, and a file
     without any row is refused. UserError names the line."""
+    return [row for _, row in numbered_rows(path, schema, cure)]
+
+
+def numbered_rows(path, schema, cure):
+    """The same with the line of each row: [(line, row)]."""
     rows = []
-    for number, line in enumerate(read_text(path, cure).split("\n"), start=1):
-        if line.strip():
-            where = f"{path} is damaged: line {number}"
-            row = _parse_json(line, where, cure)
-            rows.append(_fit_schema(row, schema, where, cure))
+    for line, text in enumerate(read_text(path, cure).split("\n"), start=1):
+        if text.strip():
+            where = f"{path} is damaged: line {line}"
+            row = _parse_json(text, where, cure)
+            rows.append((line, _fit_schema(row, schema, where, cure)))
     check(rows, f"{path} is empty: {cure}")
     return rows
 
@@ -286,3 +296,21 @@ def find_device(name):
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def number(kind, low=-math.inf, high=math.inf):
+    """A type for argparse: an int or float from low to high. The refusal names the flag and both.
+
+    >>> number(int, 1)("7")
+    7
+    """
+
+    def convert(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):  # nan is in no range
+            most = "" if high == math.inf else f" to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: it goes from {low}{most}")
+        return value
+
+    convert.__name__ = kind.__name__  # what argparse calls a text that is no number at all
+    return convert

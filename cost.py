@@ -11,11 +11,15 @@ causal attention, decoding the codes, retrieval, and the way from disk.
 
 import argparse
 import math
+from pathlib import Path
 
-from common import check, run
+import numpy as np
+
+from common import check, number, optional, run
 from model import PRESETS, Config
 from quantize import default_spec, layout
 
+TERA = 1e12
 KNOWLEDGE_BASE = 1.12e8  # references; sec. 4.4 prints 1.1e8, its bytes in sec. 3.3 need 1.12e8
 
 # -- Compute (App. A) -------------------------------------------------------------------------
@@ -23,8 +27,11 @@ KNOWLEDGE_BASE = 1.12e8  # references; sec. 4.4 prints 1.1e8, its bytes in sec. 
 
 def forward(c, n, head=True):
     """One window of n tokens through the plain decoder; head: with the LM head."""
-    attention = c.n_layer * 2 * (n * n / 2) * c.n_embd  # scores, values: causal pairs of d numbers
-    return 2 * (n * c.n_params + attention + head * n * c.vocab_size * c.n_embd)
+    products = n * c.n_params
+    products += c.n_layer * 2 * (n * n / 2) * c.n_embd  # scores, values: causal pairs of d numbers
+    if head:
+        products += n * c.vocab_size * c.n_embd
+    return 2 * products
 
 
 def write_implicit(c):
@@ -65,9 +72,11 @@ def total_cost(c, n):
     >>> {name: round(x / 1e12, 3) for name, x in costs.items()}
     {'plain text': 62.422, 'explicit memory': 0.323, 'model parameters': 2.239}
     """
-    text, explicit = n * read_rag(c), write_explicit(c) + n * read_explicit(c)
-    implicit = write_implicit(c)  # reading: at least 0 (A.1)
-    return {"plain text": text, "explicit memory": explicit, "model parameters": implicit}
+    return {
+        "plain text": n * read_rag(c),  # writing costs nothing
+        "explicit memory": write_explicit(c) + n * read_explicit(c),
+        "model parameters": write_implicit(c),  # reading: at least 0 (A.1)
+    }
 
 
 def advantage_interval(c):
@@ -78,21 +87,26 @@ def advantage_interval(c):
     """
     gain = read_rag(c) - read_explicit(c)  # of each use, over text
     low = write_explicit(c) / gain if gain > 0 else math.inf
-    return low, (write_implicit(c) - write_explicit(c)) / read_explicit(c)
+    high = (write_implicit(c) - write_explicit(c)) / read_explicit(c)
+    return low, high
 
 
 def step_flops(c, explicit, tokens=None):
     """A window's training step; explicit: each chunk also writes one memory, reads R (sec. 3.6)."""
     tokens = tokens or c.max_context
-    trained = write_explicit(c) - selection(c) + c.n_recall * read_explicit(c)  # of each chunk
-    chunks = explicit * math.ceil(tokens / c.chunk_len)
-    return 3 * forward(c, tokens) + chunks * (3 * trained + selection(c))  # chosen: no backward
+    plain = 3 * forward(c, tokens)  # the backward pass is two forward passes
+    if not explicit:
+        return plain
+    trained = write_explicit(c) - selection(c) + c.n_recall * read_explicit(c)
+    chunk = 3 * trained + selection(c)  # the choice of tokens has no backward pass
+    return plain + math.ceil(tokens / c.chunk_len) * chunk
 
 
 def reading_share(c, tokens=256):
     """(FLOPs of reading memories, of all else but the LM head) in 128 + 128 tokens (Remark 7.1)."""
     chunks = math.ceil(tokens / c.chunk_len)
-    return chunks * c.n_recall * read_explicit(c), forward(c, tokens, head=False)
+    reading = chunks * c.n_recall * read_explicit(c)
+    return reading, forward(c, tokens, head=False)
 
 
 # -- Storage (sec. 3.3) -----------------------------------------------------------------------
@@ -106,9 +120,15 @@ def memory_bytes(c, form, references=KNOWLEDGE_BASE):
     >>> [memory_bytes(Config(), form) for form in ("full", "bf16", "codes")]
     [72089600, 450560, 39424]
     """
-    every, kept = c.n_layer * 2 * c.n_head * c.ref_len, math.prod(c.memory_shape[:-1])  # vectors
-    code = layout(default_spec(c.head_dim, int(references * kept)))[1]  # bytes of one
-    return dict(full=2 * every * c.head_dim, bf16=2 * kept * c.head_dim, codes=kept * code)[form]
+    kept = math.prod(c.memory_shape[:-1])  # vectors in a memory
+    if form == "full":
+        every = c.n_layer * 2 * c.n_head * c.ref_len  # vectors before anything is left out
+        return every * c.head_dim * 2
+    if form == "bf16":
+        return kept * c.head_dim * 2
+    check(form == "codes", f"form {form!r}: full, bf16 or codes")
+    spec = default_spec(c.head_dim, int(references * kept))
+    return kept * layout(spec)[1]  # bytes of one vector's code
 
 
 def sparsity(c, form="bf16"):
@@ -117,7 +137,8 @@ def sparsity(c, form="bf16"):
 
 
 def weights(c):  # with the embeddings, norms aside
-    return c.n_params + c.vocab_size * c.n_embd * (1 if c.tied else 2)
+    matrices = 1 if c.tied else 2  # embedding, LM head
+    return c.n_params + matrices * c.vocab_size * c.n_embd
 
 
 def training_bytes(c):  # weights, gradients, AdamW's moments in float32; activations on top
@@ -126,42 +147,159 @@ def training_bytes(c):  # weights, gradients, AdamW's moments in float32; activa
 
 def answering_bytes(c):
     """bf16 weights, and the keys and values of max_context tokens and R memories (batch 1)."""
-    slots = c.max_context * c.n_layer + c.n_recall * c.memory_tokens * c.n_memory_layer
-    return 2 * weights(c) + slots * 2 * c.n_kv_head * c.head_dim * 2
+    tokens = c.max_context * c.n_layer + c.n_recall * c.memory_tokens * c.n_memory_layer
+    keys_values = tokens * 2 * c.n_kv_head * c.head_dim
+    return 2 * weights(c) + 2 * keys_values
+
+
+# -- A plan for a knowledge base --------------------------------------------------------------
 
 
 def plan(c, references, uses, flops, utilisation):
-    """A knowledge base in every format: [(format, bytes, hours to write, FLOPs in all)]. uses: of
-    each reference; flops: FLOP/s at the machine's peak; utilisation: the share of it reached."""
+    """A knowledge base in every format: [(format, bytes, hours to write, FLOPs in all)].
+
+    uses: of each reference; flops: FLOP/s at the machine's peak; utilisation: the share of it that
+    is reached. UserError for what is no positive number, or a share above 1."""
     given = dict(references=references, uses=uses, flops=flops, utilisation=utilisation)
     for name, x in given.items():
-        fits = 0 < x < math.inf and (x <= 1 or name != "utilisation")
-        check(fits, f"--{name} {x:g}: give a positive number, and a share of at most 1")
-    size = {  # bytes of a reference
-        "plain text": c.ref_len * (2 if c.vocab_size <= 65536 else 4),  # as corpus.py keeps ids
+        check(0 < x < math.inf, f"--{name} {x:g}: give a positive number")
+    check(utilisation <= 1, f"--utilisation {utilisation:g}: give a share of at most 1")
+    bytes_per_token = 2 if c.vocab_size <= 65536 else 4  # as corpus.py keeps ids
+    sizes = {  # bytes of a reference
+        "plain text": c.ref_len * bytes_per_token,
         "explicit memory, bf16": memory_bytes(c, "bf16"),
         "explicit memory, codes": memory_bytes(c, "codes", references),
         "model parameters": 0,  # none beyond the model's own
     }
-    write, total = total_cost(c, 0), total_cost(c, uses)  # FLOPs of a reference
-    N, hour, forms = references, 3600 * flops * utilisation, [(x, x.split(",")[0]) for x in size]
-    return [(x, N * size[x], N * write[form] / hour, N * total[form]) for x, form in forms]
+    write = total_cost(c, 0)  # FLOPs of a reference
+    total = total_cost(c, uses)
+    rows = []
+    for form, size in sizes.items():
+        name = form.split(",")[0]  # the two explicit ones cost the same
+        seconds = references * write[name] / (flops * utilisation)
+        rows.append((form, references * size, seconds / 3600, references * total[name]))
+    return rows
+
+
+# -- The table, Fig. 1.1 ----------------------------------------------------------------------
+
+
+def table(c):
+    """[(quantity, ours, the paper's printed figure or "", where in the paper)]; ours: a number.
+
+    The paper printed its figures for its own model only, the 2.4b."""
+    low, high = advantage_interval(c)
+    reading, rest = reading_share(c)
+    implicit = step_flops(c, explicit=False)
+    explicit = step_flops(c, explicit=True)
+    full = memory_bytes(c, "full")
+    bf16 = memory_bytes(c, "bf16")
+    codes = memory_bytes(c, "codes")
+    tib = 2**40 / KNOWLEDGE_BASE  # the paper's "TB", of one reference
+    return [
+        ("non-embedding weights", c.n_params, "2.4e9", "sec. 3.4"),
+        ("GiB to train, activations aside", training_bytes(c) / 2**30, "", ""),
+        ("GiB to answer, bf16, batch 1", answering_bytes(c) / 2**30, "", ""),
+        ("bytes a memory, bf16", bf16, "", ""),
+        ("bytes a memory, codes", codes, "", ""),
+        ("sparsity", sparsity(c), "160", "sec. 3.3"),
+        ("sparsity with codes", sparsity(c, "codes"), "1830", "sec. 3.3"),
+        ("all keys and values of 1.12e8, PiB", full / tib / 1024, "7.17", "sec. 3.3"),
+        ("all keys and values of 1.12e8, TiB", full / tib, "7340", "sec. 3.3"),
+        ("bank of 1.12e8, bf16, TiB", bf16 / tib, "45.9", "sec. 3.3"),
+        ("bank of 1.12e8, codes, TiB", codes / tib, "4.02", "sec. 3.3"),
+        ("implicit write, TFlops", write_implicit(c) / TERA, "2.24", "A.1"),
+        ("explicit write, TFlops", write_explicit(c) / TERA, "0.308", "A.2"),
+        ("explicit read, TFlops", read_explicit(c) / TERA, "1.44e-4", "A.2"),
+        ("RAG read, TFlops", read_rag(c) / TERA, "0.624", "A.3"),
+        ("explicit is cheapest from n", low, "0.494", "Fig. 1.1"),
+        ("explicit is cheapest to n", high, "13400", "Fig. 1.1"),
+        ("implicit step of a window, TFlops", implicit / TERA, "", ""),
+        ("explicit step of a window, TFlops", explicit / TERA, "", ""),
+        ("explicit over implicit step", explicit / implicit, "> 2 in time", "sec. 3.6"),
+        ("reading in 256 tokens, TFlops", reading / TERA, "2.884e-3", "Remark 7.1"),
+        ("all else in 256 tokens, TFlops", rest / TERA, "1.264", "Remark 7.1"),
+        ("reading over all else, %", 100 * reading / rest, "0.228", "Remark 7.1"),
+    ]
+
+
+def show_table(c):
+    """Prints the table; the paper's columns only for the paper's model."""
+    with_paper = c == Config()
+    head = f"{'':38} {'ours':>13}"
+    print(f"{head}   paper         where" if with_paper else head)
+    for quantity, ours, paper, where in table(c):
+        shown = f"{ours:,}" if isinstance(ours, int) else f"{ours:.5g}"
+        line = f"{quantity:38} {shown:>13}"
+        print(f"{line}   {paper:12}  {where}" if with_paper else line)
+
+
+def show_plan(c, references, uses, rows):
+    print(f"\n{references:,.0f} references of {c.ref_len} tokens, each used {uses:g} times")
+    print(f"{'':24} {'GiB':>12} {'hours to write':>15} {'TFlops in all':>14}")
+    for form, size, hours, flops in rows:
+        print(f"{form:24} {size / 2**30:12,.6g} {hours:15,.6g} {flops / TERA:14.4g}")
+    cheapest = min(rows, key=flops_of)[0]
+    print(f"cheapest by eq. (1.1): {cheapest.split(',')[0]}")
+
+
+def flops_of(row):
+    return row[3]
+
+
+def plot(c, file):
+    """Fig. 1.1 for this Config: total cost over the expected usage count, log-log."""
+    Figure = optional("matplotlib.figure").Figure
+    n = np.geomspace(1e-2, 1e6)
+    ax = Figure(figsize=(7, 4.2), layout="constrained").subplots()
+    for name, flops in total_cost(c, n).items():
+        ax.loglog(n, np.broadcast_to(flops / TERA, n.shape), label=name)
+    low, high = advantage_interval(c)
+    if low < high:
+        for edge in (low, high):
+            ax.axvline(edge, color="0.3", ls=":", label=f"n = {float(f'{edge:.3g}'):,g}")
+    ax.set(xlabel="expected usage count n", ylabel="write + n * read, TFlops")
+    ax.legend()
+    ax.figure.savefig(file, dpi=150)
+
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def parser():
+    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
+    positive = number(float, 1e-300)
+    p.add_argument("--preset", default="2.4b", choices=list(PRESETS), help="which shape")
+    p.add_argument("--plot", metavar="FILE", help="draws Fig. 1.1 (.png, .svg, .pdf)")
+    p.add_argument("--references", type=positive, metavar="N", help="plan: how many, e.g. 1e6")
+    p.add_argument("--uses", type=positive, metavar="n", help="plan: expected uses of each")
+    p.add_argument("--flops", type=positive, metavar="F", help="plan: FLOP/s; A100: 312e12")
+    share = number(float, 1e-300, 1)
+    p.add_argument("--utilisation", type=share, default=0.4, help="plan: share of it reached")
+    return p
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--preset", default="2.4b", help=", ".join(PRESETS) + " (default 2.4b)")
-    p.add_argument("--plot", metavar="FILE", help="draws Fig. 1.1 (.png, .svg, .pdf)")
-    p.add_argument("--references", type=float, metavar="N", help="plan: how many, e.g. 1e6")
-    p.add_argument("--uses", type=float, metavar="n", help="plan: expected uses of each")
-    p.add_argument("--flops", type=float, metavar="F", help="plan: FLOP/s; A100: 312e12")
-    p.add_argument("--utilisation", type=float, default=0.4, help="plan: share of it reached (0.4)")
-    a = p.parse_args(argv)
-    c, wanted = Config.preset(a.preset), [a.references, a.uses, a.flops]
-    check(wanted.count(None) in (0, 3), "a plan needs --references, --uses and --flops together")
-    from views import costs  # it imports this file
-
-    costs.show(a, c, [] if None in wanted else plan(c, *wanted, a.utilisation))
+    a = parser().parse_args(argv)
+    c = Config.preset(a.preset)
+    asked = [a.references, a.uses, a.flops]
+    missing = asked.count(None)
+    check(missing in (0, 3), "a plan needs --references, --uses and --flops together")
+    if a.plot:
+        kind = Path(a.plot).suffix
+        check(kind in PICTURES, f"--plot {a.plot}: give a file that ends in {', '.join(PICTURES)}")
+        folder = Path(a.plot).parent
+        check(folder.is_dir(), f"--plot {a.plot}: there is no directory {folder}")
+        check(not Path(a.plot).is_dir(), f"--plot {a.plot} is a directory: give a file")
+    print(f"{a.preset}: memories {c.memory_shape}, vocabulary {c.vocab_size:,}")
+    show_table(c)
+    if not missing:
+        rows = plan(c, a.references, a.uses, a.flops, a.utilisation)
+        show_plan(c, a.references, a.uses, rows)
+    if a.plot:
+        plot(c, a.plot)
+        print(f"\nwritten to {a.plot}")
 
 
 if __name__ == "__main__":

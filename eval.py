@@ -1,18 +1,31 @@
 """What explicit memory is worth, in numbers: section 7's comparisons at the model's own scale.
 
     python eval.py --json out/demo.json           questions about references it never read
-    python eval.py --text                         loss on validation text
-    python eval.py --leak                         how much of that is copying (Table C.2)
-    python eval.py --choices FILE                 multiple choice (sec. 7.1)
-    python eval.py --drift A.pt B.pt C.pt         memories of older checkpoints (Remark A.1)
+    python eval.py --data DIR --questions_file FILE
 
-Each question is asked under the seven conditions below. The other four commands are files of their
-own in experiments/: text.py, choices.py and drift.py, with one idea each.
+Each fact is asked for under the seven conditions below, in all wordings there are. Questions are
+lines of JSON, DATA/questions.jsonl, with these keys; a fact needs the first two:
+
+    question    text that is asked
+    answer      text that is right
+    questions   [text, ...]: all wordings of the question, where there are several
+    reference   which reference of the knowledge base tells it (its row); without it, the condition
+                `oracle` and the hit rate are left out
+    sentences   [text, ...]: what may follow, each a way to give the answer. The answer is exact if
+                the model's likeliest text is one of them. Without: it is exact if the answer
+                stands in the first sentence that the model writes
+    city        the name with which every answer begins: it is put after the question
+    relation    facts of one relation get a column of their own
+
+Without such a file the items are made from the references: sentences cut off before their last
+number or name that no training text has (see `cloze`). So any text can be asked about.
+
+experiments/ has more: text.py and leak.py (loss on text), choices.py, drift.py, heads.py.
 """
 
 import argparse
-import json
 import math
+import re
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,9 +36,9 @@ from tqdm import tqdm
 
 import corpus
 from bank import MemoryBank
-from common import UserError, check, run, write_json
-from generate import generate, open_model
-from retrieval import Given, Random, Retriever
+from common import UserError, check, number, numbered_rows, run, visible, write_json
+from generate import CODES, generate, in_context, model_flags, open_memory, open_model, place
+from retrieval import Given, Random
 from views.explain import explain
 
 ANSWER = 32  # tokens, at most
@@ -39,127 +52,332 @@ CONDITIONS = dict(
     rag="text in context (RAG: the same {R} references)",
 )
 
+# -- Questions --------------------------------------------------------------------------------
+
 
 def load_questions(path, n):
-    """The first n questions of a questions.jsonl; the file takes the relations in turns."""
-    if not Path(path).exists():
-        raise UserError(f"{path} is missing: run python {Path(path).parent}/prepare.py")
-    lines = [line for line in open(path) if line.strip()][:n]
-    check(lines, f"{path} holds no question")
-    keys = "question", "answer", "sentences", "relation", "city", "reference"
-    try:
-        return [{key: row[key] for key in keys} for row in map(json.loads, lines)]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged: {e!r}") from None
+    """The first n facts of a file of questions (see above), with all keys filled in.
+
+    UserError names the file and the line of what is missing or of another type."""
+    schema = dict(question=str, answer=str)
+    cure = "give lines of JSON with question and answer (see eval.py)"
+    rows = []
+    for line, row in numbered_rows(path, schema, cure)[:n]:
+        where = f"{path}, line {line}"
+        for key in schema:
+            check(is_text(row[key]), f"{where}: {key} is empty")
+        for key in ("questions", "sentences"):
+            texts = row.get(key, [])
+            fits = isinstance(texts, list) and all(is_text(text) for text in texts)
+            check(fits, f"{where}: {key} is to be a list of texts")
+        for key in ("city", "relation"):
+            check(isinstance(row.get(key, ""), str), f"{where}: {key} is to be a text")
+        reference = row.get("reference", -1)
+        fits = type(reference) is int and reference >= -1
+        check(fits, f"{where}: reference is to be the row of a reference, from 0")
+        # wordings in the order of the file, each once
+        wordings = dict.fromkeys([row["question"], *row.get("questions", [])])
+        full = dict(
+            question=row["question"],
+            answer=row["answer"],
+            questions=list(wordings),
+            sentences=row.get("sentences", []),
+            city=row.get("city", ""),
+            relation=row.get("relation", ""),
+            reference=reference,
+            fact=len(rows),
+        )
+        rows.append(full)
+    return rows
+
+
+def is_text(x):
+    return isinstance(x, str) and x.strip() != ""
+
+
+def every_wording(rows):
+    """One row for each wording of each fact: what is asked in the end."""
+    return [dict(row, question=text) for row in rows for text in row["questions"]]
+
+
+WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")  # a number, or a word
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+SHORTEST = 5  # letters of an item's question
+LONGEST = 40  # letters of its answer: more is a clause of a script without spaces
+
+
+def cloze(references, tokenizer, n, is_new, seed=0):
+    """Up to n items from references: a sentence cut off before what no training text has.
+
+    That is the last number or name of the sentence that is new (`is_new`: words in lower case) and
+    has something before it. One item a reference, in random order.
+    """
+    rows = []
+    order = np.random.default_rng(seed).permutation(len(references))
+    for i in order.tolist():
+        text = tokenizer.decode(references[i]).strip()
+        for sentence in SENTENCE_END.split(text):
+            at = last_new(sentence, is_new)
+            if at is None:
+                continue
+            answer = sentence[at[0] : at[1]]
+            question = sentence[: at[0]].rstrip()
+            spaced = sentence[at[0] - 1].isspace()
+            row = dict(question=question, answer=answer, questions=[question], city="")
+            row["sentences"] = [f" {answer}" if spaced else answer]
+            row["relation"] = "number" if answer[0].isdigit() else "word"
+            rows.append(dict(row, reference=i, fact=len(rows)))
+            break
+        if len(rows) == n:
+            break
+    return rows
+
+
+def last_new(sentence, is_new):
+    """(start, end) of the last word of a sentence that is new, or None.
+
+    >>> last_new("Oulu has 20 people.", {"oulu", "20"})
+    (9, 11)
+    """
+    found = None
+    for word in WORD.finditer(sentence):
+        fits = word.start() >= SHORTEST and len(word[0]) <= LONGEST
+        if fits and word[0].casefold() in is_new:
+            found = word.span()
+    return found
+
+
+def new_words(references, tokenizer, data, progress=True):
+    """The words of references (in lower case) that no training text of the data set has."""
+    words = set()
+    for i in range(len(references)):
+        words.update(w.casefold() for w in WORD.findall(tokenizer.decode(references[i])))
+    block, margin = 1 << 18, 32  # tokens; the margin is read twice, for words cut by a block's end
+    for split in ("train", "explicit"):
+        if not Path(data, f"{split}.bin").exists():
+            print(f"{data} has no {split}.bin here: its words cannot be left out of the items")
+            continue
+        tokens = corpus.open_tokens(data, split)
+        starts = range(0, len(tokens), block)
+        for start in tqdm(starts, f"words of {split}", disable=not progress, leave=False):
+            text = tokenizer.decode(tokens[start : start + block + margin])
+            words.difference_update(w.casefold() for w in WORD.findall(text))
+    return words
+
+
+def find_rows(a, references, tokenizer):
+    """The facts to ask for: of --questions_file, of the data set, or made from its references."""
+    path = a.questions_file or f"{a.data}/questions.jsonl"
+    if a.questions_file or Path(path).exists():
+        rows = load_questions(path, a.questions)
+    else:
+        print(f"{path} is not there: the items are sentences of references, cut off")
+        new = new_words(references, tokenizer, a.data)
+        rows = cloze(references, tokenizer, a.questions, new)
+        line = f"{a.data}/{a.references}: no sentence with a number or name that training lacks"
+        check(rows, f"{line}; give --questions_file FILE")
+    for row in rows:
+        fits = row["reference"] < len(references)
+        line = f"{path}: {row['question'][:40]!r} names reference {row['reference']}"
+        check(fits, f"{line}, and {a.data}/{a.references} has {len(references):,}")
+    return rows
+
+
+# -- Asking -----------------------------------------------------------------------------------
 
 
 class Asker:
     """Asks questions under a condition: exactness, nats and time of each answer."""
 
-    def __init__(self, model, tokenizer, references, retriever, bank, codes):
-        self.model, self.tok, self.references = model, tokenizer, references
-        self.retriever, self.bank, self.codes = retriever, bank, codes
-        self.R = model.config.n_recall
+    def __init__(self, model, tokenizer, references, retriever, bank, codes=None):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.references = references
+        self.retriever = retriever
+        self.bank = bank
+        self.codes = codes  # the bank, vector-quantized
 
     def prompt(self, row, condition):
         """-> prompt tokens: the question, and the name with which its answer begins.
 
         RAG reads in the plain format, best reference first: this is how the implicit stage has
         taught it to read, and what serves it best here (with the header it loses a third)."""
-        prompt = self.tok.encode(row["question"]) + self.tok.encode(row["city"])
+        cfg = self.model.config
+        bos = self.tokenizer.bos
+        prompt = self.tokenizer.encode(row["question"])
+        if row["city"]:
+            prompt = prompt + self.tokenizer.encode(row["city"])
         if condition == "rag":
-            query = [self.tok.bos, *prompt][-self.model.config.chunk_len :]  # the same references
-            ids = self.retriever.search([query], self.R)[0][0]
+            query = [bos, *prompt][-cfg.chunk_len :]  # so the references are those recalled
+            ids = self.retriever.search([query], cfg.n_recall)[0][0]  # (R,)
             texts = [[int(t) for t in self.references[int(i)]] for i in ids if i >= 0]
-            while len(prompt) + sum(map(len, texts)) > self.model.config.max_context - ANSWER:
-                texts.pop()  # where not all fit: without the worst
-            prompt = sum(texts, []) + prompt
-        return [self.tok.bos, *prompt]
+            prompt = in_context(texts, prompt, cfg.max_context - 1 - self.longest(row))
+        return [bos, *prompt]
+
+    def longest(self, row):
+        """Tokens to leave free for an answer."""
+        return max([ANSWER, *(len(self.tokenizer.encode(text)) for text in row["sentences"])])
 
     def sources(self, rows, condition):
         """-> retriever and bank for a batch of questions, as generate takes them."""
         if condition in ("plain", "none", "rag"):
             return None, None  # nothing recalled
         if condition == "random":
-            return Random(len(self.references), seed=rows[0]["reference"]), self.bank
+            return Random(len(self.references), seed=rows[0]["fact"]), self.bank
         if condition == "oracle":
             return Given([[row["reference"]] for row in rows]), self.bank
-        return self.retriever, self.codes if condition == "quantized" else self.bank
+        if condition == "quantized":
+            return self.retriever, self.codes
+        return self.retriever, self.bank
 
     def ask(self, rows, condition, batch=32):
-        """-> per question dict(exact, nats, found). Sentences of equal lengths go together.
+        """-> for each row dict(exact, nats, found).
 
         Each sentence that gives the answer is followed token by token (`forced`). The answer is
         exact if in one of them each token was the likeliest, which is when greedy generation would
         have written it, full stop included. nats: -log of the sum of their probabilities (the
         branches of Definition 2.6). found: whether the right reference was among the memories read
-        at the answer's start."""
-        groups, plain = defaultdict(list), condition in ("plain", "rag")
+        at the answer's start. Rows without sentences: see `freely`; their nats are those of the
+        bare answer after the question."""
+        results = [dict(exact=False, nats=math.inf, found=False) for _ in rows]
+        groups = defaultdict(list)  # prompts of one length, answers of one length: a batch
+        free = defaultdict(list)
         for i, row in enumerate(rows):
             prompt = self.prompt(row, condition)
-            for sentence in row["sentences"]:
-                answer = self.tok.encode(sentence)  # with the full stop
+            for sentence in row["sentences"] or [f" {row['answer']}"]:
+                answer = self.tokenizer.encode(sentence)  # with the full stop, if it has one
                 groups[len(prompt), len(answer)].append((i, prompt, answer))
-        results = [dict(exact=False, nats=math.inf, found=False) for _ in rows]
-        for (start, n), group in tqdm(groups.items(), condition, leave=False):
-            chunk = (start - 1) // self.model.config.chunk_len  # the last of the prompt
-            for at in range(0, len(group), batch):
-                numbers, prompts, answers = zip(*group[at : at + batch], strict=True)
-                prompts, answers = torch.tensor(prompts), torch.tensor(answers)
-                memory = self.sources([rows[i] for i in numbers], condition)
-                _, trace = generate(self.model, prompts, n, *memory, plain=plain, forced=answers)
-                exact, logp = trace.greedy.all(1).tolist(), trace.logprobs.sum(1).tolist()
-                for b, i in enumerate(numbers):
-                    read = trace.table(chunk + 1)[b, chunk] if trace.recalls else []
-                    results[i]["exact"] |= exact[b]
-                    results[i]["nats"] = -float(np.logaddexp(-results[i]["nats"], logp[b]))
-                    results[i]["found"] = rows[i]["reference"] in read
+            if not row["sentences"]:
+                free[len(prompt)].append((i, prompt))
+        for group in tqdm(groups.values(), condition, leave=False):
+            for part in parts_of(group, batch):
+                self.follow(part, rows, condition, results)
+        for group in free.values():
+            for part in parts_of(group, batch):
+                self.freely(part, rows, condition, results)
         return results
+
+    def follow(self, part, rows, condition, results):
+        """One batch of ask. part: (row number, prompt, answer), of one length each."""
+        numbers = [i for i, _, _ in part]
+        prompts = torch.tensor([prompt for _, prompt, _ in part])  # (B, T)
+        answers = torch.tensor([answer for _, _, answer in part])  # (B, n)
+        retriever, bank = self.sources([rows[i] for i in numbers], condition)
+        how = dict(plain=condition in ("plain", "rag"), forced=answers)
+        n_new = answers.shape[1]
+        trace = generate(self.model, prompts, n_new, retriever, bank, **how)[1]
+        exact = trace.greedy.all(1).tolist()  # (B,)
+        logp = trace.logprobs.sum(1).tolist()  # (B,)
+        last = (prompts.shape[1] - 1) // self.model.config.chunk_len  # chunk of the prompt's end
+        for b, i in enumerate(numbers):
+            result = results[i]
+            if rows[i]["sentences"]:
+                result["exact"] = result["exact"] or exact[b]
+            result["nats"] = -float(np.logaddexp(-result["nats"], logp[b]))
+            if trace.recalls:
+                result["found"] = rows[i]["reference"] in trace.table(last + 1)[b, last]
+
+    def freely(self, part, rows, condition, results):
+        """Rows without sentences: exact if the answer stands in the first sentence written.
+
+        part: (row number, prompt), prompts of one length."""
+        numbers = [i for i, _ in part]
+        prompts = torch.tensor([prompt for _, prompt in part])  # (B, T)
+        retriever, bank = self.sources([rows[i] for i in numbers], condition)
+        n_new = min(ANSWER, self.model.config.max_context - prompts.shape[1])
+        how = dict(plain=condition in ("plain", "rag"))
+        tokens, _ = generate(self.model, prompts, n_new, retriever, bank, **how)
+        for b, i in enumerate(numbers):
+            said = self.tokenizer.decode(tokens[b, prompts.shape[1] :])
+            results[i]["exact"] = stands_in(rows[i]["answer"], said)
 
     def ms_per_token(self, rows, condition):
         """Milliseconds a generated token, batch 1: search, load, prefill and steps together."""
-        seconds, tokens, plain = 0, 0, condition in ("plain", "rag")
+        seconds = 0.0
+        n_tokens = 0
+        plain = condition in ("plain", "rag")
         for row in rows:
             start = time.perf_counter()
             prompt = self.prompt(row, condition)  # for RAG this searches
-            answer = self.tok.encode(row["sentences"][0])
-            memory = self.sources([row], condition)
-            generate(self.model, torch.tensor([prompt]), len(answer), *memory, plain=plain)
+            answer = self.tokenizer.encode((row["sentences"] or [row["answer"]])[0])
+            retriever, bank = self.sources([row], condition)
+            tokens = torch.tensor([prompt])  # (1, T)
+            generate(self.model, tokens, len(answer), retriever, bank, plain=plain)
             seconds += time.perf_counter() - start  # with what precedes the first token
-            tokens += len(answer)
-        return 1e3 * seconds / tokens
+            n_tokens += len(answer)
+        return 1e3 * seconds / n_tokens
 
     def bytes_per_reference(self, condition, rows):
+        """What a reference takes on disk; of text in UTF-8: the mean over those asked for."""
         if condition in ("plain", "none"):
             return 0  # nothing is kept
-        if condition == "rag":
-            texts = [self.tok.decode(self.references[r["reference"]]) for r in rows]  # UTF-8
-            return float(np.mean([len(t.encode()) for t in texts]))
-        return (self.codes if condition == "quantized" else self.bank).record_bytes
+        if condition == "quantized":
+            return self.codes.record_bytes
+        if condition != "rag":
+            return self.bank.record_bytes
+        known = [row["reference"] for row in rows if row["reference"] >= 0]
+        known = known or range(min(100, len(self.references)))
+        texts = [self.tokenizer.decode(self.references[i]) for i in known]
+        return float(np.mean([len(text.encode()) for text in texts]))
 
 
-def measure(asker, rows, conditions=CONDITIONS, timed=24):
-    """-> {condition: dict(exact={"all", ...}, found, nats, separable, bytes_..., ms_per_token)}
+def parts_of(group, batch):
+    return [group[i : i + batch] for i in range(0, len(group), batch)]
 
-    separable (Definition 2.6): the share of facts with p <= 1/2 without memory and p >= 0.9 under
-    the condition. The definition wants of the answer's tokens one <= 1/2 without, all >= 0.9 with.
-    Here p = exp(-nats) is the whole answer's, summed over its wordings (the definition's branches):
-    p >= 0.9 is more than it wants (no factor is below the product), p <= 1/2 less (0.7 x 0.7)."""
-    answers = {c: asker.ask(rows, c) for c in dict.fromkeys(["none", *conditions])}
-    p = {c: np.exp([-a["nats"] for a in asked]) for c, asked in answers.items()}
+
+def stands_in(answer, said):
+    """Whether the answer stands in the first sentence of what was said, as words of their own.
+
+    >>> stands_in("4242", " It has 4242 people. And so on"), stands_in("42", " It has 4242 people.")
+    (True, False)
+    >>> stands_in("3.5", " It is 3.5 m long.")
+    True
+    """
+    sentence = SENTENCE_END.split(said.strip())[0].casefold()
+    pattern = re.escape(answer.strip().casefold())
+    # No letter or digit may join on. In a script without capitals words do stand side by side.
+    if is_closed(answer.strip()[0]):
+        pattern = r"(?<!\w)" + pattern
+    if is_closed(answer.strip()[-1]):
+        pattern = pattern + r"(?!\w)"
+    return re.search(pattern, sentence) is not None
+
+
+def is_closed(letter):
+    return letter.isdigit() or letter.lower() != letter.upper()
+
+
+def measure(asker, rows, conditions=tuple(CONDITIONS), timed=24):
+    """Asks all wordings of all facts. rows: as load_questions gives them.
+
+    -> {condition: dict(exact={"all", ...}, found, nats, separable, bytes_..., ms_per_token)}
+    exact, found, nats: means over all wordings.
+
+    separable (Definition 2.6): the share of facts that in every wording there is have p <= 1/2
+    without memory and p >= 0.9 under the condition. The definition asks, for any realization, that
+    of the answer's tokens one be <= 1/2 without, all >= 0.9 with. Here p = exp(-nats) is the whole
+    answer's, summed over its sentences (the definition's branches): p >= 0.9 is more than it asks
+    (no factor is below the product), p <= 1/2 is less (0.7 x 0.7)."""
+    asked = every_wording(rows)
+    facts = np.array([row["fact"] for row in asked])
+    answers = {c: asker.ask(asked, c) for c in dict.fromkeys(["none", *conditions])}
+    p = {c: np.exp([-answer["nats"] for answer in answers[c]]) for c in answers}
     table = {}
     for condition in conditions:
-        asked = answers[condition]
-        exact = {"all": [a["exact"] for a in asked]}
-        for a, row in zip(asked, rows, strict=True):
-            exact.setdefault(row["relation"], []).append(a["exact"])
+        exact = defaultdict(list)
+        for answer, row in zip(answers[condition], asked, strict=True):
+            exact["all"].append(answer["exact"])
+            if row["relation"]:
+                exact[row["relation"]].append(answer["exact"])
+        failed = (p["none"] > 0.5) | (p[condition] < 0.9)
+        n_failed = len(np.unique(facts[failed]))  # facts that one of their wordings fails
         table[condition] = dict(
             exact={relation: float(np.mean(each)) for relation, each in exact.items()},
-            found=float(np.mean([a["found"] for a in asked])),
-            nats=float(np.mean([a["nats"] for a in asked])),
-            separable=float(np.mean((p["none"] <= 0.5) & (p[condition] >= 0.9))),
+            found=float(np.mean([answer["found"] for answer in answers[condition]])),
+            nats=float(np.mean([answer["nats"] for answer in answers[condition]])),
+            separable=1 - n_failed / len(rows),
             bytes_per_reference=asker.bytes_per_reference(condition, rows),
-            ms_per_token=asker.ms_per_token(rows[:timed], condition),
+            ms_per_token=asker.ms_per_token(asked[:timed], condition),
         )
     return table
 
@@ -167,7 +385,8 @@ def measure(asker, rows, conditions=CONDITIONS, timed=24):
 def columns(*lines):
     """A table in Markdown from lists of cells, the head first: names left, numbers right."""
     rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([rows[0], "|---|" + "--:|" * (len(lines[0]) - 1), *rows[1:]])
+    rule = "|---|" + "--:|" * (len(lines[0]) - 1)
+    return "\n".join([rows[0], rule, *rows[1:]])
 
 
 def markdown(table, names):
@@ -175,9 +394,12 @@ def markdown(table, names):
     relations = list(next(iter(table.values()))["exact"])
     lines = [["condition", *relations, "nats per answer", "bytes per reference", "ms per token"]]
     for condition, row in table.items():
-        cells = [names[condition], *(f"{row['exact'][r]:.3f}" for r in relations)]
-        cells += [f"{row['nats']:.2f}", f"{row['bytes_per_reference']:,.0f}"]
-        lines.append([*cells, f"{row['ms_per_token']:.1f}"])
+        cells = [names[condition]]
+        cells += [f"{row['exact'][relation]:.3f}" for relation in relations]
+        cells.append(f"{row['nats']:.2f}")
+        cells.append(f"{row['bytes_per_reference']:,.0f}")
+        cells.append(f"{row['ms_per_token']:.1f}")
+        lines.append(cells)
     return columns(*lines)
 
 
@@ -185,91 +407,123 @@ def markdown(table, names):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--checkpoint", default="checkpoints/toy", help="a .pt file or its directory")
-    p.add_argument("--data", default="data/cities", help="the prepared data set")
-    p.add_argument("--references", default="kb", help="its knowledge base")
-    p.add_argument("--bank", default="out/kb.bank", help="the memories of the knowledge base")
-    p.add_argument("--codes", default="out/kb.codes", help="the same, vector-quantized")
-    p.add_argument("--questions", type=int, default=600, help="how many to ask")
-    p.add_argument("--examples", type=int, default=3, help="answers to show with their memories")
-    p.add_argument("--n_recall", type=int, default=0, help="R, other than the checkpoint's")
-    p.add_argument("--json", default="", help="write the results there too")
-    p.add_argument("--device", default="auto")
-    instead = p.add_argument_group("instead of the questions").add_mutually_exclusive_group()
-    mode = instead.add_argument
-    mode("--text", action="store_true", help="loss on windows of text")
-    mode("--leak", action="store_true", help="its gain by overlap and query_shift")
-    mode("--choices", metavar="FILE", help='JSON lines of "question", "choices" and "answer"')
-    mode("--drift", nargs="+", metavar="PT", help="the last checkpoint reads the memories of each")
-    p.add_argument("--split", default="explicit_heldout", help="the text; it needs neighbours")
-    p.add_argument("--windows", type=int, default=64, help="of text: how many")
-    p.add_argument("--context", type=int, default=256, help="tokens of a window")
-    p.add_argument("--shots", type=int, default=0, help="solved examples before each choice")
-    p.add_argument("--shots_from", metavar="FILE", help="the file whose first ones they are")
+    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
+    model_flags(p)
+    p.add_argument("--codes", default=CODES, help="the same memories, vector-quantized")
+    p.add_argument("--questions_file", help="other questions than DATA/questions.jsonl")
+    p.add_argument(
+        "--questions", type=number(int, 1), default=600, help="how many facts to ask for"
+    )
+    p.add_argument("--examples", type=number(int, 0), default=3, help="answers to show in full")
+    json_flag(p)
     return p
 
 
-def open_reader(a):
-    """-> model, tokenizer. What a memory is depends on no R: any bank of the model still fits."""
-    model, tokenizer = open_model(a.checkpoint, a.data, a.device)
-    model.config.n_recall = a.n_recall or model.config.n_recall
-    return model, tokenizer
+def json_flag(parser):
+    parser.add_argument("--json", help="a file: write the results there too")
 
 
-def open_memory(a, model):
-    """-> the references of the knowledge base, what finds them, and the bank of their memories."""
-    references = corpus.References.open(f"{a.data}/{a.references}")
-    retriever = Retriever.open(f"{a.data}/{a.references}.index", references=references)
-    return references, retriever, MemoryBank.open(a.bank, model, references)
+def prepare_json(a):
+    """Refuses a --json that cannot be written: now, not after the work."""
+    if a.json:
+        check(not Path(a.json).is_dir(), f"--json {a.json} is a directory: give a file")
+        Path(a.json).parent.mkdir(parents=True, exist_ok=True)
 
 
-def ask_questions(a):
-    started, (model, tokenizer) = time.time(), open_reader(a)
-    references, retriever, bank = open_memory(a, model)
+def write_result(a, result):
+    if a.json:
+        write_json(a.json, result)
+        print(f"\nwritten to {a.json}")
+
+
+def open_codes(a, model, references):
+    """The vector-quantized bank; None, and a word on it, where none was asked for or there."""
+    path = place(a.codes, a.data, a.references)
+    if a.codes == CODES:
+        bank = place(a.bank, a.data, a.references)
+        made = f"python write.py --checkpoint {a.checkpoint} --data {a.data}"
+        made += f" --references {a.references} --out {bank} --quantize {path}"
+        if not Path(path, "meta.json").exists():
+            print(f"vector-quantized memories are left out: there are none; first {made}")
+            return None
     try:
-        codes = MemoryBank.open(a.codes, model, references)
-    except UserError as e:
-        raise UserError(f"{e}. Codes: write.py --out {a.bank} --quantize {a.codes}") from None
-    check(codes.codec, f"{a.codes} is not quantized: give --codes another directory")
-    rows = load_questions(f"{a.data}/questions.jsonl", a.questions)
-    print(f"{len(rows)} questions, {len(references):,} references")
-    asker = Asker(model, tokenizer, references, retriever, bank, codes)
-    table = measure(asker, rows)
-    words = dict(R=model.config.n_recall, embedder=retriever.meta["embedder"])
-    print(f"\n{markdown(table, {k: v.format(**words) for k, v in CONDITIONS.items()})}\n")
-    recall = {condition: row.pop("found") for condition, row in table.items()}["recalled"]
-    print(f"the right reference is among the top {words['R']} for {recall:.3f} of the questions")
-    share = ", ".join(f"{k} {table[k]['separable']:.3f}" for k in ("oracle", "recalled", "rag"))
-    print(f"separable facts (Definition 2.6; p <= 1/2 without memory, p >= 0.9 with): {share}")
-    print(bank.stats())
-    for row in rows[: a.examples]:
-        prompt = torch.tensor([[tokenizer.bos, *tokenizer.encode(row["question"])]])
-        stop = tokenizer.encoding.encode_ordinary(".")[0]
-        out, trace = generate(model, prompt, ANSWER, retriever, bank, stop=stop)
-        answer = tokenizer.decode(out[0, prompt.shape[1] :]).strip()  # written freely, not forced
-        print(f"\n{row['question']}\n -> {answer}\n    (truth: {row['answer']})")
-        print("\n".join(explain(model, tokenizer, references, out, trace, bank)))
-    result = dict(conditions=table, recall_at_5=recall, questions=len(rows))
-    return result | dict(references=len(references), seconds=time.time() - started)
+        codes = MemoryBank.open(path, model, references)
+    except UserError as error:
+        if a.codes != CODES:
+            raise
+        print(f"vector-quantized memories are left out: {error}")
+        return None
+    check(codes.codec, f"--codes {path} is a bank of numbers, not of codes: give another")
+    return codes
+
+
+def show_examples(rows, asker):
+    """Answers written freely, not forced, with the memories they read."""
+    for row in rows:
+        tokens = [asker.tokenizer.bos, *asker.tokenizer.encode(row["question"])]
+        prompt = torch.tensor([tokens])  # (1, T)
+        stop = asker.tokenizer.encoding.encode_ordinary(".")[0]
+        n_new = min(ANSWER, asker.model.config.max_context - len(tokens))
+        out, trace = generate(asker.model, prompt, n_new, asker.retriever, asker.bank, stop=stop)
+        answer = asker.tokenizer.decode(out[0, len(tokens) :]).strip()
+        lines = [f"\n{row['question']}", f" -> {answer}", f"    (truth: {row['answer']})"]
+        lines += explain(asker.model, asker.tokenizer, asker.references, out, trace, asker.bank)
+        print(visible("\n".join(lines)))
 
 
 def main(argv=None):
     a = parser().parse_args(argv)
-    enough = min(a.questions, a.windows) >= 1 and min(a.n_recall, a.shots) >= 0
-    check(enough, "--questions is at least 1, so is --windows; --n_recall, --shots: from 0")
-    check(not a.json or not Path(a.json).is_dir(), f"--json {a.json} is a directory: give a file")
-    Path(a.json).parent.mkdir(parents=True, exist_ok=True)  # now: not after the work
-    if a.text or a.leak or a.choices or a.drift:
-        from experiments import choices, drift, text  # they import this file
-
-        result = (choices if a.choices else drift if a.drift else text).main(a)
-    else:
-        result = ask_questions(a)
-    if a.json:
-        write_json(a.json, result)
-        print(f"\nwritten to {a.json}")
+    prepare_json(a)
+    started = time.time()
+    model, tokenizer = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
+    references, retriever, bank = open_memory(a, model)
+    codes = open_codes(a, model, references)
+    rows = find_rows(a, references, tokenizer)
+    asker = Asker(model, tokenizer, references, retriever, bank, codes)
+    check_lengths(asker, rows)
+    conditions = list(CONDITIONS)
+    if codes is None:
+        conditions.remove("quantized")
+    known = all(row["reference"] >= 0 for row in rows)
+    if not known:
+        conditions.remove("oracle")
+        print("the right reference: left out, for not every question names it")
+    n_asked = len(every_wording(rows))
+    print(f"{len(rows):,} facts, {n_asked:,} wordings, {len(references):,} references")
+    table = measure(asker, rows, conditions)
+    words = dict(R=model.config.n_recall, embedder=retriever.meta["embedder"])
+    names = {condition: text.format(**words) for condition, text in CONDITIONS.items()}
+    print(f"\n{markdown(table, names)}\n")
+    found = {condition: row.pop("found") for condition, row in table.items()}
+    hit_rate = found["recalled"] if known else None
+    if known:
+        top = f"among the top {model.config.n_recall}"
+        print(f"hit rate: the right reference is {top} for {hit_rate:.3f} of the wordings")
+    shares = [
+        f"{c} {table[c]['separable']:.3f}" for c in ("oracle", "recalled", "rag") if c in table
+    ]
+    print(
+        "separable facts (Definition 2.6; in every wording p <= 1/2 without memory, p >= 0.9 with"
+    )
+    print(f"it): {', '.join(shares)}")
+    print(bank.stats())
+    show_examples(rows[: a.examples], asker)
+    result = dict(conditions=table, hit_rate=hit_rate, questions=len(rows), wordings=n_asked)
+    result |= dict(references=len(references), seconds=time.time() - started)
+    write_result(a, result)
     return result
+
+
+def check_lengths(asker, rows):
+    """UserError for a question that leaves no room for its answer."""
+    most = asker.model.config.max_context
+    for row in every_wording(rows):
+        prompt = asker.prompt(row, "none")
+        texts = row["sentences"] or [f" {row['answer']}"]
+        n_new = max(len(asker.tokenizer.encode(text)) for text in texts)
+        line = f"{row['question'][:40]!r}: {len(prompt)} tokens and {n_new} of its answer"
+        check(len(prompt) + n_new <= most, f"{line} are more than max_context = {most}")
 
 
 if __name__ == "__main__":

@@ -8,133 +8,169 @@ tokens are the query for R new memories, which replace the old ones.
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import corpus
-from common import check, find_device
+from bank import MemoryBank
+from common import check, find_device, number
 from memory import Memories, attention_path
 from model import Cache, load_checkpoint
+from retrieval import Retriever
 
 # -- Generation -------------------------------------------------------------------------------
 
 
+def no_seconds():
+    return dict(search=0.0, load=0.0, prefill=0.0, steps=0.0)
+
+
 @dataclass
 class Trace:
-    """What happened. recalls: for each chunk that recalled, dict(chunk, query (B, <=C) tokens, ids
-    (B, R), scores (B, R)); its memories stay until the next entry. logprobs (B, n_new) of the new
-    tokens; greedy (B, n_new): whether each was the likeliest. seconds: by what they went to."""
+    """What happened during one call of generate.
+
+    recalls    one dict(chunk, query, ids, scores) for each chunk that recalled: query (B, <=C)
+               tokens, ids and scores (B, R). Its memories stay until the next entry.
+    logprobs   (B, n_new) log-probabilities of the new tokens
+    greedy     (B, n_new) whether each of them was the likeliest
+    seconds    what the time went to: search, load, prefill, steps
+    """
 
     recalls: list = field(default_factory=list)
     logprobs: torch.Tensor = None
     greedy: torch.Tensor = None
-    seconds: dict = field(default_factory=lambda: dict(search=0, load=0, prefill=0, steps=0))
+    seconds: dict = field(default_factory=no_seconds)
 
     def table(self, n_chunks):
         """(B, n_chunks, R) reference ids as one table: what model.forward needs for the same."""
-        B, R = self.recalls[0]["ids"].shape
-        table = np.full((B, n_chunks, R), -1)
-        for r in self.recalls:
-            table[:, r["chunk"] :] = r["ids"][:, None]
+        batch, n_recall = self.recalls[0]["ids"].shape
+        table = np.full((batch, n_chunks, n_recall), -1)
+        for recalled in self.recalls:
+            table[:, recalled["chunk"] :] = recalled["ids"][:, None]
         return table
 
 
 def pool_of(bank, ids, model, codec=None):
-    """Loads the memories that ids (any shape, -1 = none) name: a pool, and ids as its rows.
-    codec: the bank's, for a pool that is still its codes."""
-    names, rows = np.unique(ids, return_inverse=True)
-    none = int(len(names) > 0 and names[0] < 0)  # -1 comes first
-    names, table = names[none:], torch.from_numpy(rows.reshape(ids.shape) - none).to(model.device)
+    """Loads the memories that ids name: a pool, and the same ids as rows of it.
+
+    ids: any shape, -1 = none. codec: that of the bank, for a pool that is still its codes."""
+    names, rows = np.unique(ids, return_inverse=True)  # ascending, each once
+    table = torch.from_numpy(rows.reshape(ids.shape)).to(model.device)
+    if len(names) > 0 and names[0] < 0:  # "none" comes first; the pool has no row for it
+        names = names[1:]
+        table = table - 1
     if len(names) == 0:
         return Memories.empty(model.config, model.device), table
-    return bank.recall(names, decode=False) if codec else bank.recall(names), table
+    if codec:
+        return bank.recall(names, decode=False), table
+    return bank.recall(names), table
 
 
-def choose(logits, temperature, top_k, top_p, generator):
-    """logits (B, V) -> one token a row. temperature 0: the likeliest."""
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """logits (B, V) -> one token a sequence (B,). temperature 0: the likeliest token."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # With the largest at 0 a tiny temperature sends the others to -inf, and none to +inf.
+    logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits / max(temperature, 1e-30)  # float32 has nothing much smaller
     if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        k = min(top_k, logits.shape[-1])
+        kth = logits.topk(k).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p < 1:
         ordered, index = logits.sort(descending=True)
         p = ordered.softmax(-1)
-        ordered = ordered.masked_fill(p.cumsum(-1) - p > top_p, -math.inf)  # keeps the first
+        before = p.cumsum(-1) - p  # 0 at the first token, so that one always stays
+        ordered = ordered.masked_fill(before > top_p, -math.inf)
         logits = torch.full_like(logits, -math.inf).scatter(-1, index, ordered)
     # p / (a number of the exponential distribution) is largest at token t with probability p_t;
-    # torch.multinomial does this as well, but makes Python wait for the GPU
+    # torch.multinomial does this as well, but makes Python wait for the GPU.
     p = logits.softmax(-1)
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+    noise = torch.empty_like(p).exponential_(generator=generator)
+    noise = noise.clamp(min=1e-30)  # 0 / 0 would be the largest of all
+    return (p / noise).argmax(-1)
 
 
 class Steps:
     """One step of generation, over and over: decode the last token, choose the next, keep it.
+
     All that a step reads and writes stays in its place. So CUDA captures it once as a graph and
     then replays that, sampling included: to start its thousand kernels from Python would take
     longer than they run. A recall between two steps overwrites the cache's slots in place, too.
-    tokens, logprobs and greedy (B, n) are of the prompt and what follows; see Trace."""
+    tokens, logprobs and greedy (B, n) are of the prompt and what follows; see Trace.
+    """
 
     @torch.inference_mode(False)  # tensors that may be changed inside of that mode and outside
-    def __init__(self, model, B, n, plain, forced, *sampling):
-        device, weights = model.device, model.embed.weight
-        self.cache = Cache(model.config, B, n, not plain, weights.dtype, device)
-        self.forced, self.sampling, self.graph = forced, sampling, None
+    def __init__(self, model, batch, n, plain, forced, temperature, top_k, top_p):
+        device = model.device
+        weights = model.embed.weight
+        self.cache = Cache(model.config, batch, n, not plain, weights.dtype, device)
+        self.forced = forced  # whether the tokens are given beforehand
+        self.sampling = (temperature, top_k, top_p)
         self.generator = torch.Generator(device)
-        self.tokens, self.logprobs, self.greedy = (
-            torch.zeros(B, n, dtype=t, device=device) for t in (torch.int64, torch.float32, bool)
-        )
-        self.at = torch.zeros(1, dtype=int, device=device)  # the next token's place in them
+        self.graph = None
+        self.tokens = torch.zeros(batch, n, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(batch, n, dtype=torch.float32, device=device)
+        self.greedy = torch.zeros(batch, n, dtype=torch.bool, device=device)
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)  # the next token's place in them
         # how often to look whether all have stopped: to look waits for the GPU
         self.look = model.config.chunk_len if weights.is_cuda else 1
 
     def start(self, tokens, forced, seed):
-        T = tokens.shape[1]
-        self.tokens[:, :T] = tokens
+        """Begins with the prompts tokens (B, T); forced (B, n_new) or None are to follow."""
+        n_prompt = tokens.shape[1]
+        self.tokens[:, :n_prompt] = tokens
         if self.forced:
-            self.tokens[:, T : T + forced.shape[1]] = forced
-        self.at.fill_(T)
+            self.tokens[:, n_prompt : n_prompt + forced.shape[1]] = forced
+        self.at.fill_(n_prompt)
         self.cache.clear()
         self.generator.manual_seed(seed)
 
     def keep(self, logits):
         """The next token of each sequence, chosen by logits (B, V) or forced."""
-        new = self.tokens.index_select(1, self.at)
-        if not self.forced:
-            new = choose(logits, *self.sampling, self.generator)[:, None]
+        if self.forced:
+            new = self.tokens.index_select(1, self.at)  # (B, 1)
+        else:
+            new = sample_token(logits, *self.sampling, self.generator)[:, None]  # (B, 1)
         self.tokens.index_copy_(1, self.at, new)
-        logprobs = logits.float().log_softmax(-1).gather(-1, new)
+        logprobs = logits.float().log_softmax(-1).gather(-1, new)  # (B, 1)
         self.logprobs.index_copy_(1, self.at, logprobs)
-        self.greedy.index_copy_(1, self.at, logits.argmax(-1, keepdim=True) == new)
+        likeliest = logits.argmax(-1, keepdim=True)  # (B, 1)
+        self.greedy.index_copy_(1, self.at, likeliest == new)
         self.at += 1
 
     def step(self, model):
-        last = self.tokens.index_select(1, self.at - 1)[:, 0]
+        last = self.tokens.index_select(1, self.at - 1)[:, 0]  # (B,)
         self.keep(model.decode(last, self.cache))
 
     def __call__(self, model):
-        if self.at.is_cuda:
-            self.graph = self.graph or self.capture(model)
-            self.graph.replay()
-        else:
+        if not self.at.is_cuda:
             self.step(model)
+            return
+        if self.graph is None:
+            self.graph = self.capture(model)
+        self.graph.replay()
 
     @torch.inference_mode(False)  # nor may the graph's own tensors be of that mode
     @torch.no_grad()
     def capture(self, model):
         """As PyTorch's notes on CUDA graphs want it: run on a side stream first, then record."""
-        before, rng = (self.at.clone(), self.cache.length.clone()), self.generator.get_state()
+        at = self.at.clone()
+        length = self.cache.length.clone()
+        rng = self.generator.get_state()
         device = self.at.device  # which need not be the current one
-        side, now = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-        side.wait_stream(now)
+        side = torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(3):
                 self.step(model)
-                self.at.copy_(before[0])  # what it wrote there will be written over
-                self.cache.length.copy_(before[1])
-        now.wait_stream(side)
+                self.at.copy_(at)  # what it wrote there will be written over
+                self.cache.length.copy_(length)
+        current.wait_stream(side)
         self.generator.set_state(rng)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
@@ -143,19 +179,24 @@ class Steps:
         return graph
 
 
-def steps_for(model, B, n, *how):
-    """Steps for B sequences of n tokens. On CUDA those of earlier calls where they fit: capturing
+def steps_for(model, batch, n, plain, forced, temperature, top_k, top_p):
+    """Steps for B sequences of n tokens. On CUDA those of an earlier call where they fit: capturing
     takes longer than a short answer. model.steps has the last four, of rounded lengths."""
-    weights, kept = model.embed.weight, vars(model).setdefault("steps", {})
+    weights = model.embed.weight
+    how = (plain, forced, temperature, top_k, top_p)
     if not weights.is_cuda:
-        return Steps(model, B, n, *how)
+        return Steps(model, batch, n, *how)
     n = min(model.config.max_context, 1 << (n - 1).bit_length())
     places = tuple(p.data_ptr() for p in model.parameters())  # where a graph reads weights
-    key = B, n, how, model.config.n_recall, weights.dtype, places
-    kept[key] = kept.pop(key, None) or Steps(model, B, n, *how)
+    key = (batch, n, how, model.config.n_recall, weights.dtype, places)
+    kept = vars(model).setdefault("steps", {})
+    steps = kept.pop(key, None)
+    if steps is None:
+        steps = Steps(model, batch, n, *how)
+    kept[key] = steps  # used last, so it stands last
     for old in list(kept)[:-4]:
         del kept[old]
-    return kept[key]
+    return steps
 
 
 def clock(device):
@@ -180,77 +221,120 @@ def generate(
     forced=None,
     stop=None,
 ):
-    """Continues prompts by n_new tokens, recalling memories on the way.
-    tokens (B, T) int64: prompts of one length, BOS first. retriever and bank: both, or neither (the
-    header and an empty pool). plain: the format of the implicit stage, without header. forced
-    (B, n_new): tokens to follow instead of the model's own choice; the trace then says how likely
-    they were, and whether the model would have chosen them. stop: a token at which to end early,
-    once every sequence has it. Returns tokens (B, T + n_new or fewer) and the Trace."""
-    c, (B, T) = model.config, tokens.shape
-    check(T > 0, "the prompt is empty; it has at least the BOS")
-    line = f"{T} prompt tokens and {n_new} new ones; the context is at most {c.max_context}"
-    check(T + n_new <= c.max_context, f"{line}: shorten the prompt, or ask for fewer tokens")
+    """Continues prompts by n_new tokens, recalling memories on the way (sec. 3.1).
+
+    tokens (B, T) int64: prompts of one length, BOS first.
+    retriever, bank: both, or neither (then the header and an empty pool).
+    plain: the format of the implicit stage, without header.
+    forced (B, n_new): tokens to follow instead of the model's own choice; the trace then says how
+        likely they were, and whether the model would have chosen them.
+    stop: a token at which to end early, once every sequence has it.
+
+    Returns tokens (B, T + n_new or fewer) and the Trace. UserError for what cannot be asked.
+    """
+    cfg = model.config
+    batch, n_prompt = tokens.shape
+    n_end = n_prompt + n_new
+    check(n_prompt > 0, "the prompt is empty; it has at least the BOS")
     check(n_new > 0, f"{n_new} new tokens were asked for; it takes at least 1")
-    short = forced is not None and forced.shape != (B, n_new)
-    check(not short, f"forced is to be ({B}, {n_new}) tokens: B, n_new")
+    check_fits(n_prompt, n_new, cfg)
+    if forced is not None:
+        fits = forced.shape == (batch, n_new)
+        check(fits, f"forced is to be ({batch}, {n_new}) tokens: B, n_new")
     check((retriever is None) == (bank is None), "memories need both a retriever and a bank")
     check(bank is None or not plain, "the plain format has no header and reads no memories")
-    C, R, trace, device = c.chunk_len, c.n_recall, Trace(), model.device
-    steps = steps_for(model, B, T + n_new, plain, forced is not None, temperature, top_k, top_p)
+    chunk_len = cfg.chunk_len
+    device = model.device
+    trace = Trace()
+    given = forced is not None
+    steps = steps_for(model, batch, n_end, plain, given, temperature, top_k, top_p)
     steps.start(tokens, forced, seed)
-    codec, began = getattr(bank, "codec", None), clock(device)
+    began = clock(device)
 
-    def recall(queries, chunks, codec=None):
-        """queries: per chunk (B, <=C) tokens -> pool, table (B, len(chunks), R)."""
+    def retrieve(queries, chunks, codec=None):
+        """Finds and loads memories. queries[i] (B, <=C): the tokens by which chunks[i] recalls.
+
+        Returns a pool and the table (B, len(chunks), R) of its rows."""
         start = clock(device)
-        flat = [q for query in queries for q in query.tolist()]  # all chunks in one search
-        ids, scores = retriever.search(flat, R)
-        ids, scores = (np.asarray(x).reshape(len(chunks), B, R) for x in (ids, scores))
-        for chunk, query, i, score in zip(chunks, queries, ids, scores, strict=True):
-            trace.recalls.append(dict(chunk=chunk, query=query, ids=i, scores=score))
+        texts = [text for query in queries for text in query.tolist()]  # all chunks in one search
+        ids, scores = retriever.search(texts, cfg.n_recall)  # (len(chunks) * B, R)
+        ids = np.asarray(ids).reshape(len(chunks), batch, -1)  # (len(chunks), B, R)
+        scores = np.asarray(scores).reshape(ids.shape)
+        for i, chunk in enumerate(chunks):
+            recalled = dict(chunk=chunk, query=queries[i], ids=ids[i], scores=scores[i])
+            trace.recalls.append(recalled)
         found = time.perf_counter()
         pool, table = pool_of(bank, ids.transpose(1, 0, 2), model, codec)
+        loaded = clock(device)
         trace.seconds["search"] += found - start
-        trace.seconds["load"] += clock(device) - found
+        trace.seconds["load"] += loaded - found
         return pool, table
 
     # The prompt, in one pass. Full chunks are their own queries; a last chunk that is not full is
     # queried by the last C tokens of the prompt, not by its few own.
-    pool, table = None if plain else Memories.empty(c, device=device), None
+    pool = None if plain else Memories.empty(cfg, device=device)
+    table = None
     if retriever is not None:
-        queries = [tokens[:, i : i + C] for i in range(0, T - C + 1, C)]
-        if T % C:
-            queries.append(tokens[:, max(0, T - C) :])
-        pool, table = recall(queries, range(len(queries)))
-    logits = model(steps.tokens[:, :T], None, pool, table, steps.cache)[0][:, 0]
+        n_full = n_prompt // chunk_len
+        queries = [tokens[:, i * chunk_len : (i + 1) * chunk_len] for i in range(n_full)]
+        if n_prompt % chunk_len:
+            queries.append(tokens[:, max(0, n_prompt - chunk_len) :])
+        pool, table = retrieve(queries, range(len(queries)))
+    prompt = steps.tokens[:, :n_prompt]
+    logits = model(prompt, None, pool, table, steps.cache)[0][:, 0]  # (B, V) after the last token
     if table is not None:
         steps.cache.load_memories(pool, table[:, -1])
     del pool  # a bank's memory, used again
     trace.seconds["prefill"] = clock(device) - began - sum(trace.seconds.values())
 
     steps.keep(logits)
-    for n in range(T, T + n_new):  # token n comes; the ones before it are the context
-        if n > T:
+    codec = getattr(bank, "codec", None)
+    for n in range(n_prompt, n_end):  # token n comes; the ones before it are the context
+        if n > n_prompt:
             steps(model)
         if stop is not None and n % steps.look == 0:
-            if before_stop(steps.tokens[:, T : n + 1], stop) <= n - T:
+            said = steps.tokens[:, n_prompt : n + 1]
+            if before_stop(said, stop) < said.shape[1]:
                 break
-        # Token n - 1 still belonged to the old chunk: it read the old memories. Now new ones come.
-        if retriever is not None and n % C == 0 and T < n < T + n_new - 1:
-            pool, table = recall([steps.tokens[:, n - C : n].clone()], [n // C], codec)
+        # Token n - 1 still belonged to the old chunk: it read the old memories. Now new ones come,
+        # unless it is the prompt's last (those of the prompt stay) or nobody would read them.
+        if retriever is not None and n % chunk_len == 0 and n_prompt < n < n_end - 1:
+            query = steps.tokens[:, n - chunk_len : n].clone()  # (B, C)
+            pool, table = retrieve([query], [n // chunk_len], codec)
             steps.cache.load_memories(pool, table[:, 0], codec)
             del pool
     trace.seconds["steps"] = clock(device) - began - sum(trace.seconds.values())
+
     end = n + 1
     if stop is not None:
-        end = min(end, T + 1 + before_stop(steps.tokens[:, T:end], stop))
-    trace.logprobs, trace.greedy = (x[:, T:end].clone() for x in (steps.logprobs, steps.greedy))
+        end = min(end, n_prompt + before_stop(steps.tokens[:, n_prompt:end], stop) + 1)
+    trace.logprobs = steps.logprobs[:, n_prompt:end].clone()
+    trace.greedy = steps.greedy[:, n_prompt:end].clone()
     return steps.tokens[:, :end].clone(), trace
+
+
+def check_fits(n_prompt, n_new, cfg):
+    """UserError, with what would fit, where prompt and answer are longer than the context."""
+    most = cfg.max_context
+    line = f"{n_prompt} prompt tokens and {n_new} new ones are more than max_context = {most}"
+    check(n_prompt < most, f"{line}: shorten the prompt")
+    check(n_prompt + n_new <= most, f"{line}: ask for at most {most - n_prompt} (--tokens)")
 
 
 def before_stop(said, stop):
     """How many columns of said (B, n) come before every sequence has had `stop`."""
-    return int((said != stop).cumprod(1).any(0).sum())
+    going_on = (said != stop).cumprod(1)  # 1 up to the stop of each sequence
+    return int(going_on.any(0).sum())
+
+
+def in_context(texts, prompt, room):
+    """RAG: texts (token lists, the best first) before the prompt, as many as `room` tokens hold."""
+    context = []
+    for text in texts:
+        if len(context) + len(text) + len(prompt) > room:
+            break
+        context.extend(text)
+    return context + prompt
 
 
 # -- Likelihood -------------------------------------------------------------------------------
@@ -258,11 +342,15 @@ def before_stop(said, stop):
 
 @torch.inference_mode()
 def likelihood(model, pairs, memories=None, recall=None):
-    """How likely texts are to go on so: for each pair (before, after) of token lists the log of the
-    probability of `after`, and whether each of its tokens is the likeliest.
+    """How likely texts are to go on so.
 
-    memories: a pool, None = the plain format. recall (B, R): the rows of it that pair b reads, in
-    all its chunks. Pairs of any lengths: one batch, padded on the right, where no token looks."""
+    pairs: of token lists (before, after), of any lengths, before not empty. One batch, padded on
+    the right, where no token looks. memories: a pool, None = the plain format. recall (B, R): the
+    rows of it that pair b reads, in all its chunks.
+
+    Returns for each pair the log of the probability of `after`, and whether each of its tokens is
+    the likeliest; (0.0, True) for an empty one.
+    """
     rows = [torch.tensor([*before, *after[:-1]], device=model.device) for before, after in pairs]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
     if recall is not None:
@@ -270,10 +358,13 @@ def likelihood(model, pairs, memories=None, recall=None):
         recall = recall[:, None].expand(-1, n_chunks, -1)  # (B, n_chunks, R)
     logits = model(tokens, None, memories, recall)[0].float().cpu()  # (B, T, V)
     result = []
-    for (before, after), x in zip(pairs, logits, strict=True):
-        x, after = x[len(before) - 1 :][: len(after)], torch.tensor(after)  # (n, V), (n,)
+    for i, (before, after) in enumerate(pairs):
+        start = len(before) - 1
+        x = logits[i, start : start + len(after)]  # (n, V)
+        after = torch.tensor(after, dtype=torch.int64)  # (n,)
         logp = x.log_softmax(-1).gather(-1, after[:, None]).sum()
-        result.append((float(logp), bool((x.argmax(-1) == after).all())))
+        greedy = (x.argmax(-1) == after).all()
+        result.append((float(logp), bool(greedy)))
     return result
 
 
@@ -282,9 +373,12 @@ def likelihood(model, pairs, memories=None, recall=None):
 
 def remember(text, tokenizer, config, retriever, bank):
     """Writes a text into the knowledge base, the bank and the index, now. Returns reference ids.
-    A text beyond ref_len tokens becomes several references, as in sec. 4.4."""
-    tokens, ids = tokenizer.encode(text), []
-    check(tokens, "--remember: the text is empty")
+
+    A text beyond ref_len tokens becomes several references, as in sec. 4.4. What is known already,
+    word for word, is not written again. UserError for a text without a letter or digit."""
+    check(any(letter.isalnum() for letter in text), f"--remember {text!r}: there is no word in it")
+    tokens = tokenizer.encode(text)
+    ids = []
     for i in range(0, len(tokens), config.ref_len):
         piece = tokens[i : i + config.ref_len]
         near = retriever.search([piece], min(8, len(retriever)))[0][0]  # other orders score alike
@@ -292,31 +386,82 @@ def remember(text, tokenizer, config, retriever, bank):
         if known:
             ids.append(known[0])  # remembered before
             continue
-        ids.append(bank.append(piece))
-        retriever.add([ids[-1]], [tokenizer.decode(piece)])
+        new = bank.append(piece)
+        retriever.add([new], [tokenizer.decode(piece)])
         retriever.save(bank.references)
+        ids.append(new)
     return ids
 
 
-# -- Opening a model ---------------------------------------------------------------------------
+# -- Opening a model with its memory ----------------------------------------------------------
+
+BANK = "out/{data}/{references}.bank"  # where the memories of a knowledge base are kept
+CODES = "out/{data}/{references}.codes"  # the same, vector-quantized
 
 
-def open_model(checkpoint, data, device, dtype="auto"):
+def model_flags(parser, bank=True):
+    """Adds the flags with which a command opens a model and, with bank, its memory."""
+    add = parser.add_argument
+    add("--checkpoint", default="checkpoints/toy", help="a .pt file, or a directory of one")
+    add("--data", default="data/cities", help="a prepared data set")
+    add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
+    add("--n_recall", type=number(int, 0), default=0, help="R; 0: that of the checkpoint")
+    if bank:
+        add("--references", default="kb", help="its knowledge base")
+        add("--bank", default=BANK, help="directory of the memories of the knowledge base")
+
+
+def place(template, data, references):
+    """The path that --bank or --codes names: the default follows --data and --references.
+
+    >>> place(BANK, "data/cities", "kb")
+    'out/cities/kb.bank'
+    """
+    name = Path(data).resolve().name
+    return template.replace("{data}", name).replace("{references}", references)
+
+
+def open_model(checkpoint, data, device, dtype="auto", n_recall=0):
     """-> model and tokenizer, checked against each other; prints what runs and why.
-    dtype: of the weights; auto: bfloat16 on a GPU that has it: decoding waits for their bytes."""
-    (model, meta), device = load_checkpoint(checkpoint), find_device(device)
+
+    dtype: of the weights; auto: bfloat16 on a GPU that has it: decoding waits for their bytes.
+    n_recall: R, other than the checkpoint's. (What a memory is depends on no R: any bank fits.)"""
+    model, meta = load_checkpoint(checkpoint)
+    device = find_device(device)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bfloat16" or dtype == "auto" and fast:
         model.rounded(torch.bfloat16)
     model.to(device).eval()
-    c, tokenizer = model.config, corpus.tokenizer(data)
+    tokenizer = corpus.tokenizer(data)
     trained = f"{checkpoint} was trained with tokenizer {meta['tokenizer']}"
     check(meta["tokenizer"] == tokenizer.id, f"{trained}; that of {data} is {tokenizer.id}")
-    dtype, chunk = model.embed.weight.dtype, len(c.header) + c.chunk_len
-    sizes = c.head_dim, c.n_head // c.n_kv_head, c.n_recall * c.memory_tokens
-    path, why = attention_path(device, dtype, chunk, *sizes)
+    cfg = model.config
+    if n_recall:
+        cfg.n_recall = n_recall
+    dtype = model.embed.weight.dtype
+    tokens = len(cfg.header) + cfg.chunk_len
+    group = cfg.n_head // cfg.n_kv_head
+    slots = cfg.n_recall * cfg.memory_tokens
+    path, why = attention_path(device, dtype, tokens, cfg.head_dim, group, slots)
     print(
-        f"{checkpoint}: {c.n_params:,} non-embedding weights on {device}, {dtype}; attention of "
+        f"{checkpoint}: {cfg.n_params:,} non-embedding weights on {device}, {dtype}; attention of "
         f"a prompt of one chunk: {path} ({why})"
     )
     return model, tokenizer
+
+
+def open_memory(a, model, cold_start=False):
+    """a: the flags of model_flags. -> the references of the knowledge base, what finds them, and
+    the bank of their memories.
+
+    cold_start: where there is no bank, one that is empty; memories are then encoded at their first
+    retrieval (sec. 3.1)."""
+    references = corpus.References.open(Path(a.data, a.references))
+    retriever = Retriever.open(f"{a.data}/{a.references}.index", references=references)
+    path = Path(place(a.bank, a.data, a.references))
+    if (path / "meta.json").exists():
+        return references, retriever, MemoryBank.open(path, model, references)
+    made = f"python write.py --checkpoint {a.checkpoint} --data {a.data}"
+    made += f" --references {a.references} --out {path}"
+    check(cold_start, f"{path}: no memories here; first {made}")
+    return references, retriever, MemoryBank.create(path, model, references)

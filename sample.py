@@ -2,6 +2,7 @@
 
     python sample.py --prompt "What is the population of Kyiv?"
     python sample.py --prompt "..." --explain --html out/memory.html     what was recalled and read
+    python sample.py --prompt "..." --cold_start --bank out/cold.bank    memories made when recalled
     python sample.py --prompt "What is the population of Zubrowka City?" \\
         --remember "Zubrowka City has 4242 people. Zubrowka City is in Zubrowka."
 """
@@ -11,100 +12,113 @@ import os
 
 import torch
 
-import corpus
-from bank import MemoryBank
-from common import check, run
-from generate import generate, open_model, remember
-from retrieval import Random, Retriever
+from common import check, number, run, visible
+from generate import (
+    check_fits,
+    generate,
+    in_context,
+    model_flags,
+    open_memory,
+    open_model,
+    remember,
+)
+from retrieval import Random
 from views.explain import explain, page
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
+    share = number(float, 1e-9, 1)
     p.add_argument("--prompt", required=True, help="the text to continue")
-    p.add_argument("--checkpoint", default="checkpoints/toy", help="a .pt file or its directory")
-    p.add_argument("--data", default="data/cities", help="the prepared data set")
-    p.add_argument("--references", default="kb", help="its knowledge base")
-    p.add_argument("--bank", default="out/kb.bank", help="the memories of the knowledge base")
-    p.add_argument("--memory", default="bank", choices=["off", "random", "bank"])
+    p.add_argument("--tokens", type=number(int, 1), default=32, help="how many to generate")
+    p.add_argument("--stop", default=".", help='a token that ends the answer; "": none')
+    p.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: the likeliest")
+    p.add_argument("--top_k", type=number(int, 0), default=0, help="of the k likeliest; 0: of all")
+    p.add_argument("--top_p", type=share, default=1.0, help="of the likeliest with this share")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the sampling")
+    p.add_argument("--memory", default="bank", choices=["off", "random", "bank"], help="recalled")
     p.add_argument("--rag", action="store_true", help="put the references' text before the prompt")
     p.add_argument("--plain", action="store_true", help="no header (--rag has none)")
-    p.add_argument("--tokens", type=int, default=32, help="how many to generate")
-    p.add_argument("--stop", default=".", help='a token that ends the answer ("": none)')
-    p.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    p.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest (0: all)")
-    p.add_argument("--top_p", type=float, default=1.0, help="the likeliest that make up this share")
-    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--remember", action="append", default=[], help="a text to write down first")
+    p.add_argument("--cold_start", action="store_true", help="begin a bank where there is none")
     p.add_argument("--explain", action="store_true", help="what was recalled, kept, attended to")
-    p.add_argument("--html", default="", help="--explain, and the same as a page, token by token")
-    p.add_argument("--device", default="auto")
+    p.add_argument("--html", help="a file: --explain, and the same as a page, token by token")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    model_flags(p)
     return p
+
+
+def check_flags(a):
+    """Refuses flags that contradict each other, before anything is opened or written."""
+    plain = a.rag or a.plain
+    check(a.prompt.strip(), "--prompt is empty; give a text to continue")
+    check(not plain or a.memory != "random", "--memory random goes with neither --rag nor --plain")
+    if a.explain or a.html:
+        shown = a.memory != "off" and not plain
+        check(shown, "--explain and --html show memories: with --memory bank or random only")
+    if a.html:
+        folder = os.path.dirname(a.html) or "."
+        fits = os.access(folder, os.W_OK) and not os.path.isdir(a.html)
+        check(fits, f"--html {a.html}: give a file in a directory that can be written to")
+
+
+def stop_token(tokenizer, text):
+    """The token that --stop names, None for ""."""
+    tokens = tokenizer.encoding.encode_ordinary(text)
+    line = f"--stop {text!r} is {len(tokens)} tokens; it must be one"
+    check(len(tokens) < 2, f'{line}, or "" to go on to the end')
+    return tokens[0] if tokens else None
 
 
 def main(argv=None):
     a = parser().parse_args(argv)
-    plain, here = a.rag or a.plain, os.path.dirname(a.html) or "."
-    check(not plain or a.memory != "random", "--memory random goes with neither --rag nor --plain")
-    shown = a.memory != "off" and not plain or not (a.explain or a.html)
-    check(shown, "--explain and --html show memories: with --memory bank or random only")
-    file = not a.html or os.access(here, os.W_OK) and not os.path.isdir(a.html)
-    check(file, f"--html {a.html}: give a file in a directory that can be written to")
-    check(a.prompt.strip(), "--prompt is empty; give a text to continue")
-    fits = a.temperature >= 0 and a.top_k >= 0 and 0 < a.top_p <= 1 and a.tokens >= 1
-    check(fits, "--temperature, --top_k: from 0; --top_p: above 0, to 1; --tokens: from 1")
-    model, tokenizer = open_model(a.checkpoint, a.data, a.device, a.dtype)
-    c, retriever, bank = model.config, None, None
-    if a.memory != "off" and not a.plain or a.rag or a.remember:
-        references = corpus.References.open(f"{a.data}/{a.references}")
-        bank = MemoryBank.open(a.bank, model, references)
-        retriever = Retriever.open(f"{a.data}/{a.references}.index", references=references)
+    check_flags(a)
+    model, tokenizer = open_model(a.checkpoint, a.data, a.device, a.dtype, a.n_recall)
+    cfg = model.config
     # what is wrong with the question is said before a fact is written
-    prompt, stop = tokenizer.encode(a.prompt), tokenizer.encoding.encode_ordinary(a.stop)
-    check(len(stop) < 2, f"--stop {a.stop!r} is {len(stop)} tokens; it must be one")
-    line = f"{1 + len(prompt)} prompt tokens and {a.tokens} new ones"
-    fits = 1 + len(prompt) + a.tokens <= c.max_context
-    check(fits, f"{line}; the context is at most {c.max_context}: shorten the prompt")
+    prompt = tokenizer.encode(a.prompt)
+    stop = stop_token(tokenizer, a.stop)
+    check_fits(1 + len(prompt), a.tokens, cfg)
+    plain = a.rag or a.plain
+    reads = a.memory != "off" and not plain
+    retriever = bank = None
+    if reads or a.rag or a.remember:
+        references, retriever, bank = open_memory(a, model, a.cold_start)
     for text in a.remember:
-        for i in remember(text, tokenizer, c, retriever, bank):
-            print(f"remembered as reference {i}")
+        for i in remember(text, tokenizer, cfg, retriever, bank):
+            print(f"remembered as reference {i}", flush=True)
     if a.rag:
-        query = [tokenizer.bos, *prompt][-c.chunk_len :]  # as a chunk of the prompt recalls
-        ids, scores = retriever.search([query], c.n_recall)
-        found = [(references[int(i)], s) for i, s in zip(ids[0], scores[0], strict=True) if i >= 0]
-        for reference, score in found:
-            print(f"in context: score {score:.2f}  {tokenizer.decode(reference).strip()}")
-        prompt = [int(t) for reference, _ in found for t in reference] + prompt
-    if plain or a.memory == "off":
+        query = [tokenizer.bos, *prompt][-cfg.chunk_len :]  # as a chunk of the prompt recalls
+        ids, scores = retriever.search([query], cfg.n_recall)  # (1, R)
+        texts = []
+        for i, score in zip(ids[0], scores[0], strict=True):
+            if i >= 0:
+                texts.append(references[int(i)].tolist())
+                text = tokenizer.decode(texts[-1]).strip()
+                print(visible(f"in context: score {score:.2f}  {text}"))
+        prompt = in_context(texts, prompt, cfg.max_context - a.tokens - 1)
+    if not reads:
         retriever = bank = None
     elif a.memory == "random":
         retriever = Random(len(references), a.seed)
-    tokens = torch.tensor([[tokenizer.bos, *prompt]])
-    out, trace = generate(
-        model,
-        tokens,
-        a.tokens,
-        retriever,
-        bank,
-        plain=plain,
-        temperature=a.temperature,
-        top_k=a.top_k,
-        top_p=a.top_p,
-        seed=a.seed,
-        stop=stop[0] if stop else None,
-    )
+
+    tokens = torch.tensor([[tokenizer.bos, *prompt]])  # (1, T)
+    sampling = dict(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed)
+    how = dict(plain=plain, stop=stop, **sampling)
+    out, trace = generate(model, tokens, a.tokens, retriever, bank, **how)
     answer = tokenizer.decode(out[0, tokens.shape[1] :])
-    print(f"\n{a.prompt}\n -> {answer.strip()}\n")
+    print(visible(f"\n{a.prompt}\n -> {answer.strip()}\n"))
     if a.explain or a.html:
-        seen = model, tokenizer, references, out, trace, bank
-        print("\n".join(explain(*seen)))
+        seen = (model, tokenizer, references, out, trace, bank)
+        print(visible("\n".join(explain(*seen))))
         if a.html:
             page(a.html, *seen)
-    n, took = trace.logprobs.shape[1], trace.seconds
-    each = ", ".join(f"{name} {s * 1e3:.1f}" for name, s in took.items())
+    n_new = trace.logprobs.shape[1]
+    ms = {name: seconds * 1e3 for name, seconds in trace.seconds.items()}
+    parts = ", ".join(f"{name} {x:.1f}" for name, x in ms.items())
     cache = f"; {bank.stats()}" if bank else ""
-    print(f"{n} tokens in {sum(took.values()) * 1e3:.0f} ms: {each}{cache}")
+    print(f"{n_new} tokens in {sum(ms.values()):.0f} ms: {parts}{cache}")
     return answer
 
 

@@ -2,7 +2,7 @@
 
 `train.py --keep_every 100` keeps checkpoints on the way; the first is what the run began from:
 
-    python eval.py --drift checkpoints/toy out/drift/step_100.pt out/drift/step_300.pt
+    python experiments/drift.py checkpoints/toy out/drift/step_100.pt out/drift/step_300.pt
 
 The references of validation text are written by each checkpoint, and all are read by the last one.
 What has changed is looked at in two ways: the keys and values of the tokens that the last
@@ -11,22 +11,25 @@ What it costs is the loss of the last checkpoint on the text, with stale and wit
 The plot (pip install matplotlib) goes to out/drift.png.
 """
 
+import argparse
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus
-from common import UserError, find_device
-from eval import columns
-from experiments.text import open_text
+from common import UserError, check, find_device, number, optional, run
+from eval import columns, json_flag, prepare_json, write_result
+from experiments.text import open_text, text_flags
 from memory import Memories
 from model import Memory3, load_checkpoint
 
 
 def everything(model):
     """The same model with room for all tokens of a reference: it keeps every one."""
-    config = {**vars(model.config), "memory_tokens": model.config.ref_len}
+    config = dict(vars(model.config), memory_tokens=model.config.ref_len)
     twin = Memory3(type(model.config)(**config)).to(model.device)
     twin.load_state_dict(model.state_dict())
     return twin
@@ -38,17 +41,23 @@ def compare(old, new, references, batch=64):
 
     -> dict(keys, values: mean cosine over layers, heads and the tokens that `new` keeps; kept: the
     share of these tokens that `old` keeps as well)."""
-    writer, sums, filled = everything(old), torch.zeros(3, dtype=torch.float64), 0
+    writer = everything(old)
+    sums = dict(keys=0.0, values=0.0, kept=0.0)
+    n_kept = 0
     for part in references.split(batch):
         fresh, index = new.write(part, return_indices=True)  # index (N, Lm, Hkv, S)
-        stale, other = writer.write(part).kv, old.write(part, return_indices=True)[1]
+        other = old.write(part, return_indices=True)[1]  # (N, Lm, Hkv, S)
         real = index >= 0
-        at = index.clamp(min=0)[:, :, None, ..., None].expand_as(fresh.kv)
-        cosine = F.cosine_similarity(stale.gather(4, at), fresh.kv, dim=-1)  # (N, Lm, 2, Hkv, S)
+        stale = writer.write(part).kv  # (N, Lm, 2, Hkv, n, dh): all tokens
+        at = index.clamp(min=0)[:, :, None, :, :, None].expand_as(fresh.kv)
+        stale = stale.gather(4, at)  # (N, Lm, 2, Hkv, S, dh): those that `new` keeps
+        cosine = F.cosine_similarity(stale, fresh.kv, dim=-1)  # (N, Lm, 2, Hkv, S)
         both = (index.unsqueeze(-1) == other.unsqueeze(-2)).any(-1)  # (N, Lm, Hkv, S)
-        sums += torch.stack([x[real].double().sum().cpu() for x in (*cosine.unbind(2), both)])
-        filled += int(real.sum())
-    return dict(zip(("keys", "values", "kept"), (sums / filled).tolist(), strict=True))
+        sums["keys"] += float(cosine[:, :, 0][real].double().sum())
+        sums["values"] += float(cosine[:, :, 1][real].double().sum())
+        sums["kept"] += float(both[real].double().sum())
+        n_kept += int(real.sum())
+    return {name: x / n_kept for name, x in sums.items()}
 
 
 @torch.inference_mode()
@@ -61,27 +70,20 @@ def loss(reader, writer, windows, n, batch=8):
         if writer:
             pool = writer.write(references)
         else:
-            pool, recall = Memories.empty(reader.config, device=reader.device), None
+            pool = Memories.empty(reader.config, device=reader.device)
+            recall = None
         total += float(reader(tokens, targets, pool, recall)[1]) * len(tokens)
     return total / n
 
 
 def plot(rows, without, path):
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path}: the plot needs pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Agreement with fresh memories, and the loss, over the steps since they were written."""
+    Figure = optional("matplotlib.figure").Figure
     steps = [row["behind"] for row in rows]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for name, label in (
-        ("keys", "cosine of keys"),
-        ("values", "cosine of values"),
-        ("kept", "share of kept tokens"),
-    ):
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    labels = dict(keys="cosine of keys", values="cosine of values", kept="share of kept tokens")
+    for name, label in labels.items():
         left.plot(steps, [row[name] for row in rows], "o-", label=label)
     right.plot(steps, [row["loss"] for row in rows], "o-", label="with stale memories")
     right.axhline(rows[-1]["loss"], ls=":", color="gray", label="with fresh memories")
@@ -93,39 +95,79 @@ def plot(rows, without, path):
         axis.legend(frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     print(f"\nplotted in {path}")
 
 
-def main(a, picture="out/drift.png"):
-    """a: eval.py's arguments. Prints a table, plots it, returns what goes into the JSON file."""
-    opened = [load_checkpoint(path) for path in a.drift]
-    if len(opened) < 2:
-        raise UserError("--drift takes two checkpoints or more, the last of the training last")
-    (last, meta), behind = opened[-1], []
-    for path, (model, other) in zip(a.drift, opened, strict=True):
-        if (model.config, other["tokenizer"]) != (last.config, meta["tokenizer"]):
-            raise UserError(f"--drift {path}: not the same shape and tokenizer as {a.drift[-1]}")
-        # a checkpoint of another run is what this run began from
-        runs = [m.get("train", {}).get("out") for m in (other, meta)]
-        behind.append(meta["step"] - (other["step"] if runs[0] == runs[1] else 0))
-        if behind[-1] < 0:
-            raise UserError(f"--drift {path} is later than {a.drift[-1]}: give the last one last")
+def steps_behind(path, meta, last_path, last_meta):
+    """How many steps before the last checkpoint this one was saved."""
+    runs = [m.get("train", {}).get("out") for m in (meta, last_meta)]
+    # a checkpoint of another run is what this run began from
+    start = meta["step"] if runs[0] == runs[1] else 0
+    behind = last_meta["step"] - start
+    check(behind >= 0, f"{path} is later than {last_path}: give the last one last")
+    return behind
+
+
+def parser():
+    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
+    p.add_argument(
+        "checkpoints", nargs="+", metavar="PT", help="of one training, the last one last"
+    )
+    p.add_argument("--data", default="data/cities", help="a prepared data set")
+    p.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
+    p.add_argument("--n_recall", type=number(int, 0), default=0, help="R; 0: the checkpoints'")
+    p.add_argument("--png", default="out/drift.png", help="the picture")
+    text_flags(p)
+    json_flag(p)
+    return p
+
+
+def main(argv=None):
+    a = parser().parse_args(argv)
+    prepare_json(a)
+    check(len(a.checkpoints) > 1, "give two checkpoints or more, the last of the training last")
+    opened = [load_checkpoint(path) for path in a.checkpoints]
+    last_path = a.checkpoints[-1]
+    last, last_meta = opened[-1]
+    behind = []
+    for path, (model, meta) in zip(a.checkpoints, opened, strict=True):
+        same = model.config == last.config and meta["tokenizer"] == last_meta["tokenizer"]
+        check(same, f"{path}: not the same shape and tokenizer as {last_path}")
+        behind.append(steps_behind(path, meta, last_path, last_meta))
         model.to(find_device(a.device)).eval()
-    last.config.n_recall = a.n_recall or last.config.n_recall
-    if meta["tokenizer"] != corpus.tokenizer(a.data).id:
-        raise UserError(f"{a.drift[-1]} was not trained with the tokenizer of {a.data}")
+    tokenizer = corpus.tokenizer(a.data)
+    line = f"{last_path} was not trained with the tokenizer of {a.data}"
+    check(last_meta["tokenizer"] == tokenizer.id, line)
+    if a.n_recall:
+        last.config.n_recall = a.n_recall
     windows, n = open_text(a, last.config)
-    found = sorted({int(i) for i in windows.neighbors[: n * windows.T // windows.C, 0] if i >= 0})
-    references = windows.references.batch(found)
+    n_chunks = n * windows.T // windows.C
+    found = {int(i) for i in windows.neighbors[:n_chunks, 0] if i >= 0}
+    references = windows.references.batch(sorted(found))
     print(f"{len(found)} references, {n} windows of {windows.T} tokens of {a.data}/{a.split}\n")
-    without, rows = loss(last, None, windows, n), []
-    for path, steps, (model, _) in zip(a.drift, behind, opened, strict=True):
-        row = dict(checkpoint=path, behind=steps) | compare(model, last, references)
-        rows.append(row | dict(loss=loss(last, model, windows, n)))
+    without = loss(last, None, windows, n)
+    rows = []
+    for path, steps, (model, _) in zip(a.checkpoints, behind, opened, strict=True):
+        row = dict(checkpoint=path, behind=steps)
+        row |= compare(model, last, references)
+        row["loss"] = loss(last, model, windows, n)
+        rows.append(row)
     head = ["steps since writing", "cosine of keys", "of values", "tokens kept by both", "loss"]
-    names = ("keys", "values", "kept", "loss")
-    lines = [[f"{row['behind']:,}", *(f"{row[k]:.4f}" for k in names)] for row in rows]
-    print(columns(head, *lines, ["no memories", "", "", "", f"{without:.4f}"]))
-    plot(rows, without, picture)
-    return dict(split=a.split, windows=n, without=without, drift=rows)
+    lines = []
+    for row in rows:
+        numbers = [f"{row[name]:.4f}" for name in ("keys", "values", "kept", "loss")]
+        lines.append([f"{row['behind']:,}", *numbers])
+    lines.append(["no memories", "", "", "", f"{without:.4f}"])
+    print(columns(head, *lines))
+    try:
+        plot(rows, without, a.png)
+    except UserError as error:  # no matplotlib: the table is there all the same
+        print(f"no {a.png}: {error}")
+    result = dict(split=a.split, windows=n, without=without, drift=rows)
+    write_result(a, result)
+    return result
+
+
+if __name__ == "__main__":
+    run(main)

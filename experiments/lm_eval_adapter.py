@@ -1,81 +1,156 @@
 """Memory3 in lm-evaluation-harness, with memories or without (sec. 7.1). pip install lm_eval
 
     python experiments/lm_eval_adapter.py run --model memory3 \\
-        --model_args bank=out/kb.bank --device cpu --tasks NAME --include_path DIR_OF_TASKS
+        --model_args bank=out/cities/kb.bank --device cpu --tasks NAME --include_path DIR_OF_TASKS
 
-The command line is the harness's own. model_args: flags of eval.py, such as checkpoint, data and
-bank (left out: no memories). The harness gives no question apart from its examples, so memories are
-recalled by the last chunk of the context, as in generation; none resembles it (overlap <= 2/3).
+The command line is the harness's own. model_args: checkpoint, data, references, bank, n_recall, as
+in eval.py (bank left out: no memories). Memories are recalled by the question alone where the
+harness gives it apart from its examples (Instance.doc), else by the last chunk of the context.
+None resembles it (overlap <= 2/3).
 """
 
+import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
 
-import torch  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import UserError, check, optional
+from generate import generate, likelihood, model_flags, open_memory, open_model, pool_of
+from memory import Memories
+from retrieval import Filtered
 
 try:
-    from lm_eval.api.model import LM
-    from lm_eval.api.registry import register_model
-except ImportError:
-    raise ImportError("the adapter needs lm-evaluation-harness: pip install lm_eval") from None
+    LM = optional("lm_eval.api.model").LM
+    register_model = optional("lm_eval.api.registry").register_model
+except UserError as error:
+    sys.exit(f"lm_eval_adapter.py: {error}")
 
-from eval import open_memory, open_reader, parser  # noqa: E402
-from generate import generate, likelihood, pool_of  # noqa: E402
-from memory import Memories  # noqa: E402
-from retrieval import Filtered  # noqa: E402
+QUESTION = ("question", "query", "sentence", "ctx", "text")  # where tasks keep what they ask
+OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature")  # of generation: greedy only
+
+
+def split_tokens(tokenizer, context, continuation):
+    """-> (before, after): the tokens of the whole text, cut before the first that has something of
+    the continuation. So it is the same wherever a text is cut, within a word or beside a space."""
+    whole = tokenizer.encode(context + continuation)
+    alone = tokenizer.encode(context)
+    n = 0
+    while n < min(len(whole), len(alone)) and whole[n] == alone[n]:
+        n += 1
+    return whole[:n], whole[n:]
+
+
+def question_of(doc, context):
+    """The question of a harness document that stands in the context, or None."""
+    if isinstance(doc, dict):
+        for key in QUESTION:
+            text = doc.get(key)
+            if isinstance(text, str) and text.strip() and text.strip() in context:
+                return text.strip()
+    return None
+
+
+def options_of(how):
+    """-> (stops, number of tokens). UserError for an option that would be ignored."""
+    unknown = sorted(set(how) - set(OPTIONS))
+    check(not unknown, f"generation options {', '.join(unknown)}: not supported")
+    sampled = how.get("do_sample") or how.get("temperature")
+    check(not sampled, "generation options do_sample, temperature: greedy generation only")
+    until = how.get("until") or []
+    stops = [until] if isinstance(until, str) else until
+    n = how.get("max_gen_toks")
+    n = 64 if n is None else int(n)
+    check(n >= 0, f"generation option max_gen_toks {n}: from 0")
+    return [stop for stop in stops if stop], n
 
 
 @register_model("memory3")
 class Memory3LM(LM):
-    def __init__(self, bank="", batch_size=1, max_batch_size=None, **flags):  # of eval.py
+    def __init__(self, bank="", batch_size=1, max_batch_size=None, **flags):
         super().__init__()
-        a = parser().parse_args([f"--{k}={v}" for k, v in {**flags, "bank": bank}.items()])
-        self.model, self.tok = open_reader(a)
+        parser = argparse.ArgumentParser("memory3", allow_abbrev=False)
+        model_flags(parser)
+        a = parser.parse_args([f"--{name}={value}" for name, value in flags.items()])
+        self.model, self.tokenizer = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
         self.retriever = self.bank = None
         if bank:
+            a.bank = bank
             references, retriever, self.bank = open_memory(a, self.model)
             self.retriever = Filtered(retriever, references)
 
+    def read(self, query):
+        """-> pool and table (1, R) of the memories that a query (tokens) recalls."""
+        cfg = self.model.config
+        if self.bank is None or not query:
+            return Memories.empty(cfg, device=self.model.device), None
+        ids = self.retriever.search([query], cfg.n_recall)[0]  # (1, R)
+        return pool_of(self.bank, ids, self.model)
+
     def loglikelihood(self, requests):
-        c, result = self.model.config, []
-        for context, text in (request.args for request in requests):
-            after = self.tok.encode(text)
-            before = self.tok.encode(context)[-(c.max_context - len(after)) :]
-            read = Memories.empty(c, device=self.model.device), None
-            if self.bank and before:
-                ids = self.retriever.search([before[-c.chunk_len :]], c.n_recall)[0]
-                read = pool_of(self.bank, ids, self.model)
-            result += likelihood(self.model, [([self.tok.bos, *before], after)], *read)
-        return result
+        return [self.score(request) for request in requests]
+
+    def score(self, request):
+        """-> log p of the continuation, and whether it is what greedy generation gives."""
+        context, continuation = request.args
+        cfg = self.model.config
+        before, after = split_tokens(self.tokenizer, context, continuation)
+        question = question_of(getattr(request, "doc", None), context)
+        query = self.tokenizer.encode(question) if question else before[-cfg.chunk_len :]
+        pool, table = self.read(query)
+        # A continuation beyond the context is scored in pieces, each after what fits before it.
+        size = len(after) if len(after) <= cfg.max_context else cfg.max_context // 2
+        total = 0.0
+        greedy = True
+        for i in range(0, len(after), max(1, size)):
+            piece = after[i : i + size]
+            room = cfg.max_context - len(piece)  # the last token is predicted, and not read
+            head = [*before, *after[:i]]
+            head = head[max(0, len(head) - room) :]
+            pair = ([self.tokenizer.bos, *head], piece)
+            logp, likeliest = likelihood(self.model, [pair], pool, table)[0]
+            total += logp
+            greedy = greedy and likeliest
+        return total, greedy
 
     def loglikelihood_rolling(self, requests):
         """In windows of max_context; each chunk recalls by the text before it, as in generation."""
-        result, n = [], self.model.config.max_context - 1
-        for (text,) in (request.args for request in requests):
-            tokens, bos, logp = self.tok.encode(text), torch.tensor([[self.tok.bos]]), 0.0
-            for i in range(0, len(tokens), n):
-                part, both = torch.tensor([tokens[i : i + n]]), (self.retriever, self.bank)
-                trace = generate(self.model, bos, part.shape[1], *both, forced=part)[1]
-                logp += float(trace.logprobs.sum())
-            result.append(logp)
+        size = self.model.config.max_context - 1
+        bos = torch.tensor([[self.tokenizer.bos]])  # (1, 1)
+        result = []
+        for request in requests:
+            (text,) = request.args
+            tokens = self.tokenizer.encode(text)
+            total = 0.0
+            for i in range(0, len(tokens), size):
+                window = torch.tensor([tokens[i : i + size]])  # (1, n)
+                n = window.shape[1]
+                trace = generate(self.model, bos, n, self.retriever, self.bank, forced=window)[1]
+                total += float(trace.logprobs.sum())
+            result.append(total)
         return result
 
     def generate_until(self, requests):
-        c, result = self.model.config, []
-        for context, how in (request.args for request in requests):
-            n, stops = min(how.get("max_gen_toks", 64), c.max_context // 2), how["until"]
-            prompt = [self.tok.bos, *self.tok.encode(context)[-(c.max_context - n - 1) :]]
-            out, _ = generate(self.model, torch.tensor([prompt]), n, self.retriever, self.bank)
-            text = self.tok.decode(out[0, len(prompt) :])
-            for stop in [stops] if isinstance(stops, str) else stops:
+        """At most half of the context is generated; of a longer prompt its end is read."""
+        options = [options_of(request.args[1]) for request in requests]  # before any work
+        cfg = self.model.config
+        result = []
+        for request, (stops, n) in zip(requests, options, strict=True):
+            n = min(n, cfg.max_context // 2)
+            text = ""
+            if n > 0:
+                prompt = self.tokenizer.encode(request.args[0])
+                room = cfg.max_context - n - 1
+                prompt = [self.tokenizer.bos, *prompt[max(0, len(prompt) - room) :]]
+                tokens = torch.tensor([prompt])  # (1, T)
+                out, _ = generate(self.model, tokens, n, self.retriever, self.bank)
+                text = self.tokenizer.decode(out[0, len(prompt) :])
+            for stop in stops:
                 text = text.split(stop)[0]
             result.append(text)
         return result
 
 
 if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate  # what the command lm_eval calls
-
-    cli_evaluate()
+    optional("lm_eval.__main__").cli_evaluate()  # what the command lm_eval calls

@@ -1,23 +1,34 @@
-"""Validation text: the loss under each condition, and how much of the gain is copying (Table C.2).
+"""The loss on validation text, condition by condition.
 
-    python eval.py --text --split explicit_heldout      loss, condition by condition
-    python eval.py --leak --split explicit_heldout      gain, by what retrieval may recall
+    python experiments/text.py --split explicit_heldout
 
 Everything is read as in training: chunk c has the memories that chunks c-R+1..c retrieved. They are
 written here and now, from the references of the split's neighbours: no bank is needed.
 """
 
+import argparse
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bank import MemoryBank
-from common import UserError
-from eval import CONDITIONS, columns, open_reader
-from generate import likelihood
+from common import UserError, number, run
+from eval import CONDITIONS, columns, json_flag, prepare_json, write_result
+from generate import CODES, likelihood, model_flags, open_model, place
 from memory import Memories
-from retrieval import Retriever, neighbors
 from train import TrainConfig, Windows
+
+
+def text_flags(parser):
+    """Adds the flags that say which text is read."""
+    add = parser.add_argument
+    add("--split", default="explicit_heldout", help="the text; it needs neighbours")
+    add("--windows", type=number(int, 1), default=64, help="how many windows of it to read")
+    add("--context", type=number(int, 1), default=256, help="T, tokens of a window")
 
 
 def open_text(a, config):
@@ -28,15 +39,23 @@ def open_text(a, config):
 
 
 def in_context(config, tokens, references, recall):
-    """RAG on text: per chunk the pair (the references it would read and, as much of it as fits,
-    the window so far; the tokens that the chunk's positions predict)."""
-    C, pairs = config.chunk_len, []
+    """RAG on text, chunk by chunk: [(before, after)].
+
+    after: the tokens that the chunk's positions predict. before: the references that the chunk
+    would read and, as much of it as fits, the window so far.
+    """
+    chunk_len = config.chunk_len
+    pairs = []
     for window, table in zip(tokens.tolist(), recall.tolist(), strict=True):
-        for c, rows in enumerate(table):
-            texts = [t for j in rows if j >= 0 for t in references[j].tolist() if t >= 0]
-            own, after = window[1 : c * C + 1], window[c * C + 1 : (c + 1) * C + 1]
+        for chunk, rows in enumerate(table):
+            found = [references[j].tolist() for j in rows if j >= 0]
+            texts = [token for text in found for token in text if token >= 0]
+            start = chunk * chunk_len + 1
+            own = window[1:start]
+            after = window[start : start + chunk_len]
             room = config.max_context - len(texts) - len(after)
-            pairs.append(([window[0], *texts, *own[max(0, len(own) - room) :]], after))
+            own = own[max(0, len(own) - room) :]
+            pairs.append(([window[0], *texts, *own], after))
     return pairs
 
 
@@ -47,93 +66,83 @@ def text_losses(model, windows, n, conditions, codec=None, batch=8):
     windows: a train.Windows with neighbours. Chunk c reads what chunks c-R+1..c retrieved, written
     here and now; as many random references; their codes and back; or their texts, in the context.
     """
-    rng, sums = np.random.default_rng(0), dict.fromkeys(conditions, 0.0)
+    rng = np.random.default_rng(0)
+    sums = dict.fromkeys(conditions, 0.0)
+    none = Memories.empty(model.config, device=model.device)
     for i in tqdm(range(0, n, batch), "text", leave=False):
         part = windows.batch(range(i, min(n, i + batch)))
         tokens, targets, references, recall = (t.to(model.device) for t in part)
-        some = windows.references.batch(rng.integers(0, len(windows.references), len(references)))
-        own, none = model.write(references), Memories.empty(model.config, device=model.device)
-        read = dict(plain=(None, None), none=(none, None), recalled=(own, recall))
-        read["random"] = model.write(some), recall
+        others = rng.integers(0, len(windows.references), len(references))
+        own = model.write(references)
+        pools = dict(plain=None, none=none, recalled=own)
+        pools["random"] = model.write(windows.references.batch(others))
         if codec:
-            coded = codec.decode(codec.encode(own.kv))
-            read["quantized"] = Memories(coded.to(model.device), own.count), recall
+            decoded = codec.decode(codec.encode(own.kv)).to(model.device)
+            pools["quantized"] = Memories(decoded, own.count)
         for condition in conditions:
             if condition == "rag":
-                pairs = in_context(model.config, tokens, references, recall)
-                parts = [pairs[j : j + batch] for j in range(0, len(pairs), batch)]
-                logp = sum(x for part in parts for x, _ in likelihood(model, part))
-                sums[condition] -= logp / (windows.T - 1)
-            else:
-                loss = model(tokens, targets, *read[condition])[1]
-                sums[condition] += float(loss) * len(tokens)
+                sums[condition] += rag_nats(model, tokens, references, recall, batch) / (
+                    windows.T - 1
+                )
+                continue
+            reads = None if condition in ("plain", "none") else recall
+            loss = model(tokens, targets, pools[condition], reads)[1]
+            sums[condition] += float(loss) * len(tokens)
     return {condition: x / n for condition, x in sums.items()}
 
 
-def leak(model, windows, retriever, n, thresholds=(None, 0.9, 0.8, 2 / 3)):
-    """The gain of memory on text, by how much a reference may copy of it (Table C.2).
-
-    A reference that overlaps the window around its chunk by more than the threshold, eq. (3.3), is
-    dropped, and the next best of 16 more takes its place. query_shift 0: a chunk reads what its own
-    text retrieved, as in training (paper); 1: what the text before it did, as in generation.
-    A gain that goes with the copies was copying.
-    -> rows of dict(threshold, changed, empty: shares of the chunks; gain: [of shift 0, of 1])
-    """
-    base, rows, first = text_losses(model, windows, n, ["none"])["none"], [], None
-    for threshold in thresholds:
-        ids = neighbors(
-            windows.tokens[: n * windows.T],
-            windows.C,
-            windows.references,
-            retriever,
-            1,
-            threshold=threshold or 1.0,
-            context=windows.T,
-            extra=16,
-        )
-        first = ids if first is None else first
-        row = dict(threshold=threshold, changed=float((ids != first).mean()))
-        row |= dict(empty=float((ids < 0).mean()), gain=[])
-        windows.neighbors = ids
-        for shift in (0, 1):
-            windows.shift = shift
-            loss = text_losses(model, windows, n, ["recalled"])["recalled"]
-            row["gain"].append(base - loss)
-        rows.append(row)
-    return rows
+def rag_nats(model, tokens, references, recall, batch):
+    """-log p of all tokens of a batch of windows, with the references as text before each chunk."""
+    pairs = in_context(model.config, tokens, references, recall)
+    nats = 0.0
+    for i in range(0, len(pairs), batch):
+        for logp, _ in likelihood(model, pairs[i : i + batch]):
+            nats -= logp
+    return nats
 
 
-def main(a):
-    """a: eval.py's arguments. Prints a table, returns what goes into the JSON file."""
-    model, _ = open_reader(a)
+def open_codec(a, windows, model):
+    """The codec of the vector-quantized bank; None, and a word on it, where there is none."""
+    path = place(a.codes, a.data, Path(windows.references.path).name)
+    try:
+        return MemoryBank.open(path, model).codec
+    except UserError as error:
+        print(f"quantized memories: left out, for {error}")
+        return None
+
+
+def parser():
+    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
+    model_flags(p, bank=False)
+    text_flags(p)
+    p.add_argument("--codes", default=CODES, help="a vector-quantized bank, for its codec")
+    json_flag(p)
+    return p
+
+
+def main(argv=None):
+    a = parser().parse_args(argv)
+    prepare_json(a)
+    model, _ = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
     windows, n = open_text(a, model.config)
     print(f"{n} windows of {windows.T} tokens of {a.data}/{a.split}\n")
-    if a.leak:
-        references = windows.references
-        retriever = Retriever.open(f"{references.path}.index", references=references)
-        rows = leak(model, windows, retriever, n)
-        head = ["largest overlap", "neighbours changed", "none left", "gain, query_shift 0", "1"]
-        lines = [
-            [f"{row['threshold']:.2f}" if row["threshold"] else "no filter"]
-            + [f"{row['changed']:.3f}", f"{row['empty']:.3f}", *(f"{x:.3f}" for x in row["gain"])]
-            for row in rows
-        ]
-        print(columns(head, *lines))
-        return dict(split=a.split, windows=n, leak=rows)
-    conditions, codec = [c for c in CONDITIONS if c != "oracle"], None
-    try:
-        codec = MemoryBank.open(a.codes, model).codec
-    except UserError as e:
+    conditions = [condition for condition in CONDITIONS if condition != "oracle"]
+    codec = open_codec(a, windows, model)
+    if codec is None:
         conditions.remove("quantized")
-        print(f"quantized memories: left out, for {e}")
     losses = text_losses(model, windows, n, conditions, codec)
-    R = model.config.n_recall
-    names = CONDITIONS | dict(
-        recalled=f"recalled: by chunks c-{R - 1}..c, as in training",
-        quantized="the same, vector-quantized",
-        rag="text in context (RAG: the same references)",
-    )
-    lines = [[names[c], f"{x:.4f}"] for c, x in losses.items()]
+    names = dict(CONDITIONS)
+    names["recalled"] = f"recalled: by chunks c-{model.config.n_recall - 1}..c, as in training"
+    names["quantized"] = "the same, vector-quantized"
+    names["rag"] = "text in context (RAG: the same references)"
+    lines = [[names[condition], f"{x:.4f}"] for condition, x in losses.items()]
     print(columns(["condition", "nats per token"], *lines))
     print("the right reference: not applicable, for a text names none")
-    return dict(split=a.split, windows=n, losses=losses)
+    result = dict(split=a.split, windows=n, losses=losses)
+    write_result(a, result)
+    return result
+
+
+if __name__ == "__main__":
+    run(main)

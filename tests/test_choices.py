@@ -1,14 +1,14 @@
-"""eval.py --choices: what is asked, recalled and counted; the adapter to lm-evaluation-harness."""
+"""experiments/choices.py: what is asked, recalled and counted."""
 
 import json
 import math
 
 import pytest
 import torch
-from test_sample import PLACES, World, text_of
+from conftest import ROOT
+from world import PLACES, World
 
 import corpus
-import eval as evaluation
 from experiments import choices
 from experiments.choices import answer, load
 from memory import Memories
@@ -17,7 +17,7 @@ from retrieval import Filtered, overlap
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    tok = corpus.tokenizer(evaluation.__file__.removesuffix("eval.py") + "data/cities")
+    tok = corpus.tokenizer(ROOT / "data/cities")
     return World(tmp_path_factory.mktemp("choices") / "world", tok)
 
 
@@ -52,12 +52,31 @@ def test_load(file, tmp_path):
     for bad in (*wrong_answers, *wrong_choices, dict(good, question=""), dict(answer=1), [good], 5):
         wrong = tmp_path / "wrong.jsonl"
         wrong.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
-        with pytest.raises(ValueError, match="wrong.jsonl, line 2: a line is") as e:
+        with pytest.raises(ValueError, match="wrong.jsonl.* line 2: .*a line is") as e:
             load(wrong)
         assert "\n" not in str(e.value), bad
-    wrong.write_text("")
-    with pytest.raises(ValueError, match="wrong.jsonl is empty"):
-        load(wrong)
+    for empty in ("", "\n \n", "\ufeff"):
+        wrong.write_text(empty)
+        with pytest.raises(ValueError, match="wrong.jsonl is empty"):
+            load(wrong)
+    with pytest.raises(ValueError, match="nowhere.jsonl is missing"):
+        load(tmp_path / "nowhere.jsonl")
+
+
+def test_load_reads_utf_8_from_anywhere(tmp_path):
+    """A byte order mark, Windows' line ends, a blank last line taken for damage; bytes in another
+    encoding read as if they were ours."""
+    path, row = (
+        tmp_path / "items.jsonl",
+        dict(question="Où ?", choices=["東京", "Kraków"], answer=1),
+    )
+    line = json.dumps(row, ensure_ascii=False)
+    for text in (line, "\ufeff" + line + "\n", line + "\r\n\r\n", "\n" + line + "\n \n"):
+        path.write_bytes(text.encode())
+        assert load(path) == [("Où ?", ["東京", "Kraków"], 1)]
+    path.write_bytes(f"{line}\n\n{line}".encode("latin-1", "replace"))
+    with pytest.raises(ValueError, match="items.jsonl is damaged: line 1 is not UTF-8"):
+        load(path)
 
 
 def test_filtered_recalls_no_copy_of_its_query(world):
@@ -129,16 +148,16 @@ def test_answer_is_the_likeliest_choice_a_character(world, file, monkeypatch):
 def test_main(world, file, tmp_path, capsys):
     """An accuracy of other items, an error that is no standard error, a flag that is dropped."""
     flags = ["--checkpoint", world.checkpoint, "--data", world.data, "--bank", world.bank]
-    flags = [*map(str, flags), "--device", "cpu", "--choices", str(file)]
+    flags = [str(file), *map(str, flags), "--device", "cpu"]
     out = tmp_path / "choices.json"
-    result = evaluation.main([*flags, "--json", str(out)])
+    result = choices.main([*flags, "--json", str(out)])
     assert json.loads(out.read_text()) == result and result["items"] == 9
     for condition in ("plain", "none", "recalled"):
         p = result[condition]["accuracy"]
         assert p * 9 == pytest.approx(round(p * 9))
         assert result[condition]["standard_error"] == pytest.approx(math.sqrt(p * (1 - p) / 8))
     assert "| recalled by the question: top 3, overlap at most 2/3 | 9 |" in capsys.readouterr().out
-    more = evaluation.main([*flags, "--shots", "1", "--shots_from", str(file), "--n_recall", "1"])
+    more = choices.main([*flags, "--shots", "1", "--shots_from", str(file), "--n_recall", "1"])
     assert more["shots"] == 1 and "top 1" in capsys.readouterr().out
     many = tmp_path / "many.jsonl"
     many.write_text(file.read_text() * 3)
@@ -148,38 +167,4 @@ def test_main(world, file, tmp_path, capsys):
         (["--shots", "20", "--shots_from", str(many)], "and 20 --shots are .* max_context = 190"),
     ]:
         with pytest.raises(ValueError, match=line):
-            evaluation.main([*flags, *wrong])
-
-
-def test_lm_evaluation_harness(world, file, tmp_path):
-    """An adapter that the harness cannot call: a task of local files, with the accuracy of ours."""
-    pytest.importorskip("lm_eval")
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    from experiments.lm_eval_adapter import Memory3LM
-
-    rows = "".join(json.dumps(dict(row, answer=number)) + "\n" for row, number in items())
-    (tmp_path / "local.jsonl").write_text(rows)
-    (tmp_path / "places.yaml").write_text(
-        f"task: places\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
-        f"    test: {tmp_path}/local.jsonl\n  cache_dir: {tmp_path}/cache\ntest_split: test\n"
-        "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\n"
-        "doc_to_target: answer\nmetric_list:\n  - metric: acc_norm\n"
-    )
-    flags = dict(checkpoint=str(world.checkpoint), data=str(world.data), device="cpu")
-    retriever, bank = world.open()
-    finder = Filtered(retriever, bank.references)
-    ours = answer(world.model, world.tok, load(file), [], finder, bank)
-    for more, condition in (({}, "none"), (dict(bank=str(world.bank)), "recalled")):
-        model = Memory3LM(**flags, **more)
-        tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
-        result = simple_evaluate(model, tasks=["places"], task_manager=tasks, bootstrap_iters=0)
-        theirs = result["results"]["places"]["acc_norm,none"]
-        assert theirs == pytest.approx(sum(ours[condition]) / 9)
-        request = [type("Request", (), dict(args=(text_of(5) * 19,)))]  # beyond max_context
-        tokens = world.tok.encode(text_of(5) * 19)
-        assert len(tokens) > 190 and 0 > model.loglikelihood_rolling(request)[0] > -12 * len(tokens)
-        how = dict(until=[PLACES[0]], max_gen_toks=7)
-        request = [type("Request", (), dict(args=("How many people live in Belholm?", how)))]
-        assert isinstance(model.generate_until(request)[0], str)
+            choices.main([*flags, *wrong])

@@ -1,6 +1,7 @@
 """Every number of the paper's App. A and sec. 3.3, and the formulas against counted products."""
 
 import doctest
+import re
 import sys
 from dataclasses import replace
 
@@ -10,10 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cost
 import memory
+from cost import TERA
 from memory import Memories
 from model import Config, Memory3
-from views import costs
-from views.costs import TERA
 
 PAPER = Config.preset("2.4b")
 
@@ -112,7 +112,7 @@ def test_remark_7_1_and_the_steps():
 
 def test_table_matches_the_paper():
     """A row of the printed table beside the wrong figure."""
-    rows = [r for r in costs.table(PAPER) if r[2] and r[2][0] != ">"]
+    rows = [r for r in cost.table(PAPER) if r[2] and r[2][0] != ">"]
     assert len(rows) == 16
     for quantity, ours, figure, _ in rows:
         assert printed(ours, figure), quantity
@@ -204,7 +204,9 @@ def test_interval_is_where_explicit_is_cheapest():
         ):
             costs = cost.total_cost(c, n)
             assert min(costs, key=costs.get) == best
-    never = replace(TINY, memory_tokens=10**6)  # memories larger than their texts
+    never = replace(
+        TINY, memory_tokens=254, mlp_width=1, n_memory_layer=5
+    )  # memories larger than their texts
     low, high = cost.advantage_interval(never)
     assert low >= high
 
@@ -228,19 +230,41 @@ def test_plan(capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--preset 7b", "unknown preset"),
+        ("--preset 7b", "argument --preset: invalid choice: '7b'"),
         ("--references 1e6 --uses 3", "together"),
-        ("--references -1 --uses 3 --flops 1e12", "--references -1"),
-        ("--references 5 --uses nan --flops 1e12", "--uses nan"),
-        ("--references 5 --uses 3 --flops inf", "--flops inf"),
-        ("--references 5 --uses 3 --flops 1e12 --utilisation 40", "at most 1"),
+        ("--references -1 --uses 3 --flops 1e12", "argument --references: -1"),
+        ("--references 5 --uses nan --flops 1e12", "argument --uses: nan"),
+        ("--references 5 --uses 3 --flops inf", "argument --flops: inf"),
+        ("--references 5 --uses 3 --flops 1e12 --utilisation 40", "--utilisation: 40"),
+        ("--plot noext", "--plot noext: give a file that ends in .png, .svg, .pdf"),
+        ("--plot fig.docx", "ends in .png"),
+        ("--plot nowhere/fig.png", "there is no directory nowhere"),
+        ("--plot out.png/", "there is no directory|ends in .png|is a directory"),
     ],
 )
-def test_bad_input_is_one_line(flags, words, capsys):
-    """A traceback, an endless number, or half a table before the complaint."""
-    with pytest.raises(ValueError, match=words) as e:
+def test_bad_input_is_one_line(flags, words, capsys, tmp_path, monkeypatch):
+    """A traceback, an endless number, half a table before the complaint, a picture under another
+    name than the one that is said."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out.png").mkdir()
+    with pytest.raises((ValueError, SystemExit)) as e:
         cost.main(flags.split())
-    assert "\n" not in str(e.value) and not capsys.readouterr().out
+    printed = capsys.readouterr()
+    said = printed.err if isinstance(e.value, SystemExit) else str(e.value)
+    assert re.search(words, said) and "\n" not in said.split("error:")[-1].strip()
+    assert not printed.out
+
+
+def test_plan_refuses_what_is_no_number():
+    """A plan of nothing, or of more than the machine has, called from Python."""
+    for given, words in [
+        ((-1, 3, 1e12, 0.4), "--references -1"),
+        ((5, float("nan"), 1e12, 0.4), "--uses nan"),
+        ((5, 3, float("inf"), 0.4), "--flops inf"),
+        ((5, 3, 1e12, 40), "at most 1"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            cost.plan(PAPER, *given)
 
 
 def test_plot(tmp_path, monkeypatch):
@@ -248,8 +272,11 @@ def test_plot(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(ValueError, match="pip install matplotlib"):
-            costs.plot(PAPER, tmp_path / "fig.png")
+            cost.plot(PAPER, tmp_path / "fig.png")
     pytest.importorskip("matplotlib")
-    for c in (PAPER, replace(TINY, memory_tokens=10**6)):  # the second has no interval
-        costs.plot(c, tmp_path / "fig.png")
+    for c in (
+        PAPER,
+        replace(TINY, memory_tokens=254, mlp_width=1, n_memory_layer=5),
+    ):  # the second has no interval
+        cost.plot(c, tmp_path / "fig.png")
         assert (tmp_path / "fig.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,4 +1,4 @@
-"""eval.py --drift: what is compared, who reads whose memories, and in what order (Remark A.1)."""
+"""experiments/drift.py: what is compared, and who reads whose memories (Remark A.1)."""
 
 import json
 from types import SimpleNamespace
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from test_text import C, T, opened, world  # noqa: F401  (fixtures)
 
-import eval as evaluation
 from experiments import drift
 from experiments.drift import compare, everything, loss
 from experiments.text import text_losses
@@ -90,8 +89,9 @@ def run(world, tmp_path):  # noqa: F811
 def test_main(world, run, tmp_path, capsys):  # noqa: F811
     """Steps counted from the wrong end, the last checkpoint's own row not the fresh one."""
     flags = ["--data", world.data, "--split", "said", "--context", T, "--device", "cpu"]
-    a = evaluation.parser().parse_args(["--drift", *run, *map(str, flags)])
-    result = drift.main(a, picture=tmp_path / "pictures/drift.png")
+    flags += ["--png", tmp_path / "pictures/drift.png", "--json", tmp_path / "new/drift.json"]
+    result = drift.main([*run, *map(str, flags)])
+    assert json.loads((tmp_path / "new/drift.json").read_text()) == result
     printed = capsys.readouterr().out
     assert [row["behind"] for row in result["drift"]] == [50, 30, 0]
     assert [row["checkpoint"] for row in result["drift"]] == run
@@ -112,7 +112,6 @@ def test_main(world, run, tmp_path, capsys):  # noqa: F811
     picture = tmp_path / "pictures/drift.png"
     assert picture.exists() or "pip install matplotlib" in printed
     assert not picture.exists() or 5_000 < picture.stat().st_size < 150_000
-    json.dumps(result)
 
 
 def test_bad_input_is_one_line(world, run, tmp_path):  # noqa: F811
@@ -122,10 +121,13 @@ def test_bad_input_is_one_line(world, run, tmp_path):  # noqa: F811
     world.save(other, seed=2, memory_tokens=3)
     flags = [str(x) for x in ["--data", world.data, "--split", "said", "--context", 3 * C]]
     for files, line in [
-        (run[:1], "--drift takes two checkpoints or more"),
+        (run[:1], "give two checkpoints or more"),
         ([run[0], "nowhere.pt"], "nowhere.pt: no checkpoint there"),
         ([str(other), run[0]], "not the same shape and tokenizer"),
         ([run[2], run[1]], "2.pt is later than .*1.pt: give the last one last"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=line):
-            evaluation.main(["--drift", *files, *flags])
+            drift.main([*files, *flags])
+    for wrong in (["--shots", "3"], ["--checkpoint", run[0]], ["--n_recall", "-1"]):
+        with pytest.raises(SystemExit):
+            drift.main([*run, *flags, *wrong])

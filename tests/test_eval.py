@@ -1,5 +1,6 @@
 """eval.py: what counts as exact, what each condition may see, and the table and file it makes."""
 
+import doctest
 import json
 import math
 import runpy
@@ -9,13 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_sample import PLACES, Bank, Log, World, text_of
+from world import PLACES, Bank, Log, World, text_of
 
 import corpus
 import eval as evaluation
 from bank import MemoryBank
-from common import UserError
-from eval import CONDITIONS, Asker, load_questions, markdown, measure
+from eval import (
+    CONDITIONS,
+    Asker,
+    check_lengths,
+    cloze,
+    load_questions,
+    markdown,
+    measure,
+    new_words,
+    stands_in,
+)
 from generate import generate, likelihood
 from memory import Memories
 
@@ -33,12 +43,19 @@ def questions():
         country |= dict(sentences=[f" is in {land}.", f" is a place in {land}."])
         for row, relation in ((people, "population"), (country, "country")):
             assert name + row["sentences"][0] in text_of(i)
-            yield dict(row, relation=relation, city=name, reference=i)
+            fact = 2 * i + (relation == "country")
+            row = dict(row, relation=relation, city=name, reference=i, fact=fact)
+            yield dict(row, questions=[row["question"]])
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    w = World(tmp_path_factory.mktemp("eval") / "world", corpus.tokenizer(ROOT / "data/cities"))
+def tok():
+    return corpus.tokenizer(ROOT / "data/cities")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tok):
+    w = World(tmp_path_factory.mktemp("eval") / "world", tok)
     lines = [json.dumps(row) + "\n" for row in questions()]
     (w.data / "questions.jsonl").write_text("".join(lines))
     w.codes = w.bank.with_name("kb.codes")
@@ -80,7 +97,7 @@ def numbers(build, references):
             for n in (5 + i % 3, 3, 5 + i % 2, 4)
         ]
         row = dict(question=texts[0], city=texts[1], sentences=texts[2:], relation="abc"[i % 3])
-        rows.append(row | dict(reference=i % 19))
+        rows.append(row | dict(reference=i % 19, fact=i, questions=texts[:1], answer="1"))
     listed = [r[r >= 0].tolist() for r in refs]
     return Asker(model, Numbers(), listed, Log(19), bank, bank), rows
 
@@ -129,8 +146,8 @@ def test_nats_without_memory(numbers, condition):
     for row, a in zip(rows, asker.ask(rows, condition), strict=True):
         p = 0
         for sentence in row["sentences"]:
-            tokens = asker.tok.encode(f"96 {row['question']} {row['city']} {sentence}")
-            n = len(asker.tok.encode(sentence))
+            tokens = asker.tokenizer.encode(f"96 {row['question']} {row['city']} {sentence}")
+            n = len(asker.tokenizer.encode(sentence))
             assert n in (4, 5, 6)
             targets = torch.tensor([[-1] * (len(tokens) - n) + tokens[-n:]])[:, 1:]
             with torch.no_grad():
@@ -146,7 +163,7 @@ def test_the_given_reference_is_given(numbers):
     full = []
     for row in rows:
         row["sentences"] = row["sentences"][:1]
-        prompt, answer = asker.prompt(row, "oracle"), asker.tok.encode(row["sentences"][0])
+        prompt, answer = asker.prompt(row, "oracle"), asker.tokenizer.encode(row["sentences"][0])
         tokens = torch.tensor([prompt + answer])
         table = torch.full((1, -(-tokens.shape[1] // 7), 4), -1)
         table[..., 2] = row["reference"]  # any slot
@@ -165,7 +182,7 @@ def test_rag_leaves_out_the_worst_where_not_all_fit(numbers, monkeypatch):
     asker, rows = numbers
     whole = asker.prompt(rows[0], "rag")
     question = asker.prompt(rows[0], "none")[1:]
-    ids = asker.retriever.search([[96, *question][-7:]], asker.R)[0][0]
+    ids = asker.retriever.search([[96, *question][-7:]], asker.model.config.n_recall)[0][0]
     texts = [asker.references[int(i)] for i in ids]
     assert whole[1:] == sum(texts, []) + question and len(texts) > 2
     monkeypatch.setattr(asker.model.config, "max_context", evaluation.ANSWER + len(whole) - 2)
@@ -305,27 +322,163 @@ def test_markdown():
 
 def test_load_questions(tmp_path):
     """A traceback of the JSON reader, or of a question without a city; all of the questions where
-    a few were asked for."""
+    a few were asked for; a line that is wrong and is not named."""
     path = tmp_path / "questions.jsonl"
-    with pytest.raises(UserError, match="questions.jsonl is missing: run python .*prepare"):
-        load_questions(path, 3)
-    path.write_text("")
-    with pytest.raises(ValueError, match="questions.jsonl holds no question"):
-        load_questions(path, 3)
+    for empty in ("", "\n", "\ufeff\n"):
+        path.write_text(empty, encoding="utf-8")
+        with pytest.raises(ValueError, match="questions.jsonl is empty"):
+            load_questions(path, 3)
     rows = list(questions())
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(text)
-    assert load_questions(path, 5) == rows[:5] and load_questions(path, 600) == rows
-    path.write_text("\n" + text + "\n")
-    assert load_questions(path, 600) == rows
-    path.write_text(json.dumps({k: v for k, v in rows[0].items() if k != "city"}) + "\n5\n")
-    with pytest.raises(ValueError, match="questions.jsonl is damaged: KeyError.'city'"):
-        load_questions(path, 600)
+    for more in (text, "\n" + text + "\n", "\ufeff" + text + "\r\n \n"):
+        path.write_text(more, encoding="utf-8")
+        assert load_questions(path, 5) == rows[:5] and load_questions(path, 600) == rows
     path.write_text(text[:-9])
-    assert load_questions(path, 5) == rows[:5]
-    with pytest.raises(ValueError, match="questions.jsonl is damaged") as e:
+    with pytest.raises(ValueError, match="questions.jsonl is damaged: line 34: ") as e:
         load_questions(path, 600)
     assert "\n" not in str(e.value)
+    good = dict(question="q?", answer="a")
+    for wrong, words in [
+        (5, "it holds an integer"),
+        (dict(question="q?"), "it has no 'answer'"),
+        (dict(good, question=" "), "question is empty"),
+        (dict(good, answer=7), "'answer' is an integer"),
+        (dict(good, sentences="a."), "sentences is to be a list of texts"),
+        (dict(good, questions=["q?", ""]), "questions is to be a list of texts"),
+        (dict(good, city=None), "city is to be a text"),
+        (dict(good, relation=3), "relation is to be a text"),
+        (dict(good, reference="7"), "reference is to be the row"),
+        (dict(good, reference=True), "reference is to be the row"),
+        (dict(good, reference=-2), "reference is to be the row"),
+    ]:
+        path.write_text(f"{json.dumps(good)}\n\n{json.dumps(wrong)}\n")
+        with pytest.raises(ValueError, match=f"questions.jsonl.* line 3: {words}"):
+            load_questions(path, 600)
+    with pytest.raises(ValueError, match="nowhere.jsonl is missing"):
+        load_questions(tmp_path / "nowhere.jsonl", 3)
+
+
+def test_a_question_and_its_answer_are_enough(tmp_path):
+    """Keys that only the toy's questions have, asked of everybody's; a wording asked twice."""
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question": "Who?", "answer": "Ada", "questions": ["Who?", "Who is it?"]}\n')
+    (row,) = load_questions(path, 9)
+    assert row == dict(
+        question="Who?",
+        answer="Ada",
+        questions=["Who?", "Who is it?"],
+        sentences=[],
+        city="",
+        relation="",
+        reference=-1,
+        fact=0,
+    )
+    path.write_text('{"question": "Who?", "answer": "Ada", "sentences": []}\n')
+    assert load_questions(path, 9)[0]["sentences"] == []
+
+
+def test_a_fact_is_asked_in_all_its_wordings(asker):
+    """Definition 2.6 asked of one wording: a fact called separable that another wording fails."""
+    p = {"Q0 one": (0.1, 0.95), "Q0 two": (0.1, 0.5), "Q1": (0.1, 0.95), "Q2": (0.6, 0.95)}
+    rows = [dict(fact=i, relation="", reference=i, sentences=["x"]) for i in range(3)]
+    for row, wordings in zip(rows, (["Q0 one", "Q0 two"], ["Q1"], ["Q2"]), strict=True):
+        row |= dict(question=wordings[0], questions=wordings)
+    asked = []
+
+    def ask(rows, condition):
+        asked.append([row["question"] for row in rows])
+        at = int(condition == "oracle")
+        return [dict(exact=True, found=True, nats=-math.log(p[q][at])) for q in asked[-1]]
+
+    asker.ask = ask
+    asker.ms_per_token = lambda rows, condition: 1.0
+    row = measure(asker, rows, ["oracle"])["oracle"]
+    assert asked == [list(p)] * 2 and row["separable"] == pytest.approx(1 / 3)
+    assert row["nats"] == pytest.approx(-np.mean(np.log([q[1] for q in p.values()])))
+
+
+def test_an_answer_that_is_free_to_start(numbers):
+    """An answer that must be the first words; 42 found in 4242; the second sentence searched."""
+    asker, rows = numbers
+    for row in rows:
+        row["sentences"] = []
+
+    class Words(Numbers):  # the model's own words are text
+        def decode(self, ids):
+            return " " + " ".join(map(str, ids.tolist()))
+
+    asker.tokenizer = Words()
+    for i, row in enumerate(rows):
+        prompt = torch.tensor([asker.prompt(row, "none")])
+        said = generate(asker.model, prompt, 32)[0][0, prompt.shape[1] :].tolist()
+        absent = next(t for t in range(90) if t not in said)
+        row["answer"] = str(said[i % 9] if i % 2 else absent)
+    results = asker.ask(rows, "none", batch=4)
+    assert [r["exact"] for r in results] == [i % 2 == 1 for i in range(23)]
+    assert all(math.isfinite(r["nats"]) for r in results)
+    for answer, said, yes in [
+        ("42", " 4242 people", False),
+        ("42", " It has 42, they say.", True),
+        ("Ada", " Adamant", False),
+        ("ADA", " it was ada!", True),
+        ("7", " None. There are 7.", False),
+        ("3.5", " It is 3.5 m.", True),
+        ("(x)", " f(x) = 3", True),
+        ("東京", "答えは東京都です。", True),
+        ("", "x", False),
+    ]:
+        if answer:
+            assert stands_in(answer, said) == yes, answer
+
+
+def test_free_answers_without_room(numbers):
+    """A question so long that no 32 tokens are left, a row without a known reference."""
+    asker, rows = numbers
+    row = dict(rows[0], question=" ".join(["5"] * 80), city="", sentences=[], reference=-1)
+    asker.tokenizer.decode = lambda ids: " ".join(map(str, ids.tolist()))
+    for condition in ("plain", "none", "random", "recalled", "rag"):
+        (result,) = asker.ask([row], condition)
+        assert not result["found"] and math.isfinite(result["nats"])
+    assert asker.prompt(row, "rag") == asker.prompt(row, "none")  # 81 of 90: no text fits
+    check_lengths(asker, [dict(row, questions=[row["question"]])])
+    with pytest.raises(ValueError, match="are more than max_context = 90"):
+        check_lengths(asker, [dict(row, questions=[" ".join(["5"] * 89)])])
+
+
+def test_cloze_items(tok):
+    """An item about what training has read, cut before its first number, or asked of nothing."""
+    texts = [
+        "Oulu has 20 people. Oulu lies in the north of Finland, at 65 degrees.",
+        "Nothing new is here. At all.",
+        "1234 is what it begins with.",
+        "In 1913 the mayor was Zebulon Quux of Oulu.",
+        "東京の人口は4242人です。つぎ",
+    ]
+    references = [np.array(tok.encode(text)) for text in texts]
+    new = {"20", "65", "1913", "1234", "quux", "zebulon", "4242"}
+    rows = {row["reference"]: row for row in cloze(references, tok, 9, new)}
+    assert set(rows) == {0, 3, 4}
+    assert rows[0]["question"] == "Oulu has" and rows[0]["sentences"] == [" 20"]
+    assert rows[3]["question"] == "In 1913 the mayor was Zebulon" and rows[3]["answer"] == "Quux"
+    assert rows[4]["question"] == "東京の人口は" and rows[4]["sentences"] == ["4242"]
+    assert (rows[0]["relation"], rows[3]["relation"]) == ("number", "word")
+    assert sorted(row["fact"] for row in rows.values()) == [0, 1, 2]
+    assert len(cloze(references, tok, 2, new)) == 2 and cloze(references, tok, 9, set()) == []
+
+
+def test_new_words_are_in_no_training_text(world, tok, capsys):
+    """A word counted as new that stands where one block of the text ends and the next begins."""
+    references = [np.array(tok.encode(text_of(i))) for i in range(17)]
+    every = new_words(references, tok, world.data)
+    assert {"abaholm", "3039", "people"} <= every
+    assert "has no train.bin here" in capsys.readouterr().out
+    said = tok.encode("Other words. ") * 30_000 + tok.encode("The people of Abaholm: 3039,") * 9_000
+    assert len(said) > 1 << 18
+    corpus.write_tokens(world.data / "train.bin", said, tok.n_vocab)
+    left = new_words(references, tok, world.data, progress=False)
+    (world.data / "train.bin").unlink()
+    assert every - left == {"abaholm", "3039", "people", "of"} & every
+    assert "has no train.bin here" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -343,17 +496,18 @@ def test_main(world, tmp_path, capsys):
     path = tmp_path / "new/demo.json"
     result = evaluation.main(args(world, "--json", str(path)))
     assert json.loads(path.read_text()) == result
-    assert set(result) == {"conditions", "recall_at_5", "questions", "references", "seconds"}
+    keys = {"conditions", "hit_rate", "questions", "wordings", "references", "seconds"}
+    assert set(result) == keys
     assert set(result["conditions"]) == set(CONDITIONS)
     for row in result["conditions"].values():
         assert set(row) == KEYS
         assert set(row["exact"]) == {"all", "population", "country"}
     assert (result["questions"], result["references"]) == (6, 17) and result["seconds"] > 0
-    assert result["recall_at_5"] == 1
+    assert result["hit_rate"] == 1 and result["wordings"] == 6
     out = capsys.readouterr().out
     assert "| no memory (header, empty pool) |" in out
     assert "| recalled: hash:512, top 3 |" in out and "(RAG: the same 3 references)" in out
-    assert out.count("| ") > 7 * 7 and "among the top 3 for 1.000 of the questions" in out
+    assert out.count("| ") > 7 * 7 and "among the top 3 for 1.000 of the wordings" in out
     assert "What is the population of Abaholm?" in out and "(truth: 3039)" in out
     assert "recalled by" in out and "What is the population of Belholm?\n" not in out
 
@@ -365,23 +519,52 @@ def test_main_with_a_smaller_r(world, capsys):
     assert "top 2" in out and "top 3" not in out and set(result["conditions"]) == set(CONDITIONS)
 
 
+def test_main_without_questions(world, tmp_path, capsys):
+    """A data set without questions that nobody can evaluate; rows without references whose hit
+    rate is 0; codes that were not made and end it all."""
+    path = tmp_path / "free.jsonl"
+    lines = [dict(question=row["question"], answer=row["answer"]) for row in questions()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = args(world, examples=0, questions_file=path)
+    flags = flags[: flags.index("--codes")] + flags[flags.index("--codes") + 2 :]
+    result = evaluation.main(flags)
+    out = capsys.readouterr().out
+    assert "the right reference: left out" in out and "hit rate" not in out
+    assert f"--out {world.bank} --quantize out/data/kb.codes" in out
+    assert result["hit_rate"] is None and set(result["conditions"]["rag"]["exact"]) == {"all"}
+    assert set(result["conditions"]) == set(CONDITIONS) - {"oracle", "quantized"}
+    (world.data / "questions.jsonl").rename(tmp_path / "hidden")
+    try:
+        result = evaluation.main(args(world, examples=1))
+        out = capsys.readouterr().out
+    finally:
+        (tmp_path / "hidden").rename(world.data / "questions.jsonl")
+    assert "the items are sentences of references, cut off" in out and "(truth: " in out
+    assert set(result["conditions"]) == set(CONDITIONS) and result["hit_rate"] > 0.5
+
+
 def test_bad_input_is_one_line(world, tmp_path, monkeypatch):
     """A traceback, or the memories of another model asked in silence."""
     world.save(tmp_path / "other.pt", seed=2)
     world.save(tmp_path / "foreign.pt", seed=1, tokenizer="gpt2:12345678")
     monkeypatch.chdir(tmp_path)
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps(dict(question="Who is it? " * 90, answer="7")))
+    beyond = tmp_path / "beyond.jsonl"
+    beyond.write_text(json.dumps(dict(question="Who is it?", answer="7", reference=17)))
     for changes, line in [
         (dict(checkpoint="nowhere.pt"), "nowhere.pt: no checkpoint there"),
         (dict(checkpoint="other.pt"), "kb.bank"),
         (dict(checkpoint="foreign.pt"), "trained with tokenizer gpt2:12345678"),
         (dict(codes="nowhere.codes"), "nowhere.codes"),
+        (dict(bank="no.bank"), f"no.bank: no memories here; .*{world.data} --references kb --out"),
         (dict(data=tmp_path / "nodata"), "nodata/meta.json is missing"),
         (dict(references="nokb"), "nokb.bin is missing"),
-        (dict(n_recall=18), "k = 18 of N = 17"),
-        (dict(questions=0), "--questions is at least 1"),
-        (dict(windows=0), "so is --windows"),
+        (dict(questions_file="nowhere.jsonl"), "nowhere.jsonl is missing"),
+        (dict(questions_file=long), "are more than max_context = 190"),
+        (dict(questions_file=beyond), "names reference 17, and .* has 17"),
         (dict(checkpoint="nowhere.pt", json=tmp_path), "is a directory"),  # before the work
-        (dict(codes=world.bank), "is not quantized"),
+        (dict(codes=world.bank), "is a bank of numbers, not of codes"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=line) as e:
             evaluation.main(args(world, **changes))
@@ -389,6 +572,20 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eval.py", *args(world, checkpoint="nowhere.pt")])
     with pytest.raises(SystemExit, match="^eval.py: nowhere.pt: no checkpoint there"):
         runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
-    with pytest.raises(SystemExit) as e:
-        evaluation.main(["--question", "3"])
-    assert e.value.code == 2
+    for wrong in (
+        ["--question", "3"],
+        ["--questions", "0"],
+        ["--examples", "-1"],
+        ["--n_recall", "x"],
+        ["--text"],
+        ["--shots", "3"],
+    ):
+        with pytest.raises(SystemExit) as e:
+            evaluation.main(wrong)
+        assert e.value.code == 2
+
+
+def test_docstrings():
+    """A worked example that its function no longer gives."""
+    found = doctest.testmod(evaluation)
+    assert found.attempted >= 2 and not found.failed

@@ -1,20 +1,22 @@
-"""eval.py --text and --leak: what each condition reads on text, and what the filter takes away."""
+"""experiments/text.py and leak.py: what each condition reads, what the filter takes away."""
 
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_sample import PLACES, World, text_of
+from world import PLACES, World, text_of
 
 import corpus
 import eval as evaluation
 from bank import MemoryBank
 from common import UserError
-from experiments.text import in_context, leak, open_text, text_losses
+from experiments import leak as leaking
+from experiments import text
+from experiments.leak import leak
+from experiments.text import in_context, open_text, text_losses
 from memory import Memories
 from retrieval import Retriever, neighbors, overlap, write_neighbors
 from train import recall_table
@@ -122,7 +124,7 @@ def test_leak_filters_what_overlaps(world, opened, monkeypatch):
         read.append((conditions, windows.shift, windows.neighbors[: n * 3, 0].copy()))
         return {conditions[0]: 9.0 - len(read)}
 
-    monkeypatch.setattr(sys.modules["experiments.text"], "text_losses", losses)
+    monkeypatch.setattr(leaking, "text_losses", losses)
     rows = leak(world.model, windows, retriever, n, thresholds=(None, 0.9, 0.5))
     assert [(c, s) for c, s, _ in read] == [(["none"], 0), *[(["recalled"], s) for s in (0, 1)] * 3]
     for k, (limit, row) in enumerate(zip((1.0, 0.9, 0.5), rows, strict=True)):
@@ -139,29 +141,36 @@ def test_leak_filters_what_overlaps(world, opened, monkeypatch):
 
 
 def args(world, *more):
-    flags = dict(checkpoint=world.checkpoint, data=world.data, bank=world.bank, codes=world.codes)
-    flags |= dict(device="cpu", split="said", context=T)
-    return [*(str(x) for k, v in flags.items() for x in (f"--{k}", v)), *more]
+    flags = dict(checkpoint=world.checkpoint, data=world.data, device="cpu", split="said")
+    flags["context"] = T
+    return [*(str(x) for k, v in flags.items() for x in (f"--{k}", v)), *map(str, more)]
 
 
 def test_main_text_and_leak(world, tmp_path, capsys):
     """A table without a condition, or one that says "quantized" and has no codes; --n_recall that
-    is not heard; two modes of which one is dropped in silence."""
-    path = tmp_path / "text.json"
-    result = evaluation.main(args(world, "--text", "--json", str(path)))
+    is not heard; a flag of another command that is accepted and dropped."""
+    path = tmp_path / "new/text.json"
+    result = text.main(args(world, "--codes", world.codes, "--json", path))
     assert json.loads(path.read_text()) == result
     assert set(result["losses"]) == set(evaluation.CONDITIONS) - {"oracle"}
     out = capsys.readouterr().out
     assert "| recalled: by chunks c-2..c, as in training |" in out and "not applicable" in out
-    fewer = evaluation.main(args(world, "--text", "--codes", "nowhere", "--n_recall", "1"))
+    fewer = text.main(args(world, "--codes", "nowhere", "--n_recall", "1"))
     assert "quantized memories: left out, for nowhere" in capsys.readouterr().out
     assert "quantized" not in fewer["losses"]
     assert fewer["losses"]["recalled"] != result["losses"]["recalled"]
     assert fewer["losses"]["plain"] == pytest.approx(result["losses"]["plain"])
-    result = evaluation.main(args(world, "--leak"))
+    result = leaking.main(args(world, "--windows", 3))
     assert [row["threshold"] for row in result["leak"]] == [None, 0.9, 0.8, 2 / 3]
-    assert "| no filter | 0.000 |" in capsys.readouterr().out
+    assert result["windows"] == 3 and "| no filter | 0.000 |" in capsys.readouterr().out
+    for wrong in (["--shots", "3"], ["--windows", "0"], ["--questions", "9"], ["--leak"]):
+        for command in (text, leaking):
+            with pytest.raises(SystemExit) as e:
+                command.main(args(world, *wrong))
+            assert e.value.code == 2
     with pytest.raises(SystemExit):
-        evaluation.main(args(world, "--leak", "--text"))
+        leaking.main(args(world, "--codes", world.codes))  # it reads none
     with pytest.raises(UserError, match="unsaid.bin is missing"):
-        evaluation.main(args(world, "--text", "--split", "unsaid"))
+        text.main(args(world, "--split", "unsaid"))
+    with pytest.raises(UserError, match="is a directory: give a file"):
+        leaking.main(args(world, "--json", tmp_path))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_sample import Bank, World, bytes_of, prompt_of, some_tokens, text_of
+from world import Bank, World, bytes_of, prompt_of, some_tokens, text_of
 
 import corpus
 import generate as generation

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common import replace_file
 from generate import pool_of
@@ -26,33 +27,54 @@ def attention_shares(model, tokens, pool, table):
     tokens (B, T), pool, table (B, c, R) as in model.forward. The same network, with the softmax of
     eq. (3.1) spelled out instead of fused. Returns (Lm, B, H, T, R): shares of 1.
     """
-    c, (B, T) = model.config, tokens.shape
-    P, G, S, R = len(c.header), c.n_head // c.n_kv_head, c.memory_tokens, table.shape[2]
+    cfg = model.config
+    batch, n_context = tokens.shape
+    n_recall = table.shape[2]
+    n_header = len(cfg.header)
+    n_memory = n_recall * cfg.memory_tokens
+    group = cfg.n_head // cfg.n_kv_head  # query heads of one key-value head
     if len(pool) == 0:
-        return torch.zeros(c.n_memory_layer, B, c.n_head, T, R, device=tokens.device)
-    tokens = torch.cat([model._header(B), tokens], 1)
-    positions = torch.arange(P + T, device=tokens.device)
-    cos, sin = rope_table(torch.where(positions < P, positions, positions + c.ref_len), c)
-    future = torch.ones(P + T, P + T, dtype=bool, device=tokens.device).triu(1)
-    rows = table[:, torch.arange(T, device=tokens.device) // c.chunk_len]  # (B, T, R)
-    filled = torch.arange(S, device=tokens.device) < pool.count[rows.clamp(min=0), None]
+        shape = (cfg.n_memory_layer, batch, cfg.n_head, n_context, n_recall)
+        return torch.zeros(shape, device=tokens.device)
+    tokens = torch.cat([model._header(batch), tokens], 1)  # (B, P+T)
+    n_keys = n_header + n_context
+    positions = torch.arange(n_keys, device=tokens.device)
+    positions = torch.where(positions < n_header, positions, positions + cfg.ref_len)
+    cos, sin = rope_table(positions, cfg)
+    future = torch.ones(n_keys, n_keys, dtype=torch.bool, device=tokens.device).triu(1)
+
+    # Which memories each context token reads, and which of their slots are filled.
+    chunk = torch.arange(n_context, device=tokens.device) // cfg.chunk_len
+    rows = table[:, chunk]  # (B, T, R)
+    some = rows.clamp(min=0)  # -1 reads any row, and is masked
+    slots = torch.arange(cfg.memory_tokens, device=tokens.device)
+    filled = slots < pool.count[some, None]  # (B, T, R, S)
     valid = (filled & (rows >= 0).unsqueeze(-1)).flatten(2)  # (B, T, R*S)
-    valid = torch.cat([valid.new_zeros(B, P, R * S), valid], 1)[:, None]  # the header reads none
-    x, shares = model.embed(tokens), []
-    for l in range(c.n_memory_layer):
+    header_reads = valid.new_zeros(batch, n_header, n_memory)  # nothing
+    valid = torch.cat([header_reads, valid], 1)[:, None]  # (B, 1, P+T, R*S)
+
+    x = model.embed(tokens)  # (B, P+T, d)
+    shares = []
+    for l in range(cfg.n_memory_layer):
         block = model.blocks[l]
         q, k, v = block.attn.project(block.norm1(x))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)  # (B, H, P+T, dh)
-        kv = pool.kv[:, l].to(q.dtype)[rows.clamp(min=0)]  # (B, T, R, 2, Hkv, S, dh)
-        kv = kv.permute(3, 0, 4, 1, 2, 5, 6).repeat_interleave(G, 2)  # (2, B, H, T, R, S, dh)
-        mem_k, mem_v = torch.nn.functional.pad(kv.flatten(4, 5), (0, 0, 0, 0, P, 0))
-        own = (q @ k.mT).masked_fill(future, -math.inf)
-        memory = torch.einsum("bhtd,bhtsd->bhts", q, mem_k).masked_fill(~valid, -math.inf)
-        p = (torch.cat([memory, own], -1) / math.sqrt(c.head_dim)).softmax(-1)
-        p_memory, p_own = p.split([R * S, P + T], -1)
-        shares.append(p_memory[:, :, P:].unflatten(-1, (R, S)).sum(-1))
-        y = torch.einsum("bhts,bhtsd->bhtd", p_memory, mem_v) + p_own @ v
+        q = apply_rope(q, cos, sin)  # (B, H, P+T, dh)
+        k = apply_rope(k, cos, sin).repeat_interleave(group, 1)  # (B, H, P+T, dh)
+        v = v.repeat_interleave(group, 1)  # (B, H, P+T, dh)
+        kv = pool.kv[:, l].to(q.dtype)[some]  # (B, T, R, 2, Hkv, S, dh)
+        kv = kv.permute(3, 0, 4, 1, 2, 5, 6)  # (2, B, Hkv, T, R, S, dh)
+        kv = kv.repeat_interleave(group, 2).flatten(4, 5)  # (2, B, H, T, R*S, dh)
+        kv = F.pad(kv, (0, 0, 0, 0, n_header, 0))  # (2, B, H, P+T, R*S, dh)
+        to_memory = torch.einsum("bhtd,bhtsd->bhts", q, kv[0])  # (B, H, P+T, R*S)
+        to_memory = to_memory.masked_fill(~valid, -math.inf)
+        to_context = (q @ k.mT).masked_fill(future, -math.inf)  # (B, H, P+T, P+T)
+        scores = torch.cat([to_memory, to_context], -1) / math.sqrt(cfg.head_dim)
+        p = scores.softmax(-1)  # (B, H, P+T, R*S + P+T)
+        p_memory = p[..., :n_memory]
+        p_context = p[..., n_memory:]
+        of_memory = p_memory[:, :, n_header:].unflatten(-1, (n_recall, -1))  # (B, H, T, R, S)
+        shares.append(of_memory.sum(-1))  # (B, H, T, R)
+        y = torch.einsum("bhts,bhtsd->bhtd", p_memory, kv[1]) + p_context @ v
         x = block.finish(x, y)
     return torch.stack(shares)
 
@@ -68,14 +90,18 @@ def worth(model, tokens, n_prompt, pool, table):
     """
 
     def follow(tables):  # (n, c, R) -> (n, T - n_prompt)
-        rows = tokens.expand(len(tables), -1)
-        logits = model(rows, memories=pool, recall=tables)[0][:, n_prompt - 1 : -1]
-        return logits.float().log_softmax(-1).gather(-1, rows[:, n_prompt:, None])[..., 0]
+        rows = tokens.expand(len(tables), -1)  # (n, T)
+        logits = model(rows, memories=pool, recall=tables)[0]  # (n, T, V)
+        logp = logits[:, n_prompt - 1 : -1].float().log_softmax(-1)
+        return logp.gather(-1, rows[:, n_prompt:, None])[..., 0]
 
-    whole, nothing = follow(table), follow(torch.full_like(table, -1))
-    gains, slots = [], torch.arange(table.shape[2])
-    for chunk in range(table.shape[1]):
-        without = table.repeat(len(slots), 1, 1)  # row r: all but memory r of this chunk
+    whole = follow(table)
+    nothing = follow(torch.full_like(table, -1))
+    n_chunks, n_recall = table.shape[1:]
+    slots = torch.arange(n_recall)
+    gains = []
+    for chunk in range(n_chunks):
+        without = table.repeat(n_recall, 1, 1)  # (R, c, R): row r has all but this chunk's memory r
         without[slots, chunk, slots] = -1
         gains.append(whole - follow(without))
     return torch.stack(gains), whole[0], nothing[0]
@@ -84,23 +110,40 @@ def worth(model, tokens, n_prompt, pool, table):
 def pieces(tokenizer, ids):
     """The text of each token. A letter of several tokens stands at the last of them, "" before."""
     letters = codecs.getincrementaldecoder("utf-8")("replace")
-    known = [[int(t)] if t < tokenizer.n_vocab else [] for t in ids]  # a model may have more ids
-    texts = [letters.decode(tokenizer.encoding.decode_bytes(t)) for t in known]
-    return [text.replace("\ufffd", "") for text in texts]  # bytes that are no letter
+    texts = []
+    for token in ids:
+        known = token < tokenizer.n_vocab  # a model may have more ids than the tokenizer
+        written = tokenizer.encoding.decode_bytes([int(token)]) if known else b""
+        text = letters.decode(written)
+        texts.append(text.replace("\ufffd", ""))  # bytes that are no letter
+    return texts
 
 
 def kept_by(model, reference):
     """How many heads, of all memory layers, kept each token of a reference. (n,) ids -> (n,)"""
-    chosen = model.write(torch.from_numpy(reference)[None], return_indices=True)[1]
-    return np.bincount(chosen[chosen >= 0].cpu().numpy(), minlength=len(reference))
+    row = torch.from_numpy(reference)[None]  # (1, n)
+    chosen = model.write(row, return_indices=True)[1]  # (1, Lm, Hkv, S)
+    chosen = chosen[chosen >= 0].cpu().numpy()
+    return np.bincount(chosen, minlength=len(reference))
+
+
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def marked(tokenizer, reference, kept):
     """The text of a reference, each kept token followed by how many heads kept it."""
-    small = str.maketrans("0123456789", "".join(map(chr, range(0x2080, 0x208A))))  # subscripts
-    counts = [str(n).translate(small) if n else "" for n in kept]
-    texts = pieces(tokenizer, reference)
-    return "".join(a + b for a, b in zip(texts, counts, strict=True)).strip()
+    text = ""
+    for piece, n in zip(pieces(tokenizer, reference), kept, strict=True):
+        text += piece
+        if n:
+            text += str(n).translate(SUBSCRIPTS)
+    return text.strip()
+
+
+def text_of(tokenizer, ids):
+    """The text of some tokens, in one line."""
+    text = tokenizer.decode(ids).replace("\ufffd", "")
+    return text.strip().replace("\n", " / ")
 
 
 @torch.inference_mode()
@@ -111,72 +154,89 @@ def look(model, tokenizer, references, tokens, trace, bank):
     chunk dict(start, end, text, query, reads); query is None where a chunk still reads what the one
     before it recalled. reads, for each memory found: dict(slot, id, score, kept (n,)).
     """
-    C, T = model.config.chunk_len, tokens.shape[1]
-    pool, table = pool_of(bank, trace.table(-(-T // C))[:1], model)
-    shares = attention_shares(model, tokens[:1], pool, table)[:, 0].cpu().numpy()
-    found = {int(i) for r in trace.recalls for i in r["ids"][0] if i >= 0}
-    kept = {i: kept_by(model, references[i]) for i in found}
-
-    def text_of(ids):
-        return tokenizer.decode(ids).replace("\ufffd", "").strip().replace("\n", " / ")
-
+    chunk_len = model.config.chunk_len
+    n_tokens = tokens.shape[1]
+    n_chunks = -(-n_tokens // chunk_len)
+    pool, table = pool_of(bank, trace.table(n_chunks)[:1], model)
+    shares = attention_shares(model, tokens[:1], pool, table)[:, 0]  # (Lm, H, T, R)
+    by_chunk = {recalled["chunk"]: recalled for recalled in trace.recalls}
+    kept = {}
     chunks = []
-    for start in range(0, T, C):
-        last = next(r for r in reversed(trace.recalls) if r["chunk"] * C <= start)
-        own = last["chunk"] * C == start
-        reads = [
-            dict(slot=r, id=int(i), score=float(last["scores"][0][r]), kept=kept[int(i)])
-            for r, i in enumerate(last["ids"][0])
-            if i >= 0
-        ]
-        chunk = dict(start=start, end=min(start + C, T), text=text_of(tokens[0, start : start + C]))
-        chunks.append(chunk | dict(query=text_of(last["query"][0]) if own else None, reads=reads))
-    return pool, table, shares, chunks
+    for number in range(n_chunks):
+        start = number * chunk_len
+        end = min(start + chunk_len, n_tokens)
+        query = None
+        if number in by_chunk:
+            last = by_chunk[number]
+            query = text_of(tokenizer, last["query"][0])
+        reads = []
+        for slot, i in enumerate(last["ids"][0].tolist()):
+            if i < 0:
+                continue
+            if i not in kept:
+                kept[i] = kept_by(model, references[i])
+            score = float(last["scores"][0][slot])
+            reads.append(dict(slot=slot, id=i, score=score, kept=kept[i]))
+        text = text_of(tokenizer, tokens[0, start:end])
+        chunks.append(dict(start=start, end=end, text=text, query=query, reads=reads))
+    return pool, table, shares.cpu().numpy(), chunks
 
 
 def explain(model, tokenizer, references, tokens, trace, bank):
     """Lines that say, chunk by chunk, what sequence 0 recalled and how much it read of each."""
-    _, _, shares, chunks = look(model, tokenizer, references, tokens, trace, bank)
+    shares, chunks = look(model, tokenizer, references, tokens, trace, bank)[2:]
     lines = []
-    for i, chunk in enumerate(chunks):
-        recalled = f'  recalled by "{chunk["query"]}":'
-        still = "  still reads the memories of the chunk before it:"
-        lines += [f'chunk {i}: "{chunk["text"]}"', still if chunk["query"] is None else recalled]
+    for number, chunk in enumerate(chunks):
+        lines.append(f'chunk {number}: "{chunk["text"]}"')
+        if chunk["query"] is None:
+            lines.append("  still reads the memories of the chunk before it:")
+        else:
+            lines.append(f'  recalled by "{chunk["query"]}":')
         for read in chunk["reads"]:
-            share = shares[:, :, chunk["start"] : chunk["end"], read["slot"]].mean((1, 2))  # (Lm,)
+            share = shares[:, :, chunk["start"] : chunk["end"], read["slot"]]  # (Lm, H, <=C)
+            share = share.mean((1, 2))  # (Lm,)
             by_layer = " ".join(f"{s:.1%}" for s in share)
-            said = f"score {read['score']:.2f}  attention {share.mean():.1%} (by layer {by_layer})"
-            text = marked(tokenizer, references[read["id"]], read["kept"])
-            lines += [f"  {said}  reference {read['id']}", f"      {text}"]
+            attention = f"attention {share.mean():.1%} (by layer {by_layer})"
+            lines.append(f"  score {read['score']:.2f}  {attention}  reference {read['id']}")
+            lines.append(f"      {marked(tokenizer, references[read['id']], read['kept'])}")
     return lines
 
 
 def view(model, tokenizer, references, tokens, trace, bank):
     """All that the page shows, as a dict for JSON. Shares are in thousandths, the rest in nats."""
-    c, n_prompt = model.config, tokens.shape[1] - trace.logprobs.shape[1]
+    cfg = model.config
+    n_prompt = tokens.shape[1] - trace.logprobs.shape[1]
     pool, table, shares, chunks = look(model, tokenizer, references, tokens, trace, bank)
-    lost = worth(model, tokens[:1], n_prompt, pool, table)
-    gains, whole, nothing = (x.double().cpu().numpy().round(3) for x in lost)
-    shares, texts = (shares * 1000).round().astype(int), {}
-    for i, chunk in enumerate(chunks):
+    gains, whole, nothing = worth(model, tokens[:1], n_prompt, pool, table)
+    shares = (shares * 1000).round().astype(int)
+    texts = {}
+    for number, chunk in enumerate(chunks):
         for read in chunk["reads"]:
-            slot, ids = read.pop("slot"), references[read["id"]]
-            texts[read["id"]] = dict(pieces=pieces(tokenizer, ids), kept=read.pop("kept").tolist())
-            mine = shares[:, :, chunk["start"] : chunk["end"], slot]  # (Lm, H, <=C)
-            read["shares"] = mine.reshape(-1, mine.shape[2]).T.tolist()  # token by token: Lm * H
-            read |= dict(score=round(read["score"], 3), gains=gains[i, slot].tolist())
+            slot = read.pop("slot")
+            kept = read.pop("kept")
+            ids = references[read["id"]]
+            texts[read["id"]] = dict(pieces=pieces(tokenizer, ids), kept=kept.tolist())
+            share = shares[:, :, chunk["start"] : chunk["end"], slot]  # (Lm, H, <=C)
+            share = share.reshape(-1, share.shape[2])  # (Lm * H, <=C)
+            read["shares"] = share.T.tolist()  # token by token
+            read["score"] = round(read["score"], 3)
+            read["gains"] = rounded(gains[number, slot])
     return dict(
-        layers=c.n_memory_layer,
-        heads=c.n_head,
-        keepers=c.n_memory_layer * c.n_kv_head,
-        memory_tokens=c.memory_tokens,
+        layers=cfg.n_memory_layer,
+        heads=cfg.n_head,
+        keepers=cfg.n_memory_layer * cfg.n_kv_head,
+        memory_tokens=cfg.memory_tokens,
         n_prompt=n_prompt,
-        whole=whole.tolist(),
-        nothing=nothing.tolist(),
+        whole=rounded(whole),
+        nothing=rounded(nothing),
         pieces=pieces(tokenizer, tokens[0].tolist()),
         chunks=chunks,
         references=texts,
     )
+
+
+def rounded(x):
+    return x.double().cpu().numpy().round(3).tolist()
 
 
 def page(path, *seen):

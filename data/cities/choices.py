@@ -4,12 +4,16 @@ other cities. Also ten solved examples, and a task for lm-evaluation-harness.
     python data/cities/choices.py        writes data/cities/choices/
 """
 
+import argparse
 import json
 import random
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+from common import read_rows, run  # noqa: E402
+
 TASK = """task: cities_choice
 dataset_path: json
 dataset_kwargs:
@@ -29,34 +33,38 @@ metric_list:
 
 
 def item(row, others, rng):
+    """One item: the right value among three of other cities, in random order."""
     right = row["sentences"][0]
-    wrong = rng.sample(sorted({r["sentences"][0] for r in others} - {right}), 3)
-    choices = [row["city"] + sentence for sentence in rng.sample([right, *wrong], 4)]
-    return dict(
-        question=row["question"], choices=choices, answer=choices.index(row["city"] + right)
-    )
+    wrong = sorted({other["sentences"][0] for other in others} - {right})
+    sentences = rng.sample([right, *rng.sample(wrong, 3)], 4)
+    choices = [row["city"] + sentence for sentence in sentences]
+    return dict(question=row["question"], choices=choices, answer=sentences.index(right))
 
 
-def main():
-    rng, items, examples, out = random.Random(5), [], [], HERE / "choices"
-    if not (HERE / "questions.jsonl").exists():
-        raise FileNotFoundError(f"{HERE}/questions.jsonl is missing: first python prepare.py")
-    rows = [json.loads(line) for line in open(HERE / "questions.jsonl")]
+def main(argv=None):
+    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], **form)
+    p.add_argument("--out", default=str(HERE / "choices"), help="the directory to write")
+    out = Path(p.parse_args(argv).out)
+    questions = HERE / "questions.jsonl"
+    schema = dict(question=str, sentences=list, relation=str, city=str)
+    rows = read_rows(questions, schema, f"run python {HERE}/prepare.py")
+    rng = random.Random(5)
+    made = dict(items=[], examples=[])
     for relation in ("population", "country"):
-        of = [row for row in rows if row["relation"] == relation]
-        items += [item(row, of, rng) for row in of[:200]]
-        examples += [item(row, of, rng) for row in of[-5:]]
-    out.mkdir(exist_ok=True)
-    for name, made in (("items", items), ("examples", examples)):
-        rng.shuffle(made)
-        lines = [json.dumps(x, ensure_ascii=False) + "\n" for x in made]
-        (out / f"{name}.jsonl").write_text("".join(lines))
-    (out / "cities_choice.yaml").write_text(TASK.format(items=out / "items.jsonl"))
-    print(f"{out}: {len(items)} items, {len(examples)} examples, a task of lm-evaluation-harness")
+        others = [row for row in rows if row["relation"] == relation]
+        made["items"] += [item(row, others, rng) for row in others[:200]]
+        made["examples"] += [item(row, others, rng) for row in others[-5:]]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, items in made.items():
+        rng.shuffle(items)
+        lines = [json.dumps(x, ensure_ascii=False) + "\n" for x in items]
+        (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    task = TASK.format(items=(out / "items.jsonl").resolve())
+    (out / "cities_choice.yaml").write_text(task, encoding="utf-8")
+    counts = f"{len(made['items'])} items, {len(made['examples'])} examples"
+    print(f"{out}: {counts}, a task of lm-evaluation-harness")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"choices.py: {e}")
+    run(main)
