@@ -22,9 +22,9 @@ $(DATA)/kb.index/meta.json: $(DATA)/meta.json
 	$(PY) retrieval.py index --data $(DATA) --references kb
 
 demo: .venv/ready $(DATA)/kb.index/meta.json
-	$(PY) write.py --checkpoint checkpoints/toy --out out/kb.bank --quantize out/kb.codes \
+	$(PY) write.py --checkpoint checkpoints/toy --quantize out/cities/kb.codes \
 		--codec Residual2x10,PQ16x8
-	$(PY) eval.py --bank out/kb.bank --codes out/kb.codes --json out/demo.json
+	$(PY) eval.py --json out/demo.json
 
 test: .venv/ready
 	$(PY) -m pytest -q -m "not slow" tests

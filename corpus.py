@@ -150,6 +150,7 @@ def open_tokenizer(path):
 def _build(path, ranks, pattern, special, bos, name, prefix_space):
     """A Tokenizer of {token: id}, after the checks without which tiktoken dies in Rust."""
     ids = [*ranks.values(), *special.values()]
+    check(ranks, f"{path} is damaged: there is no token in it")
     check(len(ids) == len(set(ids)), f"{path} is damaged: two of its tokens have one id")
     n_vocab = max(ids, default=0) + 1
     check(n_vocab <= 1 << 24, f"{path} is damaged: a token with the id {n_vocab - 1}")
@@ -157,7 +158,6 @@ def _build(path, ranks, pattern, special, bos, name, prefix_space):
     # them, as Hugging Face does.
     ranks = dict(ranks)
     missing = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
-    check(len(missing) < 128, f"{path}: no token for {len(missing)} bytes: not a byte-level BPE")
     for i, byte in enumerate(missing):
         ranks[byte] = n_vocab + i
     try:
@@ -224,6 +224,8 @@ def from_huggingface(path, bos=None):
             check(set(token) <= byte_of.keys(), f"{path}: {token!r} is no string of bytes: {cure}")
             ranks[bytes(byte_of[letter] for letter in token)] = vocab[token]
     name = Path(path).resolve().parent.name
+    missing = sum(bytes([byte]) not in ranks for byte in range(256))
+    check(missing < 128, f"{path}: no token for {missing} bytes: not a byte-level BPE: {cure}")
     return _build(path, ranks, pattern, special, bos, name, prefix_space)
 
 

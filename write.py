@@ -1,7 +1,7 @@
 """Warm start: writes a knowledge base into explicit memories before any question (sec. 3.1).
 
-    python write.py --data data/cities --references kb --out out/kb.bank
-    python write.py --quantize out/kb.codes           the same, and as codes of few bytes (sec. 3.3)
+    python write.py --data data/cities --references kb
+    python write.py --quantize out/cities/kb.codes    the same, and as codes of few bytes (sec. 3.3)
 
 Stopped and called again it goes on where it was; where all is written it says so.
 """
@@ -17,6 +17,7 @@ import numpy as np
 import corpus
 from bank import MemoryBank
 from common import check, find_device, run
+from generate import BANK, place
 from memory import attention_path
 from model import load_checkpoint
 from quantize import layout
@@ -24,6 +25,7 @@ from quantize import layout
 
 def main(args):
     """Writes the bank, and with args.quantize its quantized twin; returns the bank (of --out)."""
+    args.out = place(args.out, args.data, args.references)
     check(args.batch > 0, f"--batch {args.batch}: at least 1")
     if args.codec:
         layout(args.codec)  # a string that is no codec is refused before the work
@@ -94,7 +96,7 @@ def command_line(argv=None):
     p.add_argument("--checkpoint", default="checkpoints/toy", help="the model that writes")
     p.add_argument("--data", default="data/cities", help="a prepared data directory")
     p.add_argument("--references", default="kb", help="which of its reference files")
-    p.add_argument("--out", default="out/kb.bank", help="directory of the bank")
+    p.add_argument("--out", default=BANK, help="directory of the bank")
     p.add_argument("--dtype", default="bfloat16", help="of the bank: bfloat16 or float32")
     p.add_argument("--quantize", help="directory of a quantized bank, made besides")
     p.add_argument("--codec", help="FAISS string of its codec (None: chosen by size)")
