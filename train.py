@@ -94,7 +94,9 @@ class Windows:
         self.neighbors = None
         if cfg.stage == "explicit":
             check(self.T % self.C == 0, f"--context {self.T} is no multiple of chunk_len {self.C}")
-            self.neighbors, name = retrieval.open_neighbors(cfg.data, split, chunk_len=self.C)
+            self.neighbors, name = retrieval.open_neighbors(
+                cfg.data, split, chunk_len=self.C, context=self.T
+            )
             self.references = corpus.References.open(f"{cfg.data}/{name}")
 
     def window(self, position):
