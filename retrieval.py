@@ -188,7 +188,8 @@ def words(text):
 # .name: what --embedder was; .id: names the vectors exactly: equal ids, equal vectors
 
 
-def _digest(array):
+def digest(array):
+    """16 hex digits that name the bytes of an array."""
     return hashlib.blake2b(np.ascontiguousarray(array)).hexdigest()[:16]
 
 
@@ -213,7 +214,7 @@ class HashEmbedder:
         self.name = f"hash:{dim}"
         # texts with feature 0, 1, ..., BUCKETS - 1, and the number of texts: all it learns
         self.state = state
-        self.id = f"{self.name}:{self.VERSION}:{_digest(state)[:12]}"
+        self.id = f"{self.name}:{self.VERSION}:{digest(state)[:12]}"
         self.idf = np.log((state[-1] + 2.0) / (state[:-1] + 1.0))
         self.known = {}  # word -> its vector
 
@@ -1170,7 +1171,7 @@ def write_neighbors(
         n_chunks=n_chunks,
         n_tokens=len(tokens),
         index=retriever.meta | dict(version=retriever.version),
-        tokens=_digest(tokens),
+        tokens=digest(tokens),
         name=Path(references.path).name,
         references=references.hash,
     )
@@ -1247,7 +1248,7 @@ def open_neighbors(data, split, chunk_len=None, context=None):
         chunk_len=wanted["chunk_len"],
         references=corpus.References.open(f"{data}/{meta['name']}").hash,
         n_tokens=len(tokens),
-        tokens=_digest(tokens),
+        tokens=digest(tokens),
     )
     for key, value in now.items():
         check(meta[key] == value, f"{path} is for {key} {meta[key]}, not {value}; {cure}")

@@ -21,6 +21,7 @@ from conftest import ROOT, TINY
 import common
 import corpus
 import cost
+import retrieval
 import train
 from common import UserError
 from model import Config, Memory3, load_checkpoint
@@ -47,6 +48,7 @@ def put(data, split, tokens, seed=0):
         rows[:, 0][np.arange(n) % 6 == 4] = -1
         common.replace_file(data / f"{split}.neighbors.bin", lambda f: f.write(rows.tobytes()))
         meta = dict(chunk_len=C, k=2, n_chunks=n, n_tokens=len(tokens), name="train_refs")
+        meta |= dict(context=T, threshold=0.9, tokens=retrieval.digest(tokens.astype("<u2")))
         common.write_json(data / f"{split}.neighbors.json", meta | dict(references=refs.hash))
 
 
