@@ -33,9 +33,10 @@ OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature")  # of generation
 
 def split_tokens(tokenizer, context, continuation):
     """-> (before, after): the tokens of the whole text, cut before the first that has something of
-    the continuation. So it is the same wherever a text is cut, within a word or beside a space."""
+    the continuation. So it is the same wherever a text is cut, within a word or beside a space.
+    Spaces at the context's end count as the continuation's, as in the harness's own models."""
     whole = tokenizer.encode(context + continuation)
-    alone = tokenizer.encode(context)
+    alone = tokenizer.encode(context.rstrip())
     n = 0
     while n < min(len(whole), len(alone)) and whole[n] == alone[n]:
         n += 1
