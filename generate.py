@@ -174,8 +174,12 @@ class Steps:
         self.generator.set_state(rng)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
+        # A workspace of cuBLAS that the graph shares with others may be freed under it: graphs of
+        # torch.compile do that. Made anew inside of the capture, it is the graph's own.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph, stream=side):
             self.step(model)  # recorded, not run
+        torch._C._cuda_clearCublasWorkspaces()
         return graph
 
 
@@ -188,7 +192,7 @@ def steps_for(model, batch, n, plain, forced, temperature, top_k, top_p):
         return Steps(model, batch, n, *how)
     n = min(model.config.max_context, 1 << (n - 1).bit_length())
     places = tuple(p.data_ptr() for p in model.parameters())  # where a graph reads weights
-    key = (batch, n, how, model.config.n_recall, weights.dtype, places)
+    key = (batch, n, how, model.config.n_recall, model.fuse, weights.dtype, places)
     kept = vars(model).setdefault("steps", {})
     steps = kept.pop(key, None)
     if steps is None:

@@ -221,38 +221,30 @@ class Block(nn.Module):
         (B, H, n, dh) and what it made. y None: nobody needs x any more, and None comes back.
         (All that leaves a layer is returned by it: recomputation and FSDP look at nothing else.)
         """
-        q, k, v = self.attn.project(self.norm1(x), cos, sin)
+        q, k, v = self.begin(x, cos, sin)
         y, made = attend(q, k, v)
         if y is None:
             return None, made
         return self.finish(x, y), made
+
+    def begin(self, x, cos=None, sin=None):
+        """What precedes the attention: the norm and the projections, as Attention.project."""
+        return self.attn.project(self.norm1(x), cos, sin)
 
     def finish(self, x, y):
         """What follows the attention: W_O, the residual, the MLP. y (B, H, n, dh)."""
         x = x + self.attn.merge(y)
         return x + self.mlp(self.norm2(x))
 
-    def decode(self, x, cos, sin, kv, at, end, valid, n_header):
-        """One new token a sequence: x (B, 1, d) -> (B, 1, d).
-
-        kv (2, B, Hkv, N, dh): this layer of the cache; the token's own keys and values are added to
-        it at index `at` (1,), and the first `end` (1,) keys are attended, slots where `valid` says.
-        """
-        q, k, v = self.attn.project(self.norm1(x), cos, sin)
-        keys, values = kv
-        keys.index_copy_(2, at, k)
-        values.index_copy_(2, at, v)
-        y = decode_attention(q[:, :, 0], keys, values, valid, end, n_header)  # (B, H, dh)
-        return self.finish(x, y.unsqueeze(2))
-
 
 @functools.cache
-def fused_decode():
-    """Block.decode, compiled: what lies between two matrix products becomes one kernel.
-
-    One function for all layers, compiled once for those with memories and once for those without.
-    """
-    return torch.compile(Block.decode, dynamic=False)
+def fused_parts():
+    """Block.begin and Block.finish, compiled: what lies between two matrix products becomes one
+    kernel. Each is compiled once for all layers. The cache and the attention stay outside of them:
+    the compiler would copy the whole cache to add one token to it."""
+    begin = torch.compile(Block.begin, dynamic=False)
+    finish = torch.compile(Block.finish, dynamic=False)
+    return begin, finish
 
 
 # -- The loss ----------------------------------------------------------------------------------
@@ -417,11 +409,13 @@ class Memory3(nn.Module):
         A memory layer's buffer is [header | memory slots | context]: with the memories in place,
         eq. (3.1) is ordinary attention over one buffer.
         """
-        step = fused_decode() if self.fuse else Block.decode
+        begin, finish = fused_parts() if self.fuse else (Block.begin, Block.finish)
         x = self.embed(tokens).unsqueeze(1)  # (B, 1, d)
         cos, sin = cache.grow()  # (1, dh)
         for l, block in enumerate(self.blocks):
-            x = step(block, x, cos, sin, *cache.layer(l), cache.n_header)
+            q, k, v = begin(block, x, cos, sin)  # (B, H or Hkv, 1, dh)
+            y = cache.attend(l, q, k, v)  # (B, H, 1, dh)
+            x = finish(block, x, y)
         x = self.norm(x[:, 0])  # (B, d)
         return self.head(x)
 
@@ -547,11 +541,23 @@ class Cache:
         self.length += 1
         return cos, sin
 
-    def layer(self, l):
-        """What Block.decode needs of layer l: kv, at, end, valid."""
+    def attend(self, l, q, k, v):
+        """Adds the new token's k v (B, Hkv, 1, dh) to layer l, and attends all that is in it.
+
+        q (B, H, 1, dh) -> (B, H, 1, dh).
+        """
+        keys, values = self.kv[l]  # (B, Hkv, N, dh) twice
+        at = self.at
+        end = self.end
+        valid = self.no_slots
         if l in self.config.memory_layers:
-            return self.kv[l], self.memory_at, self.memory_end, self.valid
-        return self.kv[l], self.at, self.end, self.no_slots
+            at = self.memory_at
+            end = self.memory_end
+            valid = self.valid
+        keys.index_copy_(2, at, k)
+        values.index_copy_(2, at, v)
+        y = decode_attention(q[:, :, 0], keys, values, valid, end, self.n_header)  # (B, H, dh)
+        return y.unsqueeze(2)
 
     def load_memories(self, memories, table, codec=None):
         """Overwrites the memory slots in place: sequence b now reads memories table[b].

@@ -242,6 +242,32 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 NAMES = "out q k v mem_k mem_v".split()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("path", ["flash", "cudnn", "kernel"])
+@pytest.mark.parametrize("heads", [(6, 3, 80), (8, 1, 64), (5, 5, 32)])
+def test_chunk_attention_on_a_gpu(heads, path):
+    """Catches a fused attention whose lse is not the natural logarithm or lies otherwise, or whose
+    backward does not take the merged one: each path in bfloat16 against float64 on the CPU."""
+    if path == "cudnn" and memory.fused_on_cuda(torch.device("cuda")) != "cudnn":
+        pytest.skip("cuDNN's attention is for Hopper and later")
+    if path == "kernel" and not kernels.available("cuda")[0]:
+        pytest.skip(kernels.available("cuda")[1])
+    H, Hkv, dh = heads
+    tensors, count, recall, weight = reading_case(H, Hkv, dh, dtype=torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    oracle = partial(concatenate_and_mask, count=count, recall=recall)
+    want = with_gradients(oracle, exact, weight.double())
+    there = [x.detach().cuda().requires_grad_() for x in tensors]
+
+    def ours(*x):
+        return chunk_attention(*x, count.cuda(), recall.cuda(), C, P, path=path)
+
+    got = with_gradients(ours, there, weight.cuda())
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        error = float((a.double().cpu() - b).norm() / b.norm())
+        assert error < 1e-2, (name, error)
+
+
 @pytest.mark.parametrize("path", ["math", "cpu-flash"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_chunk_attention_equals_both_oracles_and_so_do_its_gradients(shape, path):
@@ -349,6 +375,7 @@ def test_the_choice_of_a_path_says_why(monkeypatch):
         for n, want in ((1, "math"), (few, "math"), (few + 1, "cpu-flash"), (2048, "cpu-flash")):
             name, why = memory.attention_path(cpu, dtype, n, 80, 5, 40)
             assert name == want and len(why) > 10
+    monkeypatch.setattr(memory, "fused_on_cuda", lambda device: "flash")
     for there in (True, False):
         monkeypatch.setattr(kernels, "available", lambda _, there=there: (there, "because"))
         for *sizes, want in [

@@ -583,12 +583,13 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decoding_compiled_is_decoding(build, references, monkeypatch, backend):
-    """Catches a compiled step that reads a copy of the cache, or one that is compiled once a layer:
-    the layers with memories share one graph, those without another."""
+    """Catches a compiled step that is another, or one that is compiled once a layer: all layers
+    share two graphs, what precedes the attention and what follows it."""
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
-    step = torch.compile(Block.decode, dynamic=False, backend=backend)
-    monkeypatch.setattr(model_module, "fused_decode", lambda: step)
+    begin = torch.compile(Block.begin, dynamic=False, backend=backend)
+    finish = torch.compile(Block.finish, dynamic=False, backend=backend)
+    monkeypatch.setattr(model_module, "fused_parts", lambda: (begin, finish))
     model, refs = build(n_layer=6, memory_from=1), references(LENGTHS)
     tokens = torch.randint(0, 90, (2, T), generator=torch.Generator().manual_seed(17))
     torch._dynamo.reset()
