@@ -333,5 +333,5 @@ def flat(dim, queries):
     embedded = rng.standard_normal((queries, dim), np.float32)
     index = faiss.IndexFlatIP(dim)
     index.add(vectors)
-    embedder = SimpleNamespace(dim=dim, encode=lambda texts: embedded)
+    embedder = SimpleNamespace(name="given", dim=dim, encode=lambda texts: embedded)
     return retrieval.Retriever("", index, embedder, None, {}), vectors, embedded
