@@ -21,6 +21,7 @@ import json
 import random
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from pydoc_data import topics
 
@@ -32,8 +33,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import corpus  # noqa: E402
 import train  # noqa: E402
+from common import check, find_device  # noqa: E402
 from memory import Memories  # noqa: E402
-from model import find_device, load_checkpoint  # noqa: E402
+from model import load_checkpoint  # noqa: E402
 
 QUESTIONS = [
     "What is {name}'s {field}?",
@@ -185,9 +187,7 @@ class Batches(torch.utils.data.IterableDataset):
             mode = rng.choices(
                 ["five", "right", "none", "wrong", "context"], [0.55, 0.15, 0.05, 0.05, 0.2]
             )[0]
-            made = window_of(
-                self.tok, entity, T, C, self.config.ref_len, rng, mode == "context"
-            )
+            made = window_of(self.tok, entity, T, C, self.config.ref_len, rng, mode == "context")
             tokens.append(made[0])
             targets.append(made[1])
             references += list(made[2])
@@ -241,9 +241,9 @@ def make_items(a):
     """What is asked: facts of held-out countries, with the five references found for each."""
     import retrieval  # needs faiss, which training does not
 
-    tok = corpus.tokenizer(a.init)
+    tok = corpus.tokenizer(a.data)
     references = corpus.References.open(f"{a.data}/kb", tok.n_vocab)
-    found = retrieval.Retriever.build(Path(a.data, "kb.index"), references, a.init, EMBEDDER)
+    found = retrieval.Retriever.build(Path(a.data, "kb.index"), references, a.data, EMBEDDER)
     rng = random.Random(0)
     items = []
     for country in World(a.data).held_out:
@@ -385,8 +385,9 @@ def run(a):
     cast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     model, meta = load_checkpoint(a.init)
     model.config.n_memory_layer = a.n_memory_layer
+    model.config.memory_from = a.memory_from
     model.config.memory_tokens = max(a.memory_tokens)
-    tok = corpus.tokenizer(a.init)
+    tok = corpus.tokenizer(a.data)
     references = corpus.References.open(f"{a.data}/kb", tok.n_vocab)
     items = json.loads(Path(a.data, "items.json").read_text())[: a.items]
     world = World(a.data)
@@ -417,7 +418,7 @@ def run(a):
         results["evaluations"].append(dict(step=step, seconds=seconds, S=S, **row))
         (out / "results.json").write_text(json.dumps(results, indent=1))
 
-    print(f"{a.out}: Lm {a.n_memory_layer}, S {a.memory_tokens}, {len(items)} questions, "
+    print(f"{a.out}: Lm {a.n_memory_layer} from {a.memory_from}, S {a.memory_tokens}, {len(items)} questions, "
           f"setup {time.time() - started:.0f} s", flush=True)  # fmt: skip
     for S in a.memory_tokens:
         record(0, 0, S, CONDITIONS if S == a.memory_tokens[-1] else READING)
@@ -452,8 +453,9 @@ def run(a):
             print(f"step {step}  {seconds:.0f} s  answers {sums[0]:.3f} nats a token  prose KL "
                   f"{sums[1]:.4f}  norm {sums[2]:.2f}  lr {a.lr * scale:.1e}  S {S}  "
                   f"{rate:,.0f} tokens/s", flush=True)  # fmt: skip
-            if not np.isfinite(sums).all():
-                sys.exit("convert_smollm2.py: the loss is not finite; use a smaller --lr")
+            check(
+                np.isfinite(sums).all(), f"--lr {a.lr}: the loss is not finite; give a smaller one"
+            )
         if seconds >= next_eval:
             pause = time.time()
             record(step, seconds, a.memory_tokens[-1], quick, 80)
@@ -468,7 +470,7 @@ def run(a):
         record(step, seconds, S, CONDITIONS if S == a.memory_tokens[-1] else READING)
     if a.save:
         model.config.memory_tokens = a.memory_tokens[-1]
-        meta["config"] |= dict(n_memory_layer=a.n_memory_layer, memory_tokens=a.memory_tokens[-1])
+        meta["config"] = asdict(model.config)
         train.save_checkpoint(out / "model.pt", model, None, meta | dict(stage="explicit"))
 
 
@@ -482,6 +484,7 @@ def main(argv=None):
     p.add_argument("--items", type=int, default=400, help="questions to ask")
     p.add_argument("--windows", type=int, default=64, help="of 256 tokens of each held-out prose")
     p.add_argument("--n_memory_layer", type=int, default=30, help="Lm")
+    p.add_argument("--memory_from", type=int, default=0, help="the first memory layer")
     p.add_argument("--memory_tokens", type=int, nargs="+", default=[8, 16, 32], help="S; each "
                    "step draws one")  # fmt: skip
     p.add_argument("--seconds", type=float, default=240, help="of training")

