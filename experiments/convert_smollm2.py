@@ -418,8 +418,9 @@ def run(a):
         results["evaluations"].append(dict(step=step, seconds=seconds, S=S, **row))
         (out / "results.json").write_text(json.dumps(results, indent=1))
 
-    print(f"{a.out}: Lm {a.n_memory_layer} from {a.memory_from}, S {a.memory_tokens}, {len(items)} questions, "
-          f"setup {time.time() - started:.0f} s", flush=True)  # fmt: skip
+    layers = f"Lm {a.n_memory_layer} from {a.memory_from}"
+    setup = time.time() - started
+    print(f"{a.out}: {layers}, S {a.memory_tokens}, {len(items)} questions, setup {setup:.0f} s")
     for S in a.memory_tokens:
         record(0, 0, S, CONDITIONS if S == a.memory_tokens[-1] else READING)
     quick = ("plain", "recalled", "right", "text")

