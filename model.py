@@ -20,6 +20,8 @@ import json
 import math
 import os
 import pickle
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, check, check_fields
+from common import UserError, check, check_fields, replace_file, write_json
 from memory import (
     Memories,
     causal_attention,
@@ -79,9 +81,7 @@ class Config:
     norm_eps: Annotated[float, 0, 1] = 1e-5  # RMSNorm; not in the paper
     tied: bool = False  # input and output embeddings share weights; not in the paper
     approximate_weights: bool = False  # sec. 3.3: exp without the normalisation
-    selection: Annotated[int, 1, 2**16] = (
-        1  # the rule by which tokens are kept: see memory.keep_tokens
-    )
+    selection: Annotated[int, 1, 2**16] = 1  # the rule that keeps tokens, memory.keep_tokens
 
     def __post_init__(self):
         self.header = tuple(int(t) for t in self.header)
@@ -300,7 +300,7 @@ class Memory3(nn.Module):
             self.head.weight = self.embed.weight
         self.recompute = False
         self.fuse = os.environ.get("MEMORY3_FUSE") == "1"
-        self.origin = None  # the fingerprint, where these weights are rounded from others
+        self.known_hash = None  # of the weights, from a checkpoint or before they were rounded
         self.apply(self._init)
         for name, p in self.named_parameters():  # GPT-2's: keep the residual's size over depth
             if name.endswith(("out.weight", "down.weight")):
@@ -321,21 +321,34 @@ class Memory3(nn.Module):
         It covers the weights and the config, and so the selection (memory_tokens, approximate_
         weights) and the tokenizer's header, but not what only the reader needs.
         """
-        if self.origin:
-            return self.origin
         config = asdict(self.config)
         for reader in ("n_recall", "chunk_len", "max_context"):
             del config[reader]
-        h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name, p in sorted(self.state_dict().items()):
-            h.update(name.encode())
-            h.update(p.detach().cpu().float().numpy().tobytes())
-        return h.hexdigest()[:16]
+        config["weights"] = self.weights_hash()
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+    def weights_hash(self):
+        """The hash of the weights, in hex: known of a checkpoint's until one of them changes."""
+        trained = any(p.grad is not None for p in self.parameters())
+        if self.known_hash is None or trained or self._changes() > self.known_at:
+            return hash_weights(self.state_dict())
+        return self.known_hash
+
+    def keep_hash(self, digest):
+        """digest: the hash of the weights as they are now, or of those that they are made from."""
+        self.known_hash = digest
+        self.known_at = self._changes()
+
+    def _changes(self):
+        # PyTorch counts changes in place, but not those of a fused optimizer
+        return sum(p._version for p in self.parameters())
 
     def rounded(self, dtype):
         """The model with weights in `dtype`, to generate; keeps its fingerprint, for its banks."""
-        self.origin = self.fingerprint()
-        return self.to(dtype)
+        digest = self.weights_hash()
+        self.to(dtype)
+        self.keep_hash(digest)
+        return self
 
     def _header(self, batch):
         return torch.tensor(self.config.header, device=self.device).expand(batch, -1)  # (B, P)
@@ -576,21 +589,138 @@ class Cache:
 
 
 # -- Checkpoints ------------------------------------------------------------------------------
+#
+# A checkpoint is one file that may be copied and renamed: what torch.save writes of
+# dict(model=weights by name, meta=dict, optimizer=dict or nothing), then a checksum of all bytes
+# before it. meta["weights"] is the hash of the weights: the model's identity (see fingerprint).
+
+CHECKSUM = "crc32 "  # a checkpoint ends with this and eight hex digits: 14 bytes
 
 
-def load_checkpoint(path, with_optimizer=False):
-    """-> model (on the CPU), meta (config, stage, step, tokenizer id ...) and, if asked for, the
-    optimizer's state. path: a .pt file of train.py, or a directory that holds model.pt."""
+def hash_weights(weights):
+    """sha256, in hex, of a state dict: the names, dtypes, shapes and bytes of its tensors."""
+
+    def hash_tensor(name):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        return digest.digest()
+
+    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run while it works
+        digests = pool.map(hash_tensor, sorted(weights))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def check_finite(weights, file):
+    """UserError if a number of a state dict is nan or infinite."""
+    for name, tensor in weights.items():
+        low, high = torch.aminmax(tensor.detach())  # nan is both, if there is one
+        finite = math.isfinite(low) and math.isfinite(high)
+        check(finite, f"{file}: weight {name} holds nan or infinite numbers; nothing is done")
+
+
+class SummedFile:
+    """A file for torch.save that keeps the CRC-32 of what passes through it."""
+
+    def __init__(self, file):
+        self.file = file
+        self.crc = 0
+
+    def write(self, data):
+        self.crc = zlib.crc32(data, self.crc)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+def save_checkpoint(path, weights, meta, optimizer=None):
+    """Writes a checkpoint beside its place and renames it: a kill leaves the old one.
+
+    weights: a state dict, all finite, or UserError. meta: dict with at least config, the Config as
+    a dict. optimizer: its state, for what a run resumes. Beside a model.pt lies meta.json, the same
+    meta for people to read.
+    """
+    path = Path(path)
+    check_finite(weights, path)
+    meta = dict(meta, weights=hash_weights(weights))
+    state = dict(model=weights, meta=meta)
+    if optimizer is not None:
+        state["optimizer"] = optimizer
+
+    def write(file):
+        summed = SummedFile(file)
+        torch.save(state, summed)
+        file.write(f"{CHECKSUM}{summed.crc:08x}".encode())
+
+    copy = path.with_name("meta.json")
+    if path.name == "model.pt":
+        copy.unlink(missing_ok=True)  # at no time does one of other weights lie there
+    replace_file(path, write)
+    if path.name == "model.pt":
+        write_json(copy, meta)
+
+
+def checksum_fault(file):
+    """What is wrong with the checksum at the end of a checkpoint, or None. Reads all of it."""
+    size = file.stat().st_size - len(CHECKSUM) - 8
+    crc = 0
+    with open(file, "rb") as f:
+        for start in range(0, size, 2**24):
+            crc = zlib.crc32(f.read(min(2**24, size - start)), crc)
+        end = f.read()
+    if not end.startswith(CHECKSUM.encode()):
+        return "no checksum at its end: it is cut off, or older than checksums (--no_verify)"
+    return None if end == f"{CHECKSUM}{crc:08x}".encode() else "its bytes have changed"
+
+
+def read_checkpoint(path, verify=True):
+    """-> dict(model, meta, and optimizer where there is one) of a checkpoint, and its file's path.
+
+    path: a .pt file, or a directory that holds model.pt. The tensors are mapped from the file, read
+    when they are used: copy them. verify: the checksum first, one pass over the file.
+    Raises UserError for what is no whole checkpoint.
+    """
     path = Path(path)
     file = path / "model.pt" if path.is_dir() else path
-    if not file.exists():
-        raise UserError(f"{file}: no checkpoint there; python train.py makes one")
+    check(file.is_file(), f"{file}: no checkpoint there; python train.py makes one")
+    fault = checksum_fault(file) if verify else None
+    if not fault:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            state["model"].items()
+            state["meta"]["config"].items()
+            return state, file
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            fault = str(error).split("\n")[0]
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            fault = str(error).split("\n")[0]
+    cure = "take another copy of it, or train again"
+    raise UserError(f"{file}: not a checkpoint as train.py wrote it ({fault}); {cure}")
+
+
+def load_checkpoint(path, verify=True):
+    """-> model, on the CPU with weights of the file's dtype, and meta (config, stage, step,
+    tokenizer id ...). path: a .pt file of train.py, or a directory that holds model.pt. verify:
+    False saves a pass over the file and one over the weights."""
+    state, file = read_checkpoint(path, verify)
+    meta = state["meta"]
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        meta = state["meta"]
-        model = Memory3(Config.from_dict(meta["config"]))
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
-        why = str(e).split("\n")[0]
-        raise UserError(f"{file}: not a checkpoint of train.py, or cut off ({why})") from None
-    return (model, meta, state["optimizer"]) if with_optimizer else (model, meta)
+        config = Config.from_dict(meta["config"])
+        with torch.device("meta"):  # no memory is taken before the file's weights
+            model = Memory3(config)
+        weights = {name: tensor.clone() for name, tensor in state["model"].items()}
+        model.load_state_dict(weights, assign=True)
+    except (UserError, AttributeError, TypeError, RuntimeError) as error:
+        fault = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: its config and its weights do not fit ({fault})") from None
+    if config.tied:
+        model.head.weight = model.embed.weight
+    if verify:
+        check_finite(weights, file)
+        beside = file.with_name("meta.json")
+        if file.name == "model.pt" and beside.exists():
+            there = str(meta.get("weights")) in beside.read_text(errors="replace")
+            check(there, f"{beside} is not that of {file}: take both from the same run")
+    model.keep_hash(meta.get("weights"))
+    return model, meta

@@ -3,6 +3,7 @@
     python train.py --preset toy --data data/cities --stage implicit --out out/implicit
     python train.py --init out/implicit --data data/cities --stage explicit --out out/toy
     python train.py --resume out/toy                      goes on where a stopped run left off
+    torchrun --nproc_per_node 8 train.py --parallel fsdp ...        on 8 GPUs (parallel.py)
 
 The stages differ in the batch and in nothing else. Implicit: windows of text, an ordinary decoder.
 Explicit: the same, and each chunk of 64 tokens comes with the reference that retrieval found for
@@ -14,65 +15,79 @@ import argparse
 import inspect
 import json
 import math
+import os
 import re
+import shlex
+import signal
+import threading
 import time
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated, get_args
 
 import numpy as np
 import torch
 
 import corpus
 import cost
+import parallel
 import retrieval
-from common import UserError, check, find_device, replace_file, run, write_json
+from common import check, check_fields, find_device, replace_file, run
 from memory import attention_path
-from model import PRESETS, Config, Memory3, load_checkpoint
+from model import PRESETS, Config, Memory3, load_checkpoint, read_checkpoint, save_checkpoint
+from optimizer import RoundedAdamW
 
 
 @dataclass
 class TrainConfig:
-    """What a run is. Every field is a flag: --steps 1000. Shapes of the model are flags too."""
+    """What a run is. Every field is a flag: --steps 1000. Shapes of the model are flags too.
 
-    data: str = "data/cities"  # a prepared data set
-    stage: str = "implicit"  # implicit | explicit
-    split: str = ""  # training text; default: train, or explicit in the explicit stage
-    val: str = ""  # validation splits, comma-separated; default: val,heldout of that stage
-    out: str = "out/run"  # checkpoints and log.jsonl go here
+    An annotation gives the lowest and the highest value, or all values there are.
+    """
+
+    data: str = "data/cities"  # a prepared data set: its directory
+    stage: Annotated[str, "implicit", "explicit"] = "implicit"  # sec. 3.6
+    split: str = ""  # training text; empty: train, or explicit in the explicit stage
+    val: str = ""  # validation splits, comma-separated; empty: val,heldout of that stage
+    out: str = "out/run"  # directory of the checkpoints and of log.jsonl
     init: str = ""  # a checkpoint to start from: its weights, not its optimizer
-    context: int = 256  # T, tokens of a window
-    batch: int = 16  # windows of one step, whatever the hardware
-    micro_batch: int = 0  # windows at a time (0 = batch): lower it when memory runs out
-    steps: int = 1000  # of the optimizer, in all
-    lr: float = 2e-3  # the highest; linear warmup, constant, linear decay to near zero
-    warmup: int = 100  # steps
-    decay: float = 0.1  # share of the steps that decay (sec. 5.1)
-    weight_decay: float = 0.1  # on matrices (sec. 5.1)
-    beta2: float = 0.95  # AdamW's; beta1 is 0.9
-    grad_clip: float = 1.0  # largest norm of a gradient
-    query_shift: int = 0  # 0: a chunk's own text retrieves for it (paper); 1: the chunk before it
-    eval_every: int = 250  # steps between validations; the best of them is kept as best.pt
-    eval_batches: int = 4  # micro-batches of each validation split
-    save_every: int = 250  # steps between checkpoints (last.pt)
-    keep_every: int = 0  # steps between copies that are kept as step_N.pt (weights only)
-    back_off: float = 0.0  # > 0: on divergence, last checkpoint and lr times this (sec. 5.2)
-    seed: int = 1  # of the weights and of the order of the windows
+    context: Annotated[int, 1, 2**24] = 256  # T, tokens of a window
+    batch: Annotated[int, 1, 2**20] = 16  # windows of one step, whatever the hardware
+    micro_batch: Annotated[int, 0, 2**20] = 0  # windows at a time; 0: the most that fit
+    steps: Annotated[int, 1, 10**9] = 1000  # of the optimizer, in all
+    minutes: Annotated[float, 0, 10**6] = 0.0  # > 0: ends then, whatever --steps says
+    lr: Annotated[float, 0, 10] = 2e-3  # the highest; linear warmup, constant, linear decay
+    warmup: Annotated[int, 0, 10**9] = 100  # steps
+    decay: Annotated[float, 0, 1] = 0.1  # share of the steps, or minutes, that decay (sec. 5.1)
+    weight_decay: Annotated[float, 0, 10] = 0.1  # on matrices (sec. 5.1)
+    beta2: Annotated[float, 0, 0.999999] = 0.95  # AdamW's; beta1 is 0.9
+    grad_clip: Annotated[float, 0, 10**9] = 1.0  # largest norm of a gradient; 0: any
+    query_shift: Annotated[int, 0, 1] = 0  # a chunk reads what it retrieved; 1: what the last did
+    eval_every: Annotated[int, 1, 10**9] = 250  # steps between validations; best.pt is the best
+    eval_batches: Annotated[int, 1, 10**6] = 4  # micro-batches of each validation split
+    save_every: Annotated[int, 1, 10**9] = 250  # steps between checkpoints (last.pt)
+    keep_every: Annotated[int, 0, 10**9] = 0  # steps between kept copies, step_N.pt; 0: none
+    back_off: Annotated[float, 0, 0.99] = 0.0  # on divergence, last.pt and lr times this; 0: stop
+    seed: Annotated[int, 0, 2**31 - 1] = 1  # of the weights and of the order of the windows
     device: str = "auto"  # cuda where there is one
-    dtype: str = "auto"  # bfloat16 where the hardware has it, else float32
+    dtype: Annotated[str, "auto", "float32", "bfloat16"] = "auto"  # of products; auto: the fastest
+    param_dtype: Annotated[str, "float32", "bfloat16"] = "float32"  # of weights (paper: bfloat16)
+    recompute: bool = False  # of activations, in the backward: less memory, a third more time
+    parallel: Annotated[str, "none", "ddp", "fsdp"] = "none"  # several processes; see parallel.py
     compile: bool = False  # torch.compile: faster steps after a minute of waiting
+    no_verify: bool = False  # does not read checkpoints once more for their checksums
 
     def __post_init__(self):
+        check_fields(self, flag="--")
         explicit = self.stage == "explicit"
-        check(explicit or self.stage == "implicit", f"--stage {self.stage}: implicit or explicit")
-        known = self.dtype in ("auto", "float32", "bfloat16")
-        check(known, f"--dtype {self.dtype}: auto, float32 or bfloat16")
-        self.split = self.split or ("explicit" if explicit else "train")
-        self.val = self.val or ("explicit_val,explicit_heldout" if explicit else "val,heldout")
-        self.micro_batch = micro = self.micro_batch or self.batch
-        for name in "context batch micro_batch steps eval_every eval_batches save_every".split():
-            check(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: at least 1")
-        check(0 <= self.decay <= 1, f"--decay {self.decay}: a share between 0 and 1")
-        check(self.batch % micro == 0, f"--batch {self.batch}: no multiple of micro_batch {micro}")
+        if not self.split:
+            self.split = "explicit" if explicit else "train"
+        if not self.val:
+            self.val = "explicit_val,explicit_heldout" if explicit else "val,heldout"
+        if self.micro_batch:
+            whole = self.batch % self.micro_batch == 0
+            check(whole, f"--batch {self.batch}: no multiple of --micro_batch {self.micro_batch}")
 
 
 # -- Batches ----------------------------------------------------------------------------------
@@ -83,47 +98,57 @@ class Windows:
 
     tokens: the split; window i is [i*T, (i+1)*T). Its first token is overwritten by the BOS: the
     context begins with one in every format, and the grid of chunks stays that of the neighbours.
-    neighbors (n_chunks, k) int32 and references: for the explicit stage, else None."""
+    neighbors (n_chunks, k) int32 and references: for the explicit stage, else None.
+    """
 
     def __init__(self, cfg, split, config):
-        self.T, self.C, self.bos = cfg.context, config.chunk_len, config.header[0]
-        self.config, self.seed, self.shift = config, cfg.seed, cfg.query_shift
+        self.config = config
+        self.T = cfg.context
+        self.C = config.chunk_len
+        self.seed = cfg.seed
+        self.shift = cfg.query_shift
         self.tokens = corpus.open_tokens(cfg.data, split)
         self.n = len(self.tokens) // self.T
         check(self.n, f"{cfg.data}/{split}.bin is shorter than one window of {self.T}")
+        self.epoch = None  # whose order is at hand
         self.neighbors = None
         if cfg.stage == "explicit":
             check(self.T % self.C == 0, f"--context {self.T} is no multiple of chunk_len {self.C}")
-            self.neighbors, name = retrieval.open_neighbors(
-                cfg.data, split, chunk_len=self.C, context=self.T
-            )
+            found = retrieval.open_neighbors(cfg.data, split, chunk_len=self.C, context=self.T)
+            self.neighbors, name = found
             self.references = corpus.References.open(f"{cfg.data}/{name}")
 
     def window(self, position):
         """Which window stands at a position of the endless stream: epoch after epoch, shuffled."""
         epoch, i = divmod(position, self.n)
-        if getattr(self, "epoch", None) != epoch:
+        if self.epoch != epoch:
             self.epoch = epoch
             self.order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
         return int(self.order[i])
 
     def batch(self, windows, full_width=False):
-        """-> tokens (B, T), targets (B, T), references (B*c, n) and recall (B, c, R), or None."""
-        T, B = self.T, len(windows)
-        x = np.stack([self.tokens[w * T : (w + 1) * T] for w in windows]).astype(np.int64)  # (B, T)
-        tokens = torch.from_numpy(x)
-        targets = torch.cat([tokens[:, 1:], torch.full((B, 1), -1)], 1)  # -1: the next window's
-        tokens[:, 0] = self.bos
+        """-> tokens (B, T), targets (B, T), references (B*c, n) and recall (B, c, R), or None.
+
+        full_width: references are all ref_len wide, padded: torch.compile wants one shape.
+        """
+        rows = [self.tokens[w * self.T : (w + 1) * self.T] for w in windows]
+        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T)
+        targets = tokens.roll(-1, 1)  # (B, T)
+        targets[:, -1] = -1  # it is the next window's
+        tokens[:, 0] = self.config.header[0]  # the BOS
         if self.neighbors is None:
             return tokens, targets, None, None
-        c = T // self.C
-        ids = np.stack([self.neighbors[w * c : (w + 1) * c, 0] for w in windows])  # (B, c)
-        width = self.config.ref_len if full_width else None  # of one shape: torch.compile asks
-        references = self.references.batch(np.maximum(ids, 0).ravel(), width)  # none: any, unread
-        return tokens, targets, references, recall_table(ids, self.config.n_recall, self.shift)
+        n_chunks = self.T // self.C
+        rows = [self.neighbors[w * n_chunks : (w + 1) * n_chunks, 0] for w in windows]
+        ids = np.stack(rows)  # (B, c), the best neighbour of each chunk, -1 = none
+        some = np.maximum(ids, 0).ravel()  # where there is none any is written, and none reads it
+        width = self.config.ref_len if full_width else None
+        references = self.references.batch(some, width)  # (B*c, n)
+        recall = recall_table(ids, self.config.n_recall, self.shift)  # (B, c, R)
+        return tokens, targets, references, recall
 
 
-def recall_table(ids, R, shift=0):
+def recall_table(ids, n_recall, shift=0):
     """Which memories each chunk reads in training: those of chunks c-R+1..c (sec. 3.6).
 
     ids (B, c): the reference each chunk retrieved, -1 = none; pool row b*c + i is the memory of
@@ -133,260 +158,566 @@ def recall_table(ids, R, shift=0):
     >>> recall_table(np.array([[7, 8, 8, -1]]), 2).tolist()
     [[[0, -1], [1, 0], [2, -1], [-1, 2]]]
     """
-    B, c = ids.shape
-    recall = np.full((B, c, R), -1)
-    for b, i in np.ndindex(B, c):
+    batch, n_chunks = ids.shape
+    recall = np.full((batch, n_chunks, n_recall), -1)
+    for b, chunk in np.ndindex(batch, n_chunks):
         seen = {-1}  # -1: nothing was retrieved
-        for r in range(R):
-            j = i - shift - r
-            if j >= 0 and ids[b, j] not in seen:
-                seen.add(ids[b, j])
-                recall[b, i, r] = b * c + j
+        for r in range(n_recall):
+            source = chunk - shift - r  # the chunk that retrieved
+            if source >= 0 and ids[b, source] not in seen:
+                seen.add(ids[b, source])
+                recall[b, chunk, r] = b * n_chunks + source
     return torch.from_numpy(recall)
 
 
 def loss_on(model, batch, device):
     """The loss of one batch; writes its references first, where it has any."""
-    tokens, targets, references, recall = (t if t is None else t.to(device) for t in batch)
-    memories = None if references is None else model.write(references)  # (B*c, Lm, 2, ...)
-    return model(tokens, targets, memories, recall)[1]
+    batch = [x if x is None else x.to(device) for x in batch]
+    tokens, targets, references, recall = batch
+    memories = None
+    if references is not None:
+        memories = model.write(references)  # kv (B*c, Lm, 2, Hkv, S, dh)
+    _, loss = model(tokens, targets, memories, recall, return_logits=False)
+    return loss
 
 
-# -- Schedule, optimizer, checkpoints ---------------------------------------------------------
+# -- Schedule and optimizer -------------------------------------------------------------------
 
 
-def lr_at(step, cfg):
-    """Warmup-stable-decay (sec. 5.1), as a share of cfg.lr.
+def lr_at(step, cfg, seconds=0.0):
+    """Warmup-stable-decay (sec. 5.1), as a share of cfg.lr; seconds: trained so far, for --minutes.
 
     >>> cfg = TrainConfig(steps=100, warmup=10, decay=0.1)
     >>> [lr_at(s, cfg) for s in (0, 9, 50, 95, 99)]
     [0.1, 1.0, 1.0, 0.5, 0.1]
+    >>> lr_at(500, TrainConfig(minutes=10, decay=0.5), seconds=450)
+    0.5
     """
-    left = (cfg.steps - step) / max(1.0, cfg.decay * cfg.steps)
-    return min(1.0, (step + 1) / max(1, cfg.warmup), left)
+    warmup = (step + 1) / max(1, cfg.warmup)
+    if cfg.minutes:
+        left = (60 * cfg.minutes - seconds) / max(1.0, cfg.decay * 60 * cfg.minutes)
+    else:
+        left = (cfg.steps - step) / max(1.0, cfg.decay * cfg.steps)
+    return min(1.0, warmup, left)
 
 
 def make_optimizer(model, cfg):
     """AdamW; weight decay on matrices only, not on norms."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors)]
-    return torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), weight_decay=0.0, fused=True)
+    groups = [
+        dict(params=matrices, weight_decay=cfg.weight_decay),
+        dict(params=vectors, weight_decay=0.0),
+    ]
+    betas = (0.9, cfg.beta2)
+    if cfg.param_dtype == "bfloat16":
+        return RoundedAdamW(groups, cfg.lr, betas, cfg.seed)
+    return torch.optim.AdamW(groups, cfg.lr, betas, fused=True)
 
 
-def save_checkpoint(path, model, optimizer, meta):
-    """One file, written beside and renamed; the optimizer (or None) is for what a run resumes."""
-    state = dict(model=model.state_dict(), meta=meta)
-    state |= dict(optimizer=optimizer.state_dict()) if optimizer else {}
-    replace_file(path, lambda f: torch.save(state, f))  # a kill leaves the old one
-    write_json(Path(path).parent / "meta.json", meta)
+def clip_gradients(model, cfg):
+    """Scales the gradients down to a norm of grad_clip; returns the norm that they had."""
+    most = cfg.grad_clip or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-PEAK = dict(A100=312e12, A800=312e12, H100=989e12, H800=989e12, H200=989e12)  # bf16, FLOP/s
+# -- Setting up -------------------------------------------------------------------------------
 
-# -- The run ----------------------------------------------------------------------------------
+# bfloat16, FLOP/s without sparsity, from the makers' data sheets
+PEAK = dict(A100=312e12, A800=312e12, H100=989e12, H800=989e12, H200=989e12)
+
+
+def choose_dtype(cfg, device):
+    """-> the dtype of the computation, and why: the fastest that the hardware has."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype), "asked for"
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has else torch.float32, "the fastest here"
 
 
 def open_run(cfg, config):
-    """(model, meta, optimizer's state or None) that the run begins with: those of its own last.pt,
-    else the weights of cfg.init, else new ones."""
-    # Random are only the first weights and the order of windows: seed and position give both.
-    meta, last = dict(step=0, position=0, best=None, lr_scale=1.0), Path(cfg.out) / "last.pt"
+    """-> model, meta and the optimizer's state, or None, that the run begins with.
+
+    Those of its own last.pt; else the weights of cfg.init; else new ones. meta is what a
+    checkpoint says of its run: step, position in the stream of windows, seconds, best loss ...
+    """
+    # random are only the first weights and the order of windows: seed and position give both
+    meta = dict(step=0, position=0, seconds=0.0, best=None, lr_scale=1.0)
+    last = Path(cfg.out) / "last.pt"
+    verify = not cfg.no_verify
     if last.exists():
-        model, meta, state = load_checkpoint(last, with_optimizer=True)
-        cure = "choose another --out"
+        model, saved = load_checkpoint(last, verify)
         for name in ("stage", "data", "split", "init", "context", "batch", "query_shift", "seed"):
-            was, now = meta["train"][name], getattr(cfg, name)
-            check(was == now, f"{last} is of a run with --{name} {was}, not {now}: {cure}")
-        check(config in (None, model.config), f"{last} is a model of another shape: {cure}")
-        print(f"resuming {last} at step {meta['step']}")
-        return model, meta, state
+            before = saved["train"][name]
+            now = getattr(cfg, name)
+            line = f"{last} is of a run with --{name} {before}, not {now}: choose another --out"
+            check(before == now, line)
+        fits = config in (None, model.config)
+        check(fits, f"{last} is a model of another shape: choose another --out")
+        print(f"resuming {last} at step {saved['step']}")
+        return model, meta | saved, read_checkpoint(last, verify=False)[0]
     if not cfg.init:
+        check_room(config)
         return Memory3(config), meta, None
-    model, before = load_checkpoint(cfg.init)
+    model, before = load_checkpoint(cfg.init, verify)
     print(f"starting from {cfg.init} ({before['stage']} stage, step {before['step']})")
     if config:  # the same weights, other memories: S, Lm, C ... can change between the stages
-        weights, model = model.state_dict(), Memory3(config)
+        weights = model.state_dict()
+        model = Memory3(config)
         model.load_state_dict(weights)
     return model, meta | dict(tokenizer=before.get("tokenizer")), None
 
 
-def validate(model, splits, cfg, device, cast):
+def check_room(config):
+    """Refuses a new model whose weights alone do not fit this machine."""
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    size = 4 * cost.weights(config)
+    line = f"{size / 1e9:,.0f} GB of weights, {room / 1e9:,.0f} GB of memory: give a smaller shape"
+    check(size < room, line)
+
+
+def check_tokenizer(cfg, config, meta):
+    """Whether the model reads the data's tokens as they were meant; returns the tokenizer's id."""
+    tokenizer = corpus.tokenizer(cfg.data)
+    known = meta.get("tokenizer") in (None, tokenizer.id)
+    fits = tokenizer.n_vocab <= config.vocab_size and tuple(tokenizer.header) == config.header
+    line = f"the checkpoint's tokenizer is not that of {cfg.data} ({tokenizer.id})"
+    check(known and fits, line)
+    return tokenizer.id
+
+
+def compiled(function, device):
+    """torch.compile, or the function as it is where there is no compiler."""
+
+    def double(x):
+        return 2 * x
+
+    try:  # of something small, so that an error here can only be the machine's
+        torch.compile(double)(torch.ones(3, device=device))
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        print(f"--compile: runs on without, as nothing can be compiled here ({reason})")
+        return function
+    return torch.compile(function)
+
+
+def fit_micro_batch(cfg, windows, model, step_loss, cast, device, size):
+    """How many windows a process takes at a time: cfg.micro_batch, or on a GPU the most that fit.
+
+    Tried on the first windows, beside as many bytes as AdamW's states will take, and halved until
+    it fits.
+    """
+    micro = cfg.micro_batch or cfg.batch // size
+    if cfg.micro_batch or device.type != "cuda":
+        return micro
+    while not fits(micro, windows, model, step_loss, cast, device):
+        line = f"one window of {cfg.context} tokens does not fit: see benchmarks/fits.py"
+        check(micro > 1, line)
+        smaller = range(micro // 2, 0, -1)
+        micro = next(m for m in smaller if cfg.batch // size % m == 0)
+    return micro
+
+
+def fits(micro, windows, model, step_loss, cast, device):
+    """Whether loss and gradient of so many windows fit this GPU, and those of all processes."""
+    batch = windows.batch([windows.window(i) for i in range(micro)], full_width=True)
+    weights = sum(parallel.local(p).numel() for p in model.parameters())
+    loss = states = None
+    failed = 0.0
+    try:
+        states = torch.empty(2 * weights, device=device)
+        with cast:
+            loss = step_loss(batch, device)
+        loss.backward()
+    except torch.OutOfMemoryError:
+        failed = 1.0
+    del loss, states
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return parallel.reduce([failed], "max", device) == [0.0]
+
+
+def peak_flops(device):
+    """FLOP/s of this card in bfloat16, or None where they are not known."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for name, flops in PEAK.items():
+        if name in card:
+            return flops
+    return None
+
+
+def describe(cfg, config, windows, device, dtype, reason, size):
+    """Prints all that was derived from the flags before the first step."""
+    explicit = cfg.stage == "explicit"
+    tokens = cfg.batch * cfg.context
+    flops = cfg.batch * cost.step_flops(config, explicit, cfg.context)
+    references = tokens // config.chunk_len if explicit else 0
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+    group = config.n_head // config.n_kv_head
+    length = cfg.context  # of what attention sees
+    keys = 0  # memory keys that a chunk reads
+    if explicit:
+        length += len(config.header)
+        keys = config.n_recall * config.memory_tokens
+    path, why = attention_path(device, dtype, length, config.head_dim, group, keys)
+    epochs = "" if cfg.minutes else f", {cfg.steps * cfg.batch / windows.n:.2f} epochs"
+    print(f"weights: {cost.weights(config):,}, non-embedding {config.n_params:,} (norms aside)")
+    print(f"memory: {config.memory_shape}, {cost.memory_bytes(config, 'bf16'):,} bytes in bfloat16")
+    print(f"step: {tokens:,} tokens = {cfg.batch} windows of {cfg.context}, {flops:.3g} FLOPs,")
+    print(f"    {references:,} references, {cfg.micro_batch} windows at a time")
+    print(f"data: {len(windows.tokens):,} tokens{epochs}")
+    print(f"device: {card}, {dtype} ({reason}), weights in {cfg.param_dtype}")
+    print(f"attention: {path} ({why})")
+    if size > 1:
+        minutes = parallel.TIMEOUT.seconds // 60
+        print(f"processes: {size}, {cfg.parallel}; one that waits {minutes} minutes ends the run")
+
+
+def open_log(out, step, rank=0):
+    """log.jsonl, to append to: a row a step. Rows after `step`, of a run that was killed, go."""
+    if rank > 0:
+        return open(os.devnull, "w")
+    out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob("*.tmp"):
+        left.unlink()  # half written when an earlier run was killed
+    path = out / "log.jsonl"
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            whole = line.endswith("}")  # not cut off by the kill
+            if whole and json.loads(line)["step"] <= step:
+                rows.append(line)
+    text = "".join(row + "\n" for row in rows)
+    replace_file(path, lambda file: file.write(text.encode()))
+    return open(path, "a", buffering=1, encoding="utf-8")  # each line at once
+
+
+@contextmanager
+def asked_to_stop():
+    """Yields a list; after Ctrl-C, or a batch system's SIGTERM, it is no longer empty.
+
+    So a step is never half done. A second Ctrl-C ends at once.
+    """
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nstopping after this step, once it is saved; Ctrl-C again: at once", flush=True)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [signal.SIGINT, signal.SIGTERM] if main_thread else []  # others get no signals
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def validate(model, splits, cfg, cast, device, rank=0, size=1):
     """Mean loss over some windows of each split; in the explicit stage also with nothing recalled.
-    splits: {name: Windows}. Returns {name: nats a token}, and prints it."""
+
+    splits: {name: Windows}. Returns {name: nats a token}, and prints it.
+    """
     model.eval()
     result = {}
     for name, windows in splits.items():
         n = min(windows.n, cfg.eval_batches * cfg.micro_batch)
-        for i in range(0, n, cfg.micro_batch):
-            batch = windows.batch(range(i, min(n, i + cfg.micro_batch)))
-            cases = {name: batch}
-            if cfg.stage == "explicit":
-                cases[f"{name}, nothing recalled"] = *batch[:3], torch.full_like(batch[3], -1)
-            for case, inputs in cases.items():
+        cases = [name]
+        if cfg.stage == "explicit":
+            cases.append(f"{name}, nothing recalled")
+        sums = [0.0] * len(cases)
+        # every process makes as many passes, or fsdp would wait for ever: a last one may be empty
+        for first in range(0, n, cfg.micro_batch * size):
+            start = first + rank * cfg.micro_batch
+            rows = range(start, min(n, start + cfg.micro_batch))
+            tokens, targets, references, recall = windows.batch(rows or [0])
+            for i in range(len(cases)):
+                if i == 1:
+                    recall = torch.full_like(recall, -1)
                 with torch.no_grad(), cast:
-                    loss = loss_on(model, inputs, device).item()
-                result[case] = result.get(case, 0) + loss * len(batch[0]) / n
+                    loss = loss_on(model, (tokens, targets, references, recall), device)
+                sums[i] += loss.item() * len(rows) / n
+        means = parallel.reduce(sums, "mean", device)
+        for case, mean in zip(cases, means, strict=True):
+            result[case] = mean * size
     model.train()
-    print("validation:", *(f"{k} {v:.4f}" for k, v in result.items()), sep="  ")
+    shown = [f"{case} {loss:.4f}" for case, loss in result.items()]
+    print("validation:", *shown, sep="  ")
     return result
+
+
+# -- The run ----------------------------------------------------------------------------------
+
+
+def add_gradients(step_loss, windows, position, cfg, cast, device, rank=0, size=1):
+    """Adds up the gradients of a process's share of a step; returns the mean loss of that share."""
+    n = cfg.batch // size  # windows of this process: those from position + rank * n on
+    total = torch.zeros((), device=device)
+    for first in range(0, n, cfg.micro_batch):
+        start = position + rank * n + first
+        chosen = [windows.window(start + i) for i in range(cfg.micro_batch)]
+        batch = windows.batch(chosen, full_width=cfg.compile)
+        last = first + cfg.micro_batch == n
+        with parallel.adding_up(step_loss, last):
+            with cast:
+                loss = step_loss(batch, device) * (cfg.micro_batch / n)
+            loss.backward()
+        total += loss.detach()
+    return total.item()
+
+
+def save(path, model, optimizer, meta, rank=0):
+    """A checkpoint of the whole model; optimizer: None for weights alone. For all processes."""
+    weights, states = parallel.gather(model, optimizer)
+    if rank == 0:
+        save_checkpoint(path, weights, meta, states)
+
+
+def ended(meta, cfg):
+    if cfg.minutes:
+        return meta["seconds"] >= 60 * cfg.minutes
+    return meta["step"] >= cfg.steps
+
+
+def progress(row, meta, cfg, started, first):
+    """The line of a step. started: when this process began, with step `first`."""
+    left = cfg.minutes - meta["seconds"] / 60
+    of = ""
+    if not cfg.minutes:
+        of = f"/{cfg.steps}"
+        a_step = (time.time() - started) / (row["step"] - first)
+        left = a_step * (cfg.steps - row["step"]) / 60
+    mfu = f"  MFU {row['mfu']:.3f}" if "mfu" in row else ""
+    return (
+        f"step {row['step']}{of}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+        f"norm {row['norm']:.2f}  {row['tokens_per_s']:,.0f} tokens/s{mfu}  {left:.1f} min left"
+    )
 
 
 def main(cfg, config=None):
     """Trains; returns dict(model, losses, val, step). config: the model's shape; None = that of
     cfg.init. Resumes where cfg.out holds a last.pt of the same run."""
+    rank, size, device = parallel.start(cfg.parallel, find_device(cfg.device))
+    shared = cfg.batch % (size * max(1, cfg.micro_batch)) == 0
+    check(shared, f"--batch {cfg.batch}: {size} processes cannot share it out evenly")
     torch.manual_seed(cfg.seed)
-    device = find_device(cfg.device)
-    # bfloat16 where hardware multiplies it (False: not emulated; CPU: AMX); else float32 is faster
-    cuda, reason = device.type == "cuda", "asked for" if cfg.dtype != "auto" else "the fastest here"
-    bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_amx_tile_supported()
-    auto = "bfloat16" if bf16 else "float32"
-    dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
+    dtype, reason = choose_dtype(cfg, device)
     cast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    out, last = Path(cfg.out), Path(cfg.out) / "last.pt"
-    out.mkdir(parents=True, exist_ok=True)
+    out = Path(cfg.out)
+    last = out / "last.pt"
 
-    model, meta, optimizer_state = open_run(cfg, config)
-    config, explicit = model.config, cfg.stage == "explicit"
-    tok = corpus.tokenizer(cfg.data)
-    same = meta.get("tokenizer") in (None, tok.id) and tok.n_vocab <= config.vocab_size
-    if not same or tuple(tok.header) != config.header:
-        raise UserError(f"the checkpoint's tokenizer is not that of {cfg.data} ({tok.id})")
-    meta |= dict(stage=cfg.stage, config=asdict(config), tokenizer=tok.id, train=asdict(cfg))
-    optimizer = make_optimizer(model.to(device), cfg)
-    if optimizer_state:
-        optimizer.load_state_dict(optimizer_state)
+    model, meta, state = open_run(cfg, config)
+    config = model.config
+    tokenizer = check_tokenizer(cfg, config, meta)
+    meta |= dict(stage=cfg.stage, config=asdict(config), tokenizer=tokenizer, train=asdict(cfg))
     train = Windows(cfg, cfg.split, config)
-    splits = {s: Windows(cfg, s, config) for s in cfg.val.split(",")}
-    step_loss = torch.compile(loss_on) if cfg.compile else loss_on  # the weights keep their names
+    splits = {name: Windows(cfg, name, config) for name in cfg.val.split(",")}
+    model.to(device, getattr(torch, cfg.param_dtype))
+    model.recompute = cfg.recompute
+    model.keep_hash(None)  # the weights will be others
+    step_loss = parallel.share(cfg.parallel, model, loss_on, dtype, device)
+    optimizer = make_optimizer(model, cfg)
+    if state:
+        parallel.scatter(model, optimizer, state)
+    if cfg.compile:
+        step_loss = compiled(step_loss, device)
+    micro = fit_micro_batch(cfg, train, model, step_loss, cast, device, size)
+    cfg = replace(cfg, micro_batch=micro)
+    peak = peak_flops(device)
+    flops = cost.step_flops(config, cfg.stage == "explicit", cfg.context) / cfg.context  # a token
+    describe(cfg, config, train, device, dtype, reason, size)
 
-    tokens = cfg.batch * cfg.context  # of a step
-    flops = cfg.batch * cost.step_flops(config, explicit, cfg.context)
-    card = torch.cuda.get_device_name(device) if cuda else ""
-    peak = next((v for k, v in PEAK.items() if k in card), None)
-    n, keys = cfg.context + explicit * len(config.header), config.n_recall * config.memory_tokens
-    group = config.n_head // config.n_kv_head
-    path, why = attention_path(device, dtype, n, config.head_dim, group, explicit * keys)
-    print(f"weights: {cost.weights(config):,}, non-embedding {config.n_params:,} (norms aside)")
-    print(f"memory: {config.memory_shape}, {cost.memory_bytes(config, 'bf16'):,} bytes in bfloat16")
-    print(
-        f"step: {tokens:,} tokens = {cfg.batch} windows of {cfg.context}, {flops:.3g} FLOPs, "
-        f"{explicit * tokens // config.chunk_len:,} references"
-    )
-    print(f"data: {len(train.tokens):,} tokens, {cfg.steps * cfg.batch / train.n:.2f} epochs")
-    print(
-        f"device: {card or device}, {dtype} ({reason}){', compiled' * cfg.compile}; "
-        f"attention: {path} ({why})"
-    )
+    log = open_log(out, meta["step"], rank)
+    val = validate(model, splits, cfg, cast, device, rank, size)  # what must fail fails early
+    losses = []
+    first = meta["step"]
+    started = time.time()
+    before = meta["seconds"]  # trained by earlier processes of this run
+    with asked_to_stop() as asked:
+        while not ended(meta, cfg):
+            began = time.time()
+            lr = cfg.lr * meta["lr_scale"] * lr_at(meta["step"], cfg, meta["seconds"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = add_gradients(step_loss, train, meta["position"], cfg, cast, device, rank, size)
+            loss = parallel.reduce([loss], "mean", device)[0]
+            norm = clip_gradients(model, cfg)
+            meta["position"] += cfg.batch
 
-    log = open(out / "log.jsonl", "a", buffering=1)  # each line at once
-    losses, started = [], time.time()
-    val = validate(model, splits, cfg, device, cast)  # first: what must fail fails early
-    step = start = meta["step"]
-    while step < cfg.steps:
-        t0 = time.time()
-        lr = cfg.lr * lr_at(step, cfg) * meta["lr_scale"]
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss_sum = 0.0
-        for _ in range(cfg.batch // cfg.micro_batch):
-            windows = [train.window(meta["position"] + i) for i in range(cfg.micro_batch)]
-            meta["position"] += cfg.micro_batch
-            batch = train.batch(windows, full_width=cfg.compile)
-            with cast:
-                loss = step_loss(model, batch, device) * (cfg.micro_batch / cfg.batch)
-            loss.backward()
-            loss_sum += loss.item()
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
-        finite = math.isfinite(loss_sum + norm)  # one of both may be nan alone
-        spike = len(losses) >= 100 and loss_sum > 1.5 * np.median(losses[-100:]) + 0.5
-        back = cfg.back_off and last.exists() and meta["lr_scale"] > 1e-3
-        if back and (spike or not finite):
-            model_, then, optimizer_state = load_checkpoint(last, with_optimizer=True)
-            model.load_state_dict(model_.state_dict())
-            optimizer.load_state_dict(optimizer_state)
-            optimizer.zero_grad(set_to_none=True)  # or nan would stay in every later gradient
-            scale = meta["lr_scale"] * cfg.back_off
-            # the position stays: go on with other data, for this batch may be the cause
-            meta |= dict(step=then["step"], best=then["best"], lr_scale=scale)
-            print(f"step {step}: loss {loss_sum:.3f} diverged; now {meta['step']}, lr x {scale}")
-            step, losses = meta["step"], []
-            continue
-        line = f"step {step}: the loss is {loss_sum}, its gradient's norm {norm}"
-        check(finite, f"{line}. Resume with a smaller --lr, or --back_off 0.5")
+            # divergence (sec. 5.2): nan, in one of both alone, or a loss far above its median
+            finite = math.isfinite(loss + norm)
+            spike = len(losses) >= 100 and loss > 1.5 * np.median(losses[-100:]) + 0.5
+            back = cfg.back_off and last.exists() and meta["lr_scale"] > 1e-3
+            if back and (spike or not finite):
+                state = read_checkpoint(last, verify=not cfg.no_verify)[0]
+                parallel.scatter(model, optimizer, state)
+                # the position stays: go on with other data, for this batch may be the cause
+                print(f"step {meta['step']}: loss {loss:.3f} diverged; back to the last checkpoint")
+                meta["step"] = state["meta"]["step"]
+                meta["best"] = state["meta"]["best"]
+                meta["lr_scale"] *= cfg.back_off
+                losses = []
+                continue
+            line = f"step {meta['step']}: the loss is {loss}, its gradient's norm {norm}"
+            check(finite, f"{line}. Resume with a smaller --lr, or --back_off 0.5")
+
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            meta["step"] += 1
+            step = meta["step"]
+            losses.append(loss)
+            clock = [float(len(asked)), before + time.time() - started]
+            stopping, seconds = parallel.reduce(clock, "max", device)  # all processes agree
+            if cfg.minutes:
+                meta["seconds"] = seconds
+            end = ended(meta, cfg)
+
+            rate = cfg.batch * cfg.context / (time.time() - began)
+            row = dict(step=step, loss=loss, lr=lr, norm=norm, tokens_per_s=rate)
+            if peak:
+                row["mfu"] = flops * rate / (peak * size)
+            if step % 10 == 0 or end or cfg.steps <= 20:
+                print(progress(row, meta, cfg, started, first), flush=True)
+            if step % cfg.eval_every == 0 or end:
+                val = validate(model, splits, cfg, cast, device, rank, size)
+                row["val"] = val
+                mean = next(iter(val.values()))  # of the first validation split
+                if meta["best"] is None or mean < meta["best"]:
+                    meta["best"] = mean
+                    save(out / "best.pt", model, optimizer, meta, rank)
+            log.write(json.dumps(row) + "\n")
+            if step % cfg.save_every == 0 or end or stopping:
+                save(last, model, optimizer, meta, rank)
+            if cfg.keep_every and step % cfg.keep_every == 0:
+                save(out / f"step_{step}.pt", model, None, meta, rank)
+            if stopping and not end:
+                command = f"python train.py --resume {shlex.quote(str(out))}"
+                raise KeyboardInterrupt(f"after step {step}, which is saved; go on with {command}")
+    save(out / "model.pt", model, None, meta, rank)  # what write.py, sample.py, eval.py open
+    log.close()
+    parallel.stop()
+    return dict(model=model, losses=losses, val=val, step=meta["step"])
+
+
+def measure(cfg, config, steps=3):
+    """Tokens a second that training a new model of this shape makes here. Saves nothing.
+
+    The first step, which allocates, is not counted. For who has minutes and looks for a shape.
+    """
+    device = find_device(cfg.device)
+    dtype, _ = choose_dtype(cfg, device)
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    model = Memory3(config).to(device, getattr(torch, cfg.param_dtype))
+    model.recompute = cfg.recompute
+    windows = Windows(cfg, cfg.split, config)
+    optimizer = make_optimizer(model, cfg)
+    step_loss = parallel.share("none", model, loss_on, dtype, device)
+    micro = fit_micro_batch(cfg, windows, model, step_loss, cast, device, 1)
+    cfg = replace(cfg, micro_batch=micro)
+    for step in range(steps + 1):
+        if step == 1:
+            began = time.time()
+        add_gradients(step_loss, windows, step * cfg.batch, cfg, cast, device)
+        clip_gradients(model, cfg)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        meta["step"] = step = step + 1
-        losses.append(loss_sum)
-        rate = tokens / (time.time() - t0)
-        row = dict(step=step, loss=loss_sum, lr=lr, norm=norm, tokens_per_s=rate)
-        row |= dict(mfu=flops * rate / tokens / peak) if peak else {}
-        end = step == cfg.steps
-        if step % 10 == 0 or end or cfg.steps <= 20:
-            left = (time.time() - started) / (step - start) * (cfg.steps - step) / 60
-            mfu = f"  MFU {row['mfu']:.3f}" if peak else ""
-            print(
-                f"step {step}/{cfg.steps}  loss {loss_sum:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
-                f"{rate:,.0f} tokens/s{mfu}  {left:.1f} min left",
-                flush=True,
-            )
-        if step % cfg.eval_every == 0 or end:
-            row["val"] = val = validate(model, splits, cfg, device, cast)
-            first = next(iter(val.values()))  # of the first validation split
-            if meta["best"] is None or first < meta["best"]:
-                meta["best"] = first
-                save_checkpoint(out / "best.pt", model, optimizer, meta)
-        log.write(json.dumps(row) + "\n")
-        if step % cfg.save_every == 0 or end:
-            save_checkpoint(last, model, optimizer, meta)
-        if cfg.keep_every and step % cfg.keep_every == 0:
-            save_checkpoint(out / f"step_{step}.pt", model, None, meta)
-    save_checkpoint(out / "model.pt", model, None, meta)  # what write.py, sample.py, eval.py open
-    return dict(model=model, losses=losses, val=val, step=step)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return steps * cfg.batch * cfg.context / (time.time() - began)
 
 
 # -- Command line: default < preset or checkpoint < flag --------------------------------------
 
 
-def add_flags(parser, cls, skip=()):
-    """A flag for every field of a dataclass, with its comment as the help text."""
+def add_flags(parser, cls, defaults, skip=()):
+    """A flag for every field of a dataclass, with its comment as the help text.
+
+    defaults: what the help shows where it is not the class's, {name: value}.
+    """
     comments = dict(re.findall(r"^    (\w+): .*?#(.*)$", inspect.getsource(cls), re.M))
-    for f in (f for f in fields(cls) if f.name not in skip):
-        text = comments.get(f.name, "").strip().replace("%", "%%") + f" (default {f.default})"
-        kind = dict(action="store_true") if f.type is bool else dict(type=type(f.default))
-        parser.add_argument(f"--{f.name}", default=None, help=text, **kind)  # None: not given
+    for field in fields(cls):
+        if field.name in skip:
+            continue
+        default = defaults.get(field.name, field.default)
+        text = comments.get(field.name, "").strip().replace("%", "%%")
+        text += f" (default {default})" if default != "" else ""
+        kind, *allowed = get_args(field.type) or [field.type]
+        options = dict(type=kind)
+        if kind is bool:
+            options = dict(action="store_true")
+        elif kind is str and allowed:
+            options = dict(choices=allowed)
+        # None: not given
+        parser.add_argument(f"--{field.name}", default=None, help=text, **options)
 
 
 def given(args, cls):
-    return {f.name: x for f in fields(cls) if (x := getattr(args, f.name, None)) is not None}
+    """The flags of a dataclass that the command line has."""
+    values = {field.name: getattr(args, field.name, None) for field in fields(cls)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 # flags of the shape that no weight depends on: a new stage may change them
 OF_MEMORIES = ("n_memory_layer", "memory_tokens", "n_recall", "chunk_len", "ref_len")
 OF_MEMORIES += ("max_context", "approximate_weights", "memory_from", "selection")
+# flags that say how a run is carried out, not what it is: --resume does not repeat them
+OF_THIS_TIME = ("parallel", "no_verify")
+
+
+def parse(argv):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    preset = first.parse_known_args(argv)[0].preset  # its values are the defaults of the help
+
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--preset", choices=list(PRESETS), help="shape of a new model")
+    p.add_argument("--resume", metavar="OUT", help="go on with the run in this directory")
+    add_flags(p.add_argument_group("run"), TrainConfig, {})
+    shape = p.add_argument_group("model shape")
+    add_flags(shape, Config, PRESETS.get(preset, {}), skip=("header", "vocab_size"))
+    return p.parse_args(argv)
 
 
 def command_line(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--preset", help=f"shape of a new model: {', '.join(PRESETS)}")
-    p.add_argument("--resume", metavar="OUT", help="go on with the run in this directory")
-    add_flags(p.add_argument_group("run"), TrainConfig)
-    add_flags(p.add_argument_group("model shape"), Config, skip=("header", "vocab_size"))
-    args = p.parse_args(argv)
-    shape = ["preset"] * bool(args.preset) + list(given(args, Config))
-    fixed = shape if args.resume else [f for f in shape if args.init and f not in OF_MEMORIES]
-    check(not fixed, f"--{', --'.join(fixed)}: a checkpoint has its shape already; leave that out")
+    """-> TrainConfig, and the Config of a new model, or of one whose memories change, or None."""
+    args = parse(argv)
+    shape = given(args, Config)
+    fixed = ["preset"] if args.preset else []
+    fixed += [name for name in shape if args.resume or name not in OF_MEMORIES]
+    if args.resume or args.init:
+        flags = ", --".join(fixed)
+        check(not fixed, f"--{flags}: a checkpoint has its shape already; leave that out")
+    both = args.minutes and args.steps
+    check(not both, "--minutes and --steps: give one, the run ends by it")
     if args.resume:
-        meta = load_checkpoint(Path(args.resume) / "last.pt")[1]
-        return TrainConfig(**meta["train"] | given(args, TrainConfig) | dict(out=args.resume)), None
+        last = Path(args.resume) / "last.pt"
+        check(last.exists(), f"--resume {args.resume}: no last.pt there, so no run to go on with")
+        settings = read_checkpoint(last, verify=False)[0]["meta"]["train"]  # main verifies it
+        known = [field.name for field in fields(TrainConfig) if field.name not in OF_THIS_TIME]
+        settings = {name: settings[name] for name in known if name in settings}
+        settings |= given(args, TrainConfig) | dict(out=args.resume)
+        return TrainConfig(**settings), None
     cfg = TrainConfig(**given(args, TrainConfig))
     if cfg.init:
-        return cfg, Config.from_dict(load_checkpoint(cfg.init)[1]["config"] | given(args, Config))
+        saved = read_checkpoint(cfg.init, verify=False)[0]["meta"]["config"]
+        return cfg, Config.from_dict(saved | shape)
     check(args.preset, f"--preset is missing: {', '.join(PRESETS)}; or --init a checkpoint")
-    tok = corpus.tokenizer(cfg.data)
-    shape = dict(given(args, Config), vocab_size=tok.n_vocab, header=tuple(tok.header))
+    tokenizer = corpus.tokenizer(cfg.data)
+    shape |= dict(vocab_size=tokenizer.n_vocab, header=tuple(tokenizer.header))
     return cfg, Config.preset(args.preset, **shape)
 
 
+def cli():
+    cfg, config = command_line()
+    main(cfg, config)
+
+
 if __name__ == "__main__":
-    run(lambda: main(*command_line()))
+    run(cli)

@@ -12,7 +12,7 @@ from test_text import C, T, opened, world  # noqa: F401  (fixtures)
 from experiments import drift
 from experiments.drift import compare, everything, loss
 from experiments.text import text_losses
-from model import load_checkpoint
+from model import load_checkpoint, save_checkpoint
 
 
 def test_everything_writes_all_tokens(build, references):
@@ -82,7 +82,7 @@ def run(world, tmp_path):  # noqa: F811
                 p.add_(torch.randn(p.shape, generator=g) * p.std() * (step % 100) / 400)
         meta |= dict(step=step, train=dict(out=out))
         files.append(str(tmp_path / f"{len(files)}.pt"))
-        torch.save(dict(model=model.state_dict(), meta=meta), files[-1])
+        save_checkpoint(files[-1], model.state_dict(), meta)
     return files
 
 

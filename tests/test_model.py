@@ -13,7 +13,7 @@ import memory
 import model as model_module
 from common import UserError
 from memory import Memories
-from model import PRESETS, Block, Cache, Config, Memory3, load_checkpoint
+from model import PRESETS, Block, Cache, Config, Memory3, load_checkpoint, save_checkpoint
 
 LENGTHS = [13, 4, 9, 1, 11, 6]  # of the references; 4 and 1 are fewer than the 5 that are kept
 T = 25  # 3 chunks of 7 and 4 tokens
@@ -663,22 +663,120 @@ def test_rounded_weights_keep_the_fingerprint(build):
     assert half.rounded(torch.float32).fingerprint() == first
 
 
-def test_checkpoint_round_trip_and_bad_files(build, tmp_path):
-    """Catches a config or a weight that a file loses, and a traceback from a cut-off file."""
-    ours = build(torch.float32, tied=True, approximate_weights=True)
-    state = dict(model=ours.state_dict(), meta=dict(config=asdict(ours.config), step=3))
-    torch.save(state, tmp_path / "model.pt")
-    for path in (tmp_path, str(tmp_path / "model.pt")):
-        twin, meta = load_checkpoint(path)
-        assert twin.fingerprint() == ours.fingerprint() and meta["step"] == 3
-        assert twin.config == ours.config and twin.head.weight is twin.embed.weight
-    whole = (tmp_path / "model.pt").read_bytes()
-    for size in (0, 100, len(whole) // 2):
-        (tmp_path / "cut.pt").write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"cut\.pt: not a checkpoint"):
-            load_checkpoint(tmp_path / "cut.pt")
+def checkpoint(build, path, dtype=torch.float32, **changes):
+    """Writes a checkpoint; returns its model."""
+    ours = build(dtype, **changes)
+    save_checkpoint(path, ours.state_dict(), dict(config=asdict(ours.config), step=3))
+    return ours
+
+
+def test_checkpoint_round_trip(build, tmp_path):
+    """Catches a config or a weight that a file loses, a name of the file that matters, bfloat16
+    weights that become float32 in memory, and tied embeddings that come apart."""
+    for dtype in (torch.float32, torch.bfloat16):
+        changes = dict(tied=True, approximate_weights=True)
+        ours = checkpoint(build, tmp_path / "model.pt", dtype, **changes)
+        shutil.copy(tmp_path / "model.pt", tmp_path / "renamed.pt")
+        for path in (tmp_path, str(tmp_path / "model.pt"), tmp_path / "renamed.pt"):
+            twin, meta = load_checkpoint(path)
+            assert twin.fingerprint() == ours.fingerprint() and meta["step"] == 3
+            assert twin.config == ours.config and twin.head.weight is twin.embed.weight
+            for name, tensor in ours.state_dict().items():
+                there = twin.state_dict()[name]
+                assert there.dtype == dtype and torch.equal(there, tensor)
     with pytest.raises(UserError, match="no checkpoint there"):
         load_checkpoint(tmp_path / "other.pt")
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(build, tmp_path):
+    """Catches damaged weights that are believed: a bit anywhere in the file, a file cut off
+    anywhere, bytes at its end, a file that torch.save wrote without a checksum."""
+    checkpoint(build, tmp_path / "model.pt")
+    whole = (tmp_path / "model.pt").read_bytes()
+    bad = tmp_path / "bad.pt"
+    g = torch.Generator().manual_seed(6)
+    bits = torch.randint(8 * len(whole), (250,), generator=g).tolist()
+    # the first and the last bytes too: the header of the zip file, the checksum itself
+    for bit in [0, 35, 8 * len(whole) - 1, 8 * len(whole) - 111, *bits]:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        bad.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"bad\.pt: not a checkpoint as train.py wrote it"):
+            load_checkpoint(bad)
+    for size in (0, 5, 100, len(whole) // 2, len(whole) - 14, len(whole) - 1):
+        bad.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"bad\.pt: not a checkpoint as train.py wrote it"):
+            load_checkpoint(bad)
+    for data in (whole + b"x", whole[:-14]):
+        bad.write_bytes(data)
+        with pytest.raises(UserError, match="no checksum at its end"):
+            load_checkpoint(bad)
+    load_checkpoint(bad, verify=False)  # without its checksum
+
+
+def test_checkpoint_that_does_not_fit_itself_is_refused(build, tmp_path):
+    """Catches a traceback, or gigabytes of memory, for a config and weights of two models, and a
+    meta.json of another run beside a model.pt."""
+    ours = build(torch.float32)
+    config = asdict(ours.config)
+    path = tmp_path / "model.pt"
+    for changes, line in (
+        (dict(n_layer=10**6), "n_layer 1000000: give a whole number from 1 to 1,000"),
+        (dict(mlp_width=2**20), "do not fit"),
+        (dict(n_layer=5), "do not fit"),
+        (dict(n_layer="many"), "n_layer many: give a whole number"),
+        (dict(depth=3), "unknown config names"),
+    ):
+        save_checkpoint(path, ours.state_dict(), dict(config=config | changes, step=3))
+        with pytest.raises(UserError, match=line) as error:
+            load_checkpoint(path)
+        assert "model.pt" in str(error.value) and "\n" not in str(error.value)
+    other = tmp_path / "other"
+    other.mkdir()
+    checkpoint(build, path)
+    checkpoint(build, other / "model.pt", seed=4)
+    shutil.copy(other / "model.pt", path)
+    with pytest.raises(UserError, match="meta.json is not that of .*model.pt: take both"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(build, tmp_path, number):
+    """Catches nan that is saved over a good checkpoint, or believed: memories of nan, answers of
+    NUL bytes."""
+    ours = checkpoint(build, tmp_path / "model.pt")
+    before = (tmp_path / "model.pt").read_bytes()
+    with torch.no_grad():
+        ours.blocks[1].mlp.down.weight[3, 5] = number
+    weights, meta = ours.state_dict(), dict(config=asdict(ours.config))
+    with pytest.raises(UserError, match="model.pt: weight blocks.1.mlp.down.weight holds nan or"):
+        save_checkpoint(tmp_path / "model.pt", weights, meta)
+    assert (tmp_path / "model.pt").read_bytes() == before
+    with pytest.MonkeyPatch.context() as patch:  # as another program could have written it
+        patch.setattr(model_module, "check_finite", lambda weights, file: None)
+        save_checkpoint(tmp_path / "model.pt", weights, meta)
+    with pytest.raises(UserError, match="model.pt: weight blocks.1.mlp.down.weight holds nan or"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_loaded_model_that_changes_gets_another_fingerprint(build, tmp_path, monkeypatch):
+    """Catches an identity that is hashed again at every opening (minutes for billions of weights),
+    or that stays when the weights are trained further."""
+    first = checkpoint(build, tmp_path / "model.pt").fingerprint()
+    for change in ("in place", "optimizer", "load_state_dict"):
+        twin = load_checkpoint(tmp_path)[0]
+        with monkeypatch.context() as patch:
+            patch.delattr(model_module, "hash_weights")
+            assert twin.fingerprint() == first
+        if change == "in place":
+            with torch.no_grad():
+                twin.norm.weight[3] += 1e-6
+        elif change == "optimizer":
+            twin.norm.weight.grad = torch.ones_like(twin.norm.weight)
+            torch.optim.AdamW([twin.norm.weight], fused=True).step()
+        else:
+            twin.load_state_dict(build(torch.float32, seed=4).state_dict())
+        assert twin.fingerprint() != first
 
 
 def test_legend_names_what_the_config_holds():

@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import corpus
 import cost
 import eval as evaluation
 from experiments import two_stages
-from model import PRESETS, Config, Memory3
+from model import PRESETS, Config, Memory3, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -134,7 +133,7 @@ def test_every_command_runs(tmp_path):
     meta = dict(config=vars(config), stage="explicit", step=0, tokenizer=tokenizer.id)
     (tmp_path / "checkpoints/toy").mkdir(parents=True)
     model = Memory3(config).state_dict()
-    torch.save(dict(model=model, meta=meta), tmp_path / "checkpoints/toy/model.pt")
+    save_checkpoint(tmp_path / "checkpoints/toy/model.pt", model, meta)
     ran = commands()
     assert len(ran) >= 10
     for command in ran:

@@ -18,7 +18,7 @@ import write
 from bank import MemoryBank
 from common import UserError
 from memory import attention_path
-from model import Config, Memory3
+from model import Config, Memory3, save_checkpoint
 
 TOKENIZER = dict(
     name="bytes",
@@ -56,7 +56,7 @@ def checkpoint(path, header, seed=1):
     )
     path.mkdir(exist_ok=True)
     model = Memory3(config)
-    torch.save(dict(model=model.state_dict(), meta=dict(config=asdict(config))), path / "model.pt")
+    save_checkpoint(path / "model.pt", model.state_dict(), dict(config=asdict(config)))
     return model
 
 

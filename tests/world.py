@@ -12,9 +12,8 @@ import common
 import corpus
 from bank import MemoryBank
 from memory import Memories
-from model import Config, Memory3
+from model import Config, Memory3, save_checkpoint
 from retrieval import Retriever
-from train import TrainConfig, make_optimizer, save_checkpoint
 
 
 class Bank:
@@ -113,7 +112,7 @@ class World:
             step=0,
             tokenizer=tokenizer or self.tok.id,
         )
-        save_checkpoint(path, model, make_optimizer(model, TrainConfig()), meta)
+        save_checkpoint(path, model.state_dict(), meta)
         return model.eval()
 
     def open(self):
