@@ -144,11 +144,16 @@ def open_tokenizer(path):
     bos = made.get("bos", "<s>")
     fits = isinstance(special, dict) and all(type(i) is int and i >= 0 for i in special.values())
     check(fits and bos in special, f"{path} is damaged: its special tokens: {cure}")
-    return _build(path, ranks, made["pattern"], special, bos, made["name"], made["prefix_space"])
+    return build_tokenizer(
+        path, ranks, made["pattern"], special, bos, made["name"], made["prefix_space"]
+    )
 
 
-def _build(path, ranks, pattern, special, bos, name, prefix_space):
-    """A Tokenizer of {token: id}, after the checks without which tiktoken dies in Rust."""
+def build_tokenizer(path, ranks, pattern, special, bos, name, prefix_space):
+    """A Tokenizer of {token: id}, after the checks without which tiktoken dies in Rust.
+
+    path: what the errors name. special: {text: id}, one of which is the BOS.
+    """
     ids = [*ranks.values(), *special.values()]
     check(ranks, f"{path} is damaged: there is no token in it")
     check(len(ids) == len(set(ids)), f"{path} is damaged: two of its tokens have one id")
@@ -178,6 +183,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 DIGITS_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 )
+KINDS = "give a byte-level BPE tokenizer.json, as those of GPT-2, Llama 3, Qwen or SmolLM"
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|endoftext|>", "<bos>", "[BOS]", "<|im_start|>")
 
 
@@ -186,23 +192,31 @@ def from_huggingface(path, bos=None):
 
     bos: the special token with which a text begins; None: the first of BOS_NAMES that it has.
     Its texts are brought to NFC first, as all of ours. UserError for a tokenizer of another kind.
+    """
+    made = read_json(path, {}, KINDS)
+    ranks, pattern, special, prefix_space = huggingface_parts(made, path)
+    if bos is None:
+        bos = next((name for name in BOS_NAMES if name in special), None)
+    check(bos in special, f"{path}: none of its special tokens is the BOS {bos or BOS_NAMES}")
+    name = Path(path).resolve().parent.name
+    return build_tokenizer(path, ranks, pattern, special, bos, name, prefix_space)
+
+
+def huggingface_parts(made, path):
+    """(ranks, pattern, special, prefix_space) of the content of a tokenizer.json; path: its name.
 
     tiktoken merges the pair whose union has the lowest id. That is Hugging Face's list of merges
     if ids rise along the list, which is checked.
     """
-    cure = "give a byte-level BPE tokenizer.json, as those of GPT-2, Llama 3, Qwen or SmolLM"
-    made = read_json(path, dict(model=dict, added_tokens=list), cure)
-    model = made["model"]
-    vocab, merges = model.get("vocab"), model.get("merges")
-    is_bpe = model.get("type") in ("BPE", None) and isinstance(vocab, dict)
-    check(is_bpe and isinstance(merges, list), f"{path}: not a BPE: {cure}")
-    pattern, prefix_space = _pattern_of(path, made, cure)
+    model = made.get("model")
+    is_bpe = isinstance(model, dict) and model.get("type") in ("BPE", None)
+    vocab = model.get("vocab") if is_bpe else None
+    merges = model.get("merges") if is_bpe else None
+    check(isinstance(vocab, dict) and isinstance(merges, list), f"{path}: not a BPE: {KINDS}")
+    pattern, prefix_space = _pattern_of(made, path)
     special = {}
-    for token in made["added_tokens"]:
+    for token in made.get("added_tokens") or []:
         special[token["content"]] = token["id"]
-    if bos is None:
-        bos = next((name for name in BOS_NAMES if name in special), None)
-    check(bos in special, f"{path}: none of its special tokens is the BOS {bos or BOS_NAMES}")
 
     # vocab spells each byte as a printable letter; only what merges reach is a token
     byte_of = _bytes_of_letters()
@@ -211,7 +225,7 @@ def from_huggingface(path, bos=None):
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         token = left + right
-        check(token in vocab, f"{path}: the merge {token!r} is not in its vocabulary: {cure}")
+        check(token in vocab, f"{path}: the merge {token!r} is not in its vocabulary: {KINDS}")
         if token not in special:
             check(vocab[token] > last, f"{path}: its ids do not follow its merges, at {token!r}")
             last = vocab[token]
@@ -221,22 +235,23 @@ def from_huggingface(path, bos=None):
     ranks = {}
     for token in reached:
         if token in vocab and token not in special:
-            check(set(token) <= byte_of.keys(), f"{path}: {token!r} is no string of bytes: {cure}")
+            check(set(token) <= byte_of.keys(), f"{path}: {token!r} is no string of bytes: {KINDS}")
             ranks[bytes(byte_of[letter] for letter in token)] = vocab[token]
-    name = Path(path).resolve().parent.name
     missing = sum(bytes([byte]) not in ranks for byte in range(256))
-    check(missing < 128, f"{path}: no token for {missing} bytes: not a byte-level BPE: {cure}")
-    return _build(path, ranks, pattern, special, bos, name, prefix_space)
+    check(missing < 128, f"{path}: no token for {missing} bytes: not a byte-level BPE: {KINDS}")
+    return ranks, pattern, special, prefix_space
 
 
-def _pattern_of(path, made, cure):
+def _pattern_of(made, path):
     """(pattern, prefix_space): how a Hugging Face tokenizer cuts a text into pieces."""
     normalizer = made.get("normalizer") or dict(type="NFC")
-    check(normalizer.get("type") == "NFC", f"{path}: it changes texts first ({normalizer}): {cure}")
+    check(
+        normalizer.get("type") == "NFC", f"{path}: it changes texts first ({normalizer}): {KINDS}"
+    )
     step = made.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", []) if step.get("type") == "Sequence" else [step]
     kinds = [step.get("type") for step in steps]
-    check(kinds and kinds[-1] == "ByteLevel", f"{path}: not byte-level: {cure}")
+    check(kinds and kinds[-1] == "ByteLevel", f"{path}: not byte-level: {KINDS}")
     prefix_space = bool(steps[-1].get("add_prefix_space"))
     by_gpt2 = steps[-1].get("use_regex", True)
     if kinds == ["ByteLevel"] and by_gpt2:
@@ -279,7 +294,9 @@ def merge_tokenizers(first, second, name):
             tokens.append(token)
     ranks = {token: i for i, token in enumerate(tokens)}
     special = {"<s>": len(ranks)}
-    return _build(name, ranks, first.encoding._pat_str, special, "<s>", name, first.prefix_space)
+    return build_tokenizer(
+        name, ranks, first.encoding._pat_str, special, "<s>", name, first.prefix_space
+    )
 
 
 # -- Files of a data set ----------------------------------------------------------------------

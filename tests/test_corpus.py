@@ -386,7 +386,7 @@ def test_hugging_faces_tokens_are_ours(tmp_path, kind, alphabet):
         (dict(pre_tokenizer=dict(type="Metaspace")), "not byte-level"),
         (dict(pre_tokenizer=None), "not byte-level"),
         (dict(added_tokens=[]), "none of its special tokens is the BOS"),
-        (dict(model=7), "'model' is an integer"),
+        (dict(model=7), "not a BPE"),
     ],
 )
 def test_other_kinds_of_tokenizers_are_refused(tmp_path, change, line):

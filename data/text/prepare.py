@@ -1,0 +1,571 @@
+"""Your own text as a data set: training text, knowledge base, tokenizer (sec. 4).
+
+    python data/text/prepare.py notes/ --out out/notes
+    python data/text/prepare.py corpus.jsonl.gz --out out/mine --text_field content --kb share:0.3
+
+Input: files and folders of .txt .md .rst .html .jsonl .json .csv, also .gz and .zst. In --out:
+    train.bin           training text of both stages
+    heldout.bin         text that only the knowledge base has: what memories are for
+    val.bin             text that neither has
+    kb.bin .idx         references: first those of the held-out documents, then the others
+    train_refs.bin .idx those others again: what the explicit stage retrieves from
+    tokenizer.json, meta.json
+Stopped and called again it goes on where it was.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+import read  # noqa: E402
+import vocabulary  # noqa: E402
+from references import references_of  # noqa: E402
+from rules import Rules, Scorer, digest_of, shingles  # noqa: E402
+
+import corpus  # noqa: E402
+from common import (  # noqa: E402
+    UserError,
+    check,
+    make_directory,
+    optional,
+    read_json,
+    replace_file,
+    run,
+    write_json,
+)  # fmt: skip
+
+# What becomes of a document. KB: its references are in the knowledge base, too.
+DROPPED, TRAIN, TRAIN_AND_KB, HELDOUT, VAL = range(5)
+PERMUTATIONS = 128  # of a MinHash
+TOKENIZER_TEXT = 30_000_000  # characters that a new tokenizer is trained on
+
+
+@dataclass
+class Options:
+    """What decides the data set, and is therefore compared before a stopped run goes on."""
+
+    inputs: list  # files and folders
+    text_field: str  # of JSON objects and tables: the text
+    title_field: str
+    tokenizer: str
+    ref_len: int
+    kb: str  # all, share:X, or a folder
+    heldout: float  # share of the knowledge base's documents
+    val: float  # share of all documents
+    near: float  # smallest Jaccard similarity of near-duplicates; 0: only exact ones go
+    quality: str  # a scorer's file
+    keep: float  # share of the documents that is kept, the best
+    seed: int
+    rules: Rules = field(default_factory=Rules)
+
+
+# -- Step 1, in several processes: files -> documents that keep the rules ---------------------
+
+
+def read_part(job):
+    """Reads a part. Leaves <work>/00012.jsonl, its documents; .npz, numbers about each of them;
+    and .json, the counts, last: where that is, the part is done. Returns the counts."""
+    options, part, stem = job
+    counts = Counter()
+    scorer = Scorer.open(options.quality) if options.quality else None
+    about = dict(digest=[], place=[], share=[], in_kb=[], score=[], characters=[], signature=[])
+    with open(f"{stem}.jsonl.tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
+        for document in read.read_documents(part, options.text_field, options.title_field, counts):
+            counts["read"] += 1
+            counts["characters"] += len(document.text)
+            counts["characters replaced"] += document.broken
+            broken = options.rules.broken_rule(document.text, document.broken)
+            if broken:
+                counts[broken] += 1
+                continue
+            row = dict(text=document.text, title=document.title)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            about["digest"].append(digest_of(document.text))
+            source = f"{document.file} {document.place}"
+            about["place"].append(_hash(options.seed, source))
+            about["share"].append(_hash(options.seed + 1, source) / 2**64)
+            about["in_kb"].append(_in_folder(document, options.kb))
+            about["score"].append(scorer.score(document.text) if scorer else 0.0)
+            about["characters"].append(len(document.text))
+            if options.near:
+                about["signature"].append(_signature(document.text))
+    os.replace(f"{stem}.jsonl.tmp", f"{stem}.jsonl")
+    arrays = dict(
+        digest=np.array(about["digest"], np.uint64),
+        place=np.array(about["place"], np.uint64),
+        share=np.array(about["share"], np.float32),
+        in_kb=np.array(about["in_kb"], bool),
+        score=np.array(about["score"], np.float32),
+        characters=np.array(about["characters"], np.int32),
+        signature=np.array(about["signature"], np.uint32),
+    )
+    replace_file(f"{stem}.npz", lambda file: np.savez(file, **arrays))
+    write_json(f"{stem}.json", counts)
+    return counts
+
+
+def _hash(seed, source):
+    """64 bits that depend on nothing but a document's place: the same in every run."""
+    data = f"{seed}:{source}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def _in_folder(document, kb):
+    """Whether a document's file is the one that --kb names, or in the folder that it names."""
+    if kb == "all" or kb.startswith("share:"):
+        return False
+    file = Path(document.file)
+    return file == Path(kb) or Path(kb) in file.parents
+
+
+def _signature(text):
+    sketch = optional("datasketch").MinHash(num_perm=PERMUTATIONS, seed=1)
+    sketch.update_batch(shingles(text))
+    return sketch.hashvalues
+
+
+# -- Step 2: which documents are training text, knowledge base, held out ----------------------
+
+
+def choose_roles(stems, options, counts):
+    """Says for every document what becomes of it: arrays of roles, one a part."""
+    parts = [dict(np.load(f"{stem}.npz")) for stem in stems]
+    lengths = [len(part["digest"]) for part in parts]
+
+    def everywhere(name):
+        return np.concatenate([part[name] for part in parts])
+
+    n = sum(lengths)
+    roles = np.full(n, DROPPED, np.uint8)
+    _, first = np.unique(everywhere("digest"), return_index=True)
+    alive = np.zeros(n, bool)
+    alive[first] = True
+    counts["exact duplicates"] = n - int(alive.sum())
+    if options.near:
+        rows = np.concatenate([part["signature"].reshape(-1, PERMUTATIONS) for part in parts])
+        copies = near_duplicates(rows, alive, options.near)
+        alive[copies] = False
+        counts["near-duplicates"] = len(copies)
+    if options.quality:
+        score = everywhere("score")
+        limit = np.quantile(score[alive], 1 - options.keep) if alive.any() else 0.0
+        low = alive & (score < limit)
+        alive[low] = False
+        counts[f"quality below {limit:.2f}"] = int(low.sum())
+
+    kept = np.flatnonzero(alive)
+    order = kept[np.argsort(everywhere("place")[kept], kind="stable")]  # in an order of chance
+    check(len(order), _nothing_left(counts))
+    if options.kb == "all":
+        in_kb = np.ones(n, bool)
+    elif options.kb.startswith("share:"):
+        in_kb = everywhere("share") < float(options.kb.removeprefix("share:"))
+    else:
+        in_kb = everywhere("in_kb")
+    of_kb = order[in_kb[order]]
+    check(len(of_kb), f"--kb {options.kb}: none of the {len(order):,} documents is among these")
+    heldout = of_kb[: _share(options.heldout, len(of_kb))]
+    roles[order] = np.where(in_kb[order], TRAIN_AND_KB, TRAIN)
+    roles[heldout] = HELDOUT
+    rest = order[roles[order] != HELDOUT]
+    roles[rest[: _share(options.val, len(rest))]] = VAL
+    check((roles == TRAIN).any() or (roles == TRAIN_AND_KB).any(), _too_few(order))
+    counts["kept"] = len(order)
+    counts["of the training text"] = int(((roles == TRAIN) | (roles == TRAIN_AND_KB)).sum())
+    counts["of the knowledge base"] = int(((roles == HELDOUT) | (roles == TRAIN_AND_KB)).sum())
+    counts["in the knowledge base only"] = int((roles == HELDOUT).sum())
+    counts["in neither"] = int((roles == VAL).sum())
+    return np.split(roles, np.cumsum(lengths)[:-1])
+
+
+def _share(share, n):
+    """How many of n: at least one, if the share is above 0 and there are two or more."""
+    if share == 0 or n < 2:
+        return 0
+    return min(max(1, round(share * n)), n)
+
+
+def near_duplicates(signatures, alive, threshold):
+    """Documents that are nearly an earlier one's copy (4.2): their numbers.
+
+    signatures (n, 128): two texts of Jaccard similarity J agree in about a share J of a row. Only
+    those are compared that agree in one of 32 bands of 4: at J = 0.7 all but 1 pair in 5,000.
+    """
+    band = 4
+    first = {}  # (where, what is there): the first document with it
+    copies = []
+    for i in tqdm(np.flatnonzero(alive).tolist(), "near-duplicates"):
+        row = signatures[i]
+        keys = [(at, row[at : at + band].tobytes()) for at in range(0, PERMUTATIONS, band)]
+        others = sorted({first[key] for key in keys if key in first})
+        if any((signatures[other] == row).mean() >= threshold for other in others):
+            copies.append(i)
+            continue
+        for key in keys:
+            first.setdefault(key, i)
+    return np.array(copies, int)
+
+
+def _nothing_left(counts):
+    said = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n)
+    return f"no document is left ({said}); give other text, or --min_words 1 and the like"
+
+
+def _too_few(order):
+    line = f"{len(order)} documents are too few to hold some out of the training text"
+    return f"{line}: give more text, or --heldout 0 --val 0"
+
+
+# -- Step 3: the tokenizer --------------------------------------------------------------------
+
+
+def sample_texts(stems, roles, most=TOKENIZER_TEXT):
+    """Training texts from all parts alike, `most` characters at most."""
+    each = most // len(stems)
+    for stem, role in zip(stems, roles, strict=True):
+        left = each
+        for row, number in zip(_rows(stem), role, strict=True):
+            if number in (TRAIN, TRAIN_AND_KB):
+                text = full_text(row)
+                yield text[:left]
+                left -= len(text)
+            if left <= 0:
+                break
+
+
+def _rows(stem):
+    with open(f"{stem}.jsonl", encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def full_text(row):
+    """A document as training text: its title in front, unless it begins with it."""
+    text = row["text"]
+    title = row["title"]
+    if not title or text.startswith(title):
+        return text
+    return f"{title}\n{text}"
+
+
+# -- Step 4, in several processes: documents -> tokens ----------------------------------------
+
+# The files of a part, and what they become when joined. References have .idx files, too: lengths.
+SPLITS = ("train", "heldout", "val")
+REFERENCES = ("kb_heldout", "kb_seen")
+
+
+def encode_part(job):
+    """Leaves the tokens of a part in <work>/00012.<name>.bin. Returns how many of each."""
+    options, folder, stem, role = job
+    tokenizer = _open_tokenizer(folder)
+    dtype = corpus.dtype_for(tokenizer.n_vocab)
+    tokens = {name: [] for name in SPLITS + REFERENCES}
+    lengths = {name: [] for name in REFERENCES}
+    for row, number in zip(_rows(stem), role, strict=True):
+        if number == DROPPED:
+            continue
+        split = {HELDOUT: "heldout", VAL: "val"}.get(int(number), "train")
+        ids = [tokenizer.bos, *tokenizer.encode(full_text(row))]
+        tokens[split].append(np.array(ids, dtype))
+        if number in (HELDOUT, TRAIN_AND_KB):
+            name = "kb_heldout" if number == HELDOUT else "kb_seen"
+            for ids in references_of(row["text"], row["title"], tokenizer, options.ref_len):
+                tokens[name].append(np.array(ids, dtype))
+                lengths[name].append(len(ids))
+    counts = Counter()
+    for name, rows in tokens.items():
+        rows = np.concatenate(rows) if rows else np.zeros(0, dtype)
+        counts[name] = len(rows)
+        _write_array(f"{stem}.{name}.bin", rows)
+    for name, numbers in lengths.items():
+        counts[f"{name} references"] = len(numbers)
+        _write_array(f"{stem}.{name}.idx", np.array(numbers, "<i8"))
+    write_json(f"{stem}.tokens.json", counts)
+    return counts
+
+
+def _write_array(path, array):
+    replace_file(path, lambda file: file.write(array.tobytes()))
+
+
+_opened = {}  # the tokenizer of this process
+
+
+def _open_tokenizer(folder):
+    if folder not in _opened:
+        _opened[folder] = corpus.open_tokenizer(f"{folder}/tokenizer.json")
+    return _opened[folder]
+
+
+# -- Step 5: the files of the data set --------------------------------------------------------
+
+
+def join(out, stems, counts):
+    """Joins the parts' files, one after the other, into those of the data set."""
+    for name in SPLITS:
+        sources = [f"{stem}.{name}.bin" for stem in stems]
+        _join_files(out / f"{name}.bin", sources)
+    heldout = [f"{stem}.kb_heldout" for stem in stems]
+    seen = [f"{stem}.kb_seen" for stem in stems]
+    _join_references(out / "kb", heldout + seen)
+    _join_references(out / "train_refs", seen)
+
+
+def _join_files(path, sources):
+    """The files end to end; where they are all empty there is none."""
+
+    def write(file):
+        for source in sources:
+            with open(source, "rb") as part:
+                shutil.copyfileobj(part, file)
+
+    if sum(os.path.getsize(source) for source in sources):
+        replace_file(path, write)
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
+def _join_references(path, sources):
+    _join_files(f"{path}.bin", [f"{source}.bin" for source in sources])
+    lengths = np.concatenate([np.fromfile(f"{source}.idx", "<i8") for source in sources])
+    if len(lengths):
+        offsets = np.zeros(len(lengths) + 1, "<i8")
+        offsets[1:] = lengths.cumsum()
+        _write_array(f"{path}.idx", offsets)
+    else:
+        Path(f"{path}.idx").unlink(missing_ok=True)
+
+
+# -- All of it --------------------------------------------------------------------------------
+
+
+def in_processes(work, jobs, processes, sizes, title):
+    """Runs work(job) for every job, in so many processes, with a progress bar; adds up the
+    Counters that it returns."""
+    total = Counter()
+    bar = tqdm(total=sum(sizes), desc=title, unit="B", unit_scale=True)
+    if processes == 1 or len(jobs) <= 1:
+        for job, size in zip(jobs, sizes, strict=True):
+            total.update(work(job))
+            bar.update(size)
+        bar.close()
+        return total
+    # fork: processes share the modules that are loaded already
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if can_fork else "spawn")
+    pool = context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:  # Ctrl-C is for this process only
+        for counts, size in zip(pool.imap(work, jobs), sizes, strict=True):
+            total.update(counts)
+            bar.update(size)
+    finally:
+        pool.terminate()
+        pool.join()
+        bar.close()
+    return total
+
+
+def fingerprint_of(options, files):
+    """Names the options and the state of every input file."""
+    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    said = json.dumps([asdict(options), state])
+    if options.quality:
+        said += hashlib.sha256(Path(options.quality).read_bytes()).hexdigest()
+    return hashlib.sha256(said.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def prepare(options, out, processes, command):
+    """Makes the data set; returns its manifest. What is there already is not made again."""
+    out = Path(out)
+    files, skipped = read.find_files(options.inputs)
+    check(files, f"{', '.join(options.inputs)}: no file of {' '.join(read.KINDS)} there")
+    fingerprint = fingerprint_of(options, files)
+    if (out / "meta.json").exists():
+        meta = read_json(out / "meta.json", {}, "give another --out")
+        check("prepared" in meta, f"--out {out} holds another data set: give another directory")
+        if meta["prepared"] == fingerprint:
+            print(f"{out} is there already, made of the same files")
+            return meta
+    work = start_work(out, fingerprint)
+    parts = read.make_parts(files)
+    stems = [str(work / f"{i:05}") for i in range(len(parts))]
+
+    todo = [i for i in range(len(parts)) if not Path(f"{stems[i]}.json").exists()]
+    jobs = [(options, parts[i], stems[i]) for i in todo]
+    in_processes(read_part, jobs, processes, [parts[i].bytes for i in todo], "reading")
+    counts = _add_up(f"{stem}.json" for stem in stems)
+    roles = choose_roles(stems, options, counts)
+
+    if not (work / "tokenizer.json").exists():
+        texts = sample_texts(stems, roles)
+        made, said = vocabulary.choose(options.tokenizer, texts, out.name)
+        print(f"tokenizer: {said}", flush=True)
+        made.save(work / "tokenizer.json")
+    tokenizer = corpus.open_tokenizer(work / "tokenizer.json")
+
+    todo = [i for i in range(len(parts)) if not Path(f"{stems[i]}.tokens.json").exists()]
+    jobs = [(options, str(work), stems[i], roles[i]) for i in todo]
+    in_processes(encode_part, jobs, processes, [parts[i].bytes for i in todo], "encoding")
+    tokens = _add_up(f"{stem}.tokens.json" for stem in stems)
+
+    meta = dict(
+        name=out.name,
+        command=command,
+        tokenizer=".",
+        tokenizer_id=tokenizer.id,
+        n_vocab=tokenizer.n_vocab,
+        ref_len=options.ref_len,
+        kb=tokens["kb_heldout references"] + tokens["kb_seen references"],
+        heldout=tokens["kb_heldout references"],  # so many of them, the first
+        splits={name: tokens[name] for name in SPLITS if tokens[name]},
+        documents=dict(counts),
+        files=len(files),
+        skipped=dict(skipped),
+        options=asdict(options),
+        prepared=fingerprint,
+    )
+    (out / "meta.json").unlink(missing_ok=True)  # until the end the directory is no data set
+    join(out, stems, tokens)
+    tokenizer.save(out / "tokenizer.json")
+    write_json(out / "meta.json", meta)
+    shutil.rmtree(work)
+    report(meta)
+    return meta
+
+
+def start_work(out, fingerprint):
+    """The directory of unfinished work: that of a run that was stopped, or an empty one."""
+    work = make_directory(out / "work")
+    state = work / "job.json"
+    if state.exists():
+        if read_json(state, dict(job=str), f"remove {work}")["job"] == fingerprint:
+            return work
+        shutil.rmtree(work)
+        make_directory(work)
+    write_json(state, dict(job=fingerprint))
+    return work
+
+
+def _add_up(paths):
+    total = Counter()
+    for path in paths:
+        total.update(read_json(path, {}, "run it again after removing it"))
+    return total
+
+
+def report(meta):
+    """Prints what became of the documents: every rule, every split."""
+    counts = Counter(meta["documents"])
+    print(f"{meta['files']:,} files, {counts['read']:,} documents", end="")
+    print(f" (long ones count piece by piece), {counts['characters']:,} characters")
+    if counts["characters replaced"]:
+        print(f"    {counts['characters replaced']:,} characters were no UTF-8: now U+FFFD")
+    ours = {"read", "characters", "characters replaced", "kept", "of the training text"}
+    ours |= {"of the knowledge base", "in the knowledge base only", "in neither"}
+    for why, n in counts.items():
+        if why not in ours and n:
+            print(f"    {n:9,} left out: {EXPLAINED.get(why, why)}")
+    for kind, n in meta["skipped"].items():
+        print(f"    {n:9,} files skipped: {kind}")
+    print(f"    {counts['kept']:9,} kept, of which")
+    train = counts["of the training text"]
+    print(f"    {train:9,} training text (train: {meta['splits']['train']:,} tokens)")
+    n = counts["of the knowledge base"]
+    print(f"    {n:9,} knowledge base (kb: {meta['kb']:,} references)")
+    for name, where in (("heldout", "in the knowledge base only"), ("val", "in neither")):
+        tokens = meta["splits"].get(name, 0)
+        print(f"    {counts[where]:9,} {where} ({name}: {tokens:,} tokens)")
+
+
+EXPLAINED = dict(
+    min_words="too few words (--min_words)",
+    max_word_length="words too long on average (--max_word_length)",
+    max_non_alphabetic="too few letters (--max_non_alphabetic)",
+    max_unique="hardly any word twice (--max_unique)",
+    min_entropy="the same words again and again (--min_entropy)",
+    max_broken="mostly no UTF-8 (--max_broken)",
+)
+
+
+def command_line(argv=None):
+    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
+    p.add_argument("inputs", nargs="+", help="files and folders")
+    p.add_argument("--out", required=True, help="directory of the data set")
+    p.add_argument("--text_field", default="text", help="of .json .jsonl .csv: where the text is")
+    p.add_argument("--title_field", default="title", help="and its title, if there is one")
+    p.add_argument(
+        "--tokenizer",
+        default="bpe:4096",
+        help="bpe:VOCAB (train one), a data set, a tokenizer.json, or a name of tiktoken",
+    )
+    p.add_argument("--ref_len", type=int, default=128, help="tokens of a reference, at most")
+    p.add_argument("--kb", default="all", help="knowledge base: all, share:0.3, or a folder")
+    p.add_argument("--heldout", type=float, default=0.05, help="share of it not in training text")
+    p.add_argument("--val", type=float, default=0.02, help="share of all that is in neither")
+    p.add_argument("--near", type=float, default=0.0, help="drop near-duplicates above this (0.8)")
+    p.add_argument("--quality", default="", help="a scorer made by quality.py")
+    p.add_argument("--keep", type=float, default=0.5, help="share that --quality keeps")
+    p.add_argument("--seed", type=int, default=1, help="of the choice of splits")
+    p.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    limits = p.add_argument_group("rules of section 4.2 (0 switches one off)")
+    for rule in fields(Rules):
+        what = EXPLAINED[rule.name].split(" (")[0]
+        limits.add_argument(f"--{rule.name}", type=rule.type, default=rule.default, help=what)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    a = command_line(argv)
+    check(16 <= a.ref_len <= 65535, f"--ref_len {a.ref_len}: from 16 to 65,535 tokens")
+    check(a.processes >= 1, f"--processes {a.processes}: at least 1")
+    for name in ("heldout", "val", "near"):
+        value = getattr(a, name)
+        check(0 <= value <= 1, f"--{name} {value}: a share from 0 to 1")
+    check(0 < a.keep <= 1, f"--keep {a.keep}: a share above 0, up to 1")
+    if a.quality:
+        Scorer.open(a.quality)
+    if a.near:
+        optional("datasketch")
+    if a.kb.startswith("share:"):
+        try:
+            share = float(a.kb.removeprefix("share:"))
+        except ValueError:
+            share = 0.0
+        check(0 < share <= 1, f"--kb {a.kb}: a share above 0, up to 1, as in share:0.3")
+    elif a.kb != "all":
+        check(Path(a.kb).exists(), f"--kb {a.kb}: all, share:0.3, or a folder among the inputs")
+    limits = {}
+    for rule in fields(Rules):
+        value = getattr(a, rule.name)
+        check(value >= 0, f"--{rule.name} {value}: from 0")
+        limits[rule.name] = value
+    given = {f.name: getattr(a, f.name) for f in fields(Options) if f.name != "rules"}
+    options = Options(**given, rules=Rules(**limits))
+    command = shlex.join(
+        ["python", "data/text/prepare.py", *(sys.argv[1:] if argv is None else argv)]
+    )
+    try:
+        prepare(options, a.out, a.processes, command)
+    except OSError as error:
+        where = error.filename or a.out
+        raise UserError(f"{where}: {error.strerror or error}") from None
+
+
+if __name__ == "__main__":
+    run(main)

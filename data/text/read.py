@@ -1,0 +1,433 @@
+"""Files of many kinds -> documents, one after the other, in little memory.
+
+    .txt .md .rst       a file is a document
+    .html .htm          a file is a document: its text, without the markup
+    .jsonl .csv         a line or row is a document: one field of it
+    .json               a list of objects or texts, or one object
+    and each of them with .gz or .zst behind its name
+
+A document longer than PIECE characters becomes several, cut at paragraph ends where there are any.
+What is not UTF-8 is replaced by U+FFFD, and counted.
+"""
+
+import codecs
+import csv
+import gzip
+import html.parser
+import io
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import UserError, check, optional
+
+KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".jsonl", ".json", ".csv")
+BY_LINE = (".txt", ".md", ".rst", ".jsonl")  # a long file of these can be read from the middle
+PIECE = 20_000  # characters of a document, at most
+LONGEST = 64 << 20  # bytes of a line, a row or an .html or .json file, at most
+LONGEST_TITLE = 200  # characters
+BLOCK = 1 << 20  # bytes read at a time
+
+
+@dataclass
+class Document:
+    """A text, its title ("" if it has none), and where it comes from."""
+
+    text: str
+    title: str
+    file: str
+    place: str  # where in the file: names the document, for the choice of splits
+    broken: int = 0  # characters that were no UTF-8
+
+
+@dataclass
+class Part:
+    """What one process reads at a time: some files, or bytes start..end of a long one."""
+
+    files: list
+    start: int = 0
+    end: int | None = None
+    bytes: int = 0  # about so many are read
+
+
+# -- Which files ------------------------------------------------------------------------------
+
+
+def kind_of(path):
+    """(".jsonl", ".gz") of x.jsonl.gz; the second is "" for a file that is not compressed."""
+    name = Path(path).name.lower()
+    packed = ""
+    for suffix in (".gz", ".zst"):
+        if name.endswith(suffix):
+            packed = suffix
+            name = name.removesuffix(suffix)
+    return os.path.splitext(name)[1], packed
+
+
+def find_files(paths):
+    """All files of known kinds under `paths`, in a fixed order, and a Counter of what was skipped.
+
+    Names that begin with a dot are skipped; links to directories are not followed.
+    """
+    files = []
+    skipped = Counter()
+    for path in map(Path, paths):
+        check(path.exists(), f"{path}: no such file or directory")
+        if path.is_file():
+            known = kind_of(path)[0] in KINDS
+            check(known, f"{path}: not one of {' '.join(KINDS)} (.gz, .zst)")
+            files.append(path)
+            continue
+        for folder, folders, names in os.walk(path):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                if name.startswith("."):
+                    continue
+                if kind_of(name)[0] in KINDS:
+                    files.append(Path(folder, name))
+                else:
+                    skipped[kind_of(name)[0] or "no suffix"] += 1
+    return list(dict.fromkeys(files)), skipped  # a file that was given twice is read once
+
+
+def make_parts(files, most=8 << 20):
+    """The files in parts of about `most` bytes: small ones together, long ones in stretches."""
+    parts = []
+    part = Part([])
+    for path in files:
+        size = path.stat().st_size
+        kind, packed = kind_of(path)
+        if size > most and kind in BY_LINE and not packed and not _is_utf16(path):
+            for start in range(0, size, most):
+                end = min(start + most, size)
+                parts.append(Part([path], start, end, end - start))
+            continue
+        if part.files and (part.bytes + size > most or len(part.files) == 1000):
+            parts.append(part)
+            part = Part([])
+        part.files.append(path)
+        part.bytes += size
+    if part.files:
+        parts.append(part)
+    return parts
+
+
+# -- Documents of a part ----------------------------------------------------------------------
+
+
+def read_documents(part, field="text", title_field="title", counts=None):
+    """Yields the Documents of a part. counts: a Counter of what could not be read, and why.
+
+    field, title_field: of the objects of .jsonl and .json and the rows of .csv.
+    """
+    counts = Counter() if counts is None else counts
+    for path in part.files:
+        kind, packed = kind_of(path)
+        try:
+            with _open(path, packed) as stream:
+                if kind in (".jsonl", ".csv", ".json"):
+                    records = _records(stream, kind, path, part, counts)
+                    made = _from_records(records, field, title_field, path, counts)
+                elif kind in (".html", ".htm"):
+                    made = _from_html(stream, path, counts)
+                else:
+                    made = _from_text(stream, kind, path, part)
+                for document in made:
+                    yield from _pieces(document)
+        except _damage(packed):
+            counts[f"{path} is cut off or damaged; what came before is read"] += 1
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _damage(packed):
+    """What is raised by a compressed file that is cut off or damaged."""
+    if packed == ".zst":
+        return optional("zstandard").ZstdError
+    return EOFError, zlib.error, gzip.BadGzipFile
+
+
+def _open(path, packed):
+    if packed == ".gz":
+        return gzip.open(path, "rb")
+    if packed == ".zst":
+        unpack = optional("zstandard").ZstdDecompressor()
+        return io.BufferedReader(unpack.stream_reader(open(path, "rb"), closefd=True))
+    return open(path, "rb")
+
+
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def _is_utf16(path):
+    with open(path, "rb") as stream:
+        return stream.read(2) in UTF16
+
+
+def _decoder(first):
+    """A decoder for a file that begins with these bytes: UTF-8 unless a mark says UTF-16."""
+    if first.startswith(UTF16):
+        return codecs.getincrementaldecoder("utf-16")("replace")
+    return codecs.getincrementaldecoder("utf-8-sig")("replace")
+
+
+def _texts(stream, limit=None):
+    """Yields (text, characters replaced) block by block; at most `limit` bytes, if given."""
+    decoder = None
+    left = limit
+    while True:
+        block = stream.read(BLOCK if left is None else min(BLOCK, left))
+        if decoder is None:
+            decoder = _decoder(block)
+        text = decoder.decode(block, final=not block)
+        # a U+FFFD that stands in the file was not put there by us
+        broken = text.count("\ufffd") - block.count(b"\xef\xbf\xbd")
+        if text:
+            yield text, max(0, broken)
+        if not block:
+            return
+        if left is not None:
+            left -= len(block)
+
+
+def _from_text(stream, kind, path, part):
+    """A text file: one document, or the stretch of a long one that begins in start..end."""
+    limit = None
+    if part.end is not None:
+        begin = _line_at(stream, part.start, part.end)
+        after = _line_at(stream, part.end, None)
+        if begin is None or after == begin:
+            return
+        stream.seek(begin)
+        limit = after - begin
+    title = ""
+    held = ""
+    broken = 0
+    number = 0  # of stretches of 16 pieces, so that a file of any length is never held whole
+    for block, (text, replaced) in enumerate(_texts(stream, limit)):
+        held += text
+        broken += replaced
+        if block == 0 and part.start == 0:
+            title, held = split_title(held, kind)
+        while len(held) >= 17 * PIECE:
+            at = _cut(held, 16 * PIECE)
+            yield Document(held[:at], title, str(path), f"{part.start}.{number}", broken)
+            held = held[at:]
+            broken = 0
+            number += 1
+    yield Document(held, title, str(path), f"{part.start}.{number}", broken)
+
+
+def _line_at(stream, at, end):
+    """Where the first line begins at or after byte `at` (before `end`, or None there is none)."""
+    if at == 0:
+        return 0
+    stream.seek(at - 1)
+    while True:
+        block = stream.read(BLOCK)
+        if not block:
+            return None if end is not None else at
+        found = block.find(b"\n")
+        if found >= 0:
+            begin = at + found
+            return begin if end is None or begin < end else None
+        at += len(block)
+        if end is not None and at >= end:
+            return None
+
+
+def _records(stream, kind, path, part, counts):
+    """Yields (place, object) of a .jsonl, .json or .csv file."""
+    if kind == ".jsonl":
+        yield from _lines(stream, path, part, counts)
+        return
+    if kind == ".csv":
+        csv.field_size_limit(LONGEST)
+        encoding = "utf-16" if stream.peek(2)[:2] in UTF16 else "utf-8-sig"
+        rows = csv.DictReader(io.TextIOWrapper(stream, encoding, "replace", newline=""))
+        try:
+            for number, row in enumerate(rows, start=1):
+                yield str(number), row
+        except csv.Error as error:
+            counts[f"{path}: a damaged table ({error}); what came before is read"] += 1
+        return
+    data = stream.read(LONGEST + 1)
+    check(len(data) <= LONGEST, f"{path}: longer than 64 MB: give it as .jsonl, a line a document")
+    try:
+        content = json.loads(_decoder(data).decode(data, final=True))
+    except (ValueError, RecursionError):
+        counts[f"{path} is no JSON"] += 1
+        return
+    if isinstance(content, dict) and content and all(isinstance(x, dict) for x in content.values()):
+        content = list(content.values())
+    for number, record in enumerate(content if isinstance(content, list) else [content]):
+        yield str(number), record
+
+
+def _lines(stream, path, part, counts):
+    """Yields (place, object) of the lines of a .jsonl file that begin in the part."""
+    if part.end is not None:
+        begin = _line_at(stream, part.start, part.end)
+        if begin is None:
+            return
+        stream.seek(begin)
+    at = stream.tell()
+    while part.end is None or at < part.end:
+        line = stream.readline(LONGEST)
+        if not line:
+            return
+        where = f"@{at}"
+        at += len(line)
+        if len(line) == LONGEST and not line.endswith(b"\n"):
+            counts["lines longer than 64 MB"] += 1
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(BLOCK)
+                at += len(line)
+            continue
+        if not line.strip():
+            continue
+        try:
+            yield where, json.loads(line.decode("utf-8-sig", "replace"))
+        except (ValueError, RecursionError):
+            counts["lines that are no JSON"] += 1
+
+
+def _from_records(records, field, title_field, path, counts):
+    for where, record in records:
+        title = ""
+        text = record
+        if isinstance(record, dict):
+            text = record.get(field)
+            title = record.get(title_field)
+            if text is None:
+                keys = ", ".join(str(key) for key in list(record)[:8])
+                counts[f"records without the field {field!r}; there are: {keys}"] += 1
+                continue
+        if not isinstance(text, str):
+            counts[f"records whose field {field!r} is no text"] += 1
+            continue
+        if not isinstance(title, str):
+            title = ""
+        yield Document(text, title, str(path), where, text.count("\ufffd"))
+
+
+# -- Text out of markup -----------------------------------------------------------------------
+
+# what stands in lines of its own, and what is no text
+BLOCKS = set(
+    "address article aside blockquote br dd div dl dt fieldset figcaption figure footer".split()
+)
+BLOCKS |= set("form h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre section table tr ul".split())
+NO_TEXT = {"script", "style", "template", "noscript", "svg", "head", "iframe", "object"}
+
+
+class TextOfHtml(html.parser.HTMLParser):
+    """Collects the text of a page and its <title>."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.text = []
+        self.title = ""
+        self.in_title = False
+        self.hidden = 0  # how many elements of NO_TEXT are open
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "title":
+            self.in_title = True
+        if tag == "body":  # whatever was left open before
+            self.hidden = 0
+        if tag in NO_TEXT:
+            self.hidden += 1
+        if tag in BLOCKS:
+            self.text.append("\n")
+
+    def handle_endtag(self, tag):
+        if tag == "title":
+            self.in_title = False
+        if tag in NO_TEXT:
+            self.hidden = max(0, self.hidden - 1)
+        if tag in BLOCKS:
+            self.text.append("\n")
+
+    def handle_data(self, data):
+        if self.in_title:
+            self.title += data
+        elif not self.hidden:
+            self.text.append(re.sub(r"\s+", " ", data))
+
+
+def _from_html(stream, path, counts):
+    data = stream.read(LONGEST + 1)
+    if len(data) > LONGEST:
+        counts[f"{path}: a page longer than 64 MB"] += 1
+        return
+    text = _decoder(data).decode(data, final=True)
+    page = TextOfHtml()
+    page.feed(text)
+    page.close()
+    body = re.sub(r" ?\n ?", "\n", "".join(page.text))
+    body = re.sub(r"\n{3,}", "\n\n", body).strip()
+    yield Document(body, page.title, str(path), "", body.count("\ufffd"))
+
+
+def split_title(text, kind):
+    """(title, the text without it) of a text file; the title is "" where it has none.
+
+    >>> split_title("# Kyiv\\n\\nA city.", ".md"), split_title("Kyiv\\n====\\nA city.", ".rst")
+    (('Kyiv', 'A city.'), ('Kyiv', 'A city.'))
+    >>> split_title("Kyiv\\n\\nA city.", ".txt"), split_title("A city.\\n\\nLarge.", ".txt")
+    (('Kyiv', 'A city.'), ('', 'A city.\\n\\nLarge.'))
+    """
+    first, _, rest = text.strip().partition("\n")
+    second, _, after = rest.partition("\n")
+    first = first.strip()
+    if kind == ".md" and first.startswith("#"):
+        return first.strip("# ")[:LONGEST_TITLE], rest.strip()
+    if kind in (".md", ".rst") and re.fullmatch(r"([=\-~*#^])\1{2,}", second.strip()):
+        return first[:LONGEST_TITLE], after.strip()
+    # of a plain text: a short first line that is no sentence, and then an empty one
+    if 0 < len(first) <= 80 and rest and not second.strip() and first[-1] not in ".!?:;,。！？":
+        return first, rest.strip()
+    return "", text
+
+
+# -- Pieces and cleaning ----------------------------------------------------------------------
+
+# Control characters but line end and tab are no text in any script. Half of a surrogate pair, which
+# JSON can hold, is none either.
+NO_CHARACTER = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
+NO_CHARACTER |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+
+
+def clean(text):
+    """Line ends as LF, no control characters, no blanks at the end of lines."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(NO_CHARACTER)
+    return re.sub(r"[ \t]+\n", "\n", text).strip()
+
+
+def _cut(text, most):
+    """Where to cut a text, at most `most` characters in: after a paragraph, line or word."""
+    for mark in ("\n\n", "\n", " "):
+        at = text.rfind(mark, most // 2, most)
+        if at >= 0:
+            return at + len(mark)
+    return most
+
+
+def _pieces(document):
+    """The document, cleaned; in several pieces if it is long."""
+    text = clean(document.text)
+    title = " ".join(clean(document.title).split())[:LONGEST_TITLE]
+    broken = document.broken
+    number = 0
+    while text or number == 0:
+        at = _cut(text, PIECE) if len(text) > PIECE else len(text)
+        place = f"{document.place}/{number}"
+        yield Document(text[:at].strip(), title, document.file, place, broken)
+        text = text[at:]
+        broken = 0
+        number += 1

@@ -1,0 +1,76 @@
+"""Documents -> references: texts of at most ref_len tokens (sec. 4.4)."""
+
+import re
+import unicodedata
+
+# A sentence ends after . ! ? with a space behind it (and perhaps a quote before that), after their
+# Chinese forms with or without one, and at line ends.
+SENTENCE = re.compile(r"[^\n]*?(?:[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|\n+|$)")
+
+
+def sentences(text):
+    """The sentences of a text; joined they are the text.
+
+    >>> sentences('It has 2.8 million people. "Many!" Indeed')
+    ['It has 2.8 million people.', ' "Many!"', ' Indeed']
+    >>> sentences("北京是首都。它很大！")
+    ['北京是首都。', '它很大！']
+    """
+    return [found for found in SENTENCE.findall(text) if found]
+
+
+def references_of(text, title, tokenizer, ref_len):
+    """Token lists of at most ref_len tokens, which together are the text; ref_len >= 16.
+
+    Sentences stay whole where they fit. The title stands in front of each reference ("Kyiv: ..."),
+    since a reference is read alone: a kept token must know whose fact it is.
+    """
+    text = unicodedata.normalize("NFC", text)
+    title = fitting(title, tokenizer, ref_len // 4)
+    head = f"{title}: " if title else ""
+    budget = ref_len - len(tokenizer.encode(head))
+    references = []
+    held = ""  # sentences of the reference that is being made
+    n_held = 0  # their tokens, counted one by one
+    for sentence in sentences(text):
+        n = len(tokenizer.encode(sentence))
+        if n_held + n > budget:
+            references += _finish(held, title, head, tokenizer, ref_len)
+            held = ""
+            n_held = 0
+        held += sentence
+        n_held += n
+    return references + _finish(held, title, head, tokenizer, ref_len)
+
+
+def _finish(held, title, head, tokenizer, ref_len):
+    """The reference of some sentences; or several, if it is one sentence that is too long."""
+    references = []
+    held = held.strip()
+    while held:
+        front = "" if title and held.startswith(title) else head  # it need not be said twice
+        piece = held
+        ids = tokenizer.encode(front + held[: 16 * ref_len])
+        if len(ids) > ref_len or len(held) > 16 * ref_len:
+            piece = fitting(held, tokenizer, ref_len - len(tokenizer.encode(front)))
+            ids = tokenizer.encode(front + piece)
+        references.append(ids[:ref_len])
+        held = held[len(piece) :].strip()
+    return references
+
+
+def fitting(text, tokenizer, budget):
+    """The longest beginning of a text that has at most `budget` tokens, cut at a space in its
+    second half if there is one. Found by bisection over its characters: none is cut in two."""
+    low = min(1, len(text))
+    high = min(len(text), 16 * budget)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(tokenizer.encode(text[:middle])) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    if low == len(text):
+        return text
+    at = text.rfind(" ", low // 2, low)
+    return text[:at] if at > 0 else text[:low]

@@ -1,0 +1,595 @@
+"""data/text: files of every kind, the rules of section 4.2, references, splits, stop and resume."""
+
+import csv
+import doctest
+import gzip
+import importlib
+import json
+import multiprocessing
+import random
+import sys
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import corpus
+from common import UserError
+
+ROOT = Path(corpus.__file__).parent
+HERE = ROOT / "data/text"
+sys.path.insert(0, str(HERE))
+prepare = importlib.import_module("prepare")
+read = importlib.import_module("read")
+references = importlib.import_module("references")
+rules = importlib.import_module("rules")
+vocabulary = importlib.import_module("vocabulary")
+sys.path.remove(str(HERE))
+
+WORDS = (
+    "river city people mountain north south large small built bridge year war king old new".split()
+)
+
+
+def article(seed, sentences=12):
+    """A text that keeps all rules; every one is another."""
+    rng = random.Random(seed)
+    lines = []
+    for _ in range(sentences):
+        words = rng.choices(WORDS, k=8)
+        lines.append(" ".join(words).capitalize() + f" {rng.randrange(1000, 9999)}.")
+    return " ".join(lines)
+
+
+def read_all(path, **options):
+    counts = Counter()
+    documents = []
+    for part in read.make_parts(read.find_files([path])[0], **options):
+        documents += read.read_documents(part, counts=counts)
+    return documents, counts
+
+
+def texts_of(path, **options):
+    return [document.text for document in read_all(path, **options)[0]]
+
+
+@pytest.mark.parametrize("module", [read, references, rules])
+def test_docstrings(module):
+    """A worked example that its function no longer gives."""
+    found = doctest.testmod(module)
+    assert found.attempted >= 1 and not found.failed
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def test_every_kind_of_file(tmp_path):
+    """A kind that is promised and not read; markup as text; a title lost, or said twice."""
+    (tmp_path / "a.txt").write_text("Plain\n\nA text.\n")
+    (tmp_path / "b.md").write_text("# Marked down\n\nA text.\n")
+    (tmp_path / "c.rst").write_text("Structured\n==========\n\nA text.\n")
+    page = "<html><head><title>A &amp; page</title><style>p {}</style></head><body><nav>Menu</nav>"
+    page += "<script>var x = '<p>no</p>';</script><p>A text &eacute;<br>of <b>two</b> lines.</p>"
+    (tmp_path / "d.html").write_text(page + "<!-- no --><p>And  more</p></body></html>")
+    rows = [dict(title="One", text="A text."), "\ufeffbare", dict(text="B", title=None)]
+    lines = "\n".join(json.dumps(row) for row in rows) + "\n\n"
+    (tmp_path / "e.jsonl").write_text(lines)
+    (tmp_path / "f.json").write_text(json.dumps(rows))
+    with open(tmp_path / "g.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["title", "text"], ["Row", 'two\nlines, "quoted"'], ["x", "y"]])
+    (tmp_path / "h.txt.gz").write_bytes(gzip.compress(b"Packed text"))
+    (tmp_path / "i.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "j.json").write_text(json.dumps(dict(a=rows[0], b=rows[2])))
+    (tmp_path / "k.png").write_bytes(b"\x89PNG")
+    (tmp_path / ".hidden.txt").write_text("no")
+    documents, counts = read_all(tmp_path)
+    got = {}
+    for document in documents:
+        name = Path(document.file).name[0]
+        got.setdefault(name, []).append((document.title, document.text))
+    three = [("One", "A text."), ("", "bare"), ("", "B")]
+    assert got.pop("d") == [("A & page", "Menu\n\nA text \u00e9\nof two lines.\n\nAnd more")]
+    assert got.pop("e")[::2] == three[::2] and not counts
+    assert got == dict(
+        a=[("Plain", "A text.")],
+        b=[("Marked down", "A text.")],
+        c=[("Structured", "A text.")],
+        f=[three[0], ("", "\ufeffbare"), three[2]],
+        g=[("Row", 'two\nlines, "quoted"'), ("x", "y")],
+        h=[("", "Packed text")],
+        i=[three[0], ("", "\ufeffbare"), three[2]],
+        j=[three[0], three[2]],
+    )
+    assert read.find_files([tmp_path])[1] == {".png": 1}
+    assert read.find_files([tmp_path, tmp_path / "a.txt"])[0] == read.find_files([tmp_path])[0]
+
+
+@pytest.mark.parametrize(
+    "data, text, broken",
+    [
+        ("Çorlu\r\nlies".encode("utf-8-sig"), "Çorlu\nlies", 0),
+        ("Çorlu lies".encode("utf-16"), "Çorlu lies", 0),
+        ("Çorlu".encode("latin-1") + b" lies", "\ufffdorlu lies", 1),
+        ("\ufffd was there".encode(), "\ufffd was there", 0),
+        (b"a\x00b\x1b[2Jc\x7f \t\nd\rf", "ab[2Jc\nd\nf", 0),
+        ("北京\U0001f600是\u2028首都".encode(), "北京\U0001f600是\u2028首都", 0),
+        (b"ab\xf0\x9f\x98", "ab\ufffd", 1),  # cut off in the middle of a character
+    ],
+)
+def test_what_is_not_utf8_is_counted(tmp_path, data, text, broken):
+    """A file in Latin-1, with a mark, or cut off: a UnicodeDecodeError after hours."""
+    (tmp_path / "a.txt").write_bytes(data)
+    [document], _ = read_all(tmp_path)
+    assert (document.text, document.broken) == (text, broken)
+
+
+def test_zstandard(tmp_path):
+    """A .zst that is read only to its first frame, or whose damage is a traceback."""
+    zstandard = pytest.importorskip("zstandard")
+    frames = [zstandard.compress(f"{article(i)}\n".encode()) for i in range(3)]
+    (tmp_path / "a.txt.zst").write_bytes(b"".join(frames))
+    want = [sentence for i in range(3) for sentence in article(i).split()]
+    assert " ".join(texts_of(tmp_path)).split() == want
+    (tmp_path / "a.txt.zst").write_bytes(b"no frame at all")
+    documents, counts = read_all(tmp_path)
+    assert not documents and [key for key in counts if "a.txt.zst is cut off" in key]
+
+
+def test_a_long_file_is_read_in_stretches(tmp_path, monkeypatch):
+    """A line read twice or by nobody at the border of two processes; a character cut in two; a
+    text that is one line held in memory whole."""
+    monkeypatch.setattr(read, "BLOCK", 17)
+    monkeypatch.setattr(read, "PIECE", 50)
+    lines = [f"line {i} é{'x' * (i % 7)}" for i in range(300)]
+    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    for most in (10_000_000, 1000, 97, 11):
+        documents, _ = read_all(tmp_path, most=most)
+        assert "\n".join(d.text for d in documents).split() == " ".join(lines).split()
+        assert max(len(d.text) for d in documents) <= 50
+        assert len({d.place for d in documents}) == len(documents)
+    (tmp_path / "a.txt").unlink()
+    rows = [dict(text=line) for line in lines]
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for most in (10_000_000, 1000, 97, 11):
+        assert texts_of(tmp_path, most=most) == lines
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "c.txt").write_text("word " * 5000 + "x" * 7000)  # one line
+    for most in (10_000_000, 1000):
+        texts = texts_of(tmp_path, most=most)
+        assert "".join(" ".join(texts).split()) == "word" * 5000 + "x" * 7000
+        assert max(map(len, texts)) <= 50
+
+
+def test_what_cannot_be_read_is_counted_or_refused(tmp_path):
+    """One bad line or a cut-off archive that ends the whole run; or is dropped without a word."""
+    bad = (
+        '{"text": "a"}\n{"text": \n[]\n{"content": "c"}\n{"text": 7}\n{"text": "\\ud800b"}\nnull\n'
+    )
+    (tmp_path / "a.jsonl").write_text(bad)
+    documents, counts = read_all(tmp_path)
+    assert [d.text for d in documents] == ["a", "\ufffdb"]
+    assert (
+        counts["lines that are no JSON"] == 1
+        and counts["records whose field 'text' is no text"] == 3
+    )
+    assert counts["records without the field 'text'; there are: content"] == 1
+    packed = gzip.compress(b"".join(b"%d some text " % i for i in range(99_999)))
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "b.txt.gz").write_bytes(packed[: len(packed) // 2])
+    documents, counts = read_all(tmp_path)
+    assert "1 some text" in documents[0].text if documents else True
+    assert [key for key in counts if "b.txt.gz is cut off" in key]
+    (tmp_path / "b.txt.gz").write_bytes(b"not packed")
+    assert [key for key in read_all(tmp_path)[1] if "b.txt.gz is cut off" in key]
+    with pytest.raises(UserError, match="nowhere: no such file"):
+        read.find_files([tmp_path / "nowhere"])
+    (tmp_path / "x.png").write_text("")
+    with pytest.raises(UserError, match="x.png: not one of .txt"):
+        read.find_files([tmp_path / "x.png"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Rules
+
+
+def test_each_rule_by_name():
+    """A rule that never applies, or that another one hides; one that cannot be switched off."""
+    good = article(3)
+    long = " ".join(f"{'abcdefghijkl' * 2}{i % 30}" for i in range(90))
+    numbers = " ".join(f"{i * 7919} ab" for i in range(60))
+    shop = " ".join(f"Aa{i} b{i}" for i in range(80))
+    again = "buy now " * 60
+    cases = dict(
+        min_words=" ".join(good.split()[:49]),
+        max_word_length=long,
+        max_non_alphabetic=numbers,
+        max_unique=shop,
+        min_entropy=again,
+    )
+    plain = rules.Rules()
+    assert plain.broken_rule(good) is None
+    for name, text in cases.items():
+        assert plain.broken_rule(text) == name
+        assert rules.Rules(**{name: 0}).broken_rule(text) is None, name
+    assert plain.broken_rule(good, broken=len(good) // 9) == "max_broken"
+    assert plain.broken_rule(good, broken=len(good) // 11) is None
+    for text in ("", "   ", "!!! ???", "\n"):
+        assert rules.Rules(min_words=0).broken_rule(text) == "min_words"
+
+
+CHINESE = (
+    "北京是中国的首都，也是全国的政治中心和文化中心。这座城市有三千多年的历史，人口超过两千万。"
+)
+CHINESE += (
+    "长城在它的北边，故宫在它的中间，每年都有许多人来这里参观。冬天很冷，夏天多雨，秋天最美。"
+)
+HINDI = "दिल्ली भारत की राजधानी है और यह यमुना नदी के किनारे बसा एक बहुत पुराना शहर है। "
+THAI = "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทยและเป็นศูนย์กลางของการค้าการศึกษาและวัฒนธรรม"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CHINESE
+        + "人们喜欢在公园里散步，孩子们在学校里读书，老人们在树下下棋，商店里卖着各种东西。",
+        HINDI + "यहाँ लोग कई भाषाएँ बोलते हैं। पुराने किले बाज़ार और मस्जिदें देखने दूर दूर से लोग आते हैं। "
+        "गर्मी में बहुत गर्मी पड़ती है और सर्दी में घना कोहरा छा जाता है। शहर में मेट्रो चलती है।",
+        THAI * 2,
+    ],
+)
+def test_rules_in_other_scripts(text):
+    """A page of Chinese is one "word" of 200 letters; Hindi's vowels are no letters."""
+    assert rules.Rules().broken_rule(text) is None
+    assert rules.Rules().broken_rule(text[:60]) == "min_words"
+    assert rules.Rules(min_words=10).broken_rule(text[:4] * 60) in ("min_entropy", "min_words")
+
+
+def test_copies_are_known_by_their_digest():
+    """The same text in other letters, spaces or Unicode forms kept twice."""
+    text = "Café Ünter den Linden\n\n is old."
+    same = ["CAFÉ ünter den  linden is old.", unicodedata.normalize("NFD", text)]
+    assert {rules.digest_of(t) for t in same} == {rules.digest_of(text)}
+    assert rules.digest_of(text) != rules.digest_of(text.replace("old", "new")) < 2**64
+
+
+def test_a_scorer_learns_what_is_graded(tmp_path):
+    """Weights that follow the length of a text, or the sign of the grade turned round."""
+    rng = random.Random(5)
+    texts, grades = [], []
+    for _ in range(120):
+        good = rng.random() < 0.5
+        kind = (
+            "therefore because since if then hence".split()
+            if good
+            else "buy click cheap now".split()
+        )
+        texts.append(" ".join(rng.choices(kind + WORDS, k=rng.randrange(20, 90))))
+        grades.append(5.0 if good else 1.0)
+    scorer = rules.Scorer.train(texts[:80], grades[:80], "reasoning")
+    scores = [scorer.score(text) for text in texts[80:]]
+    assert np.corrcoef(scores, grades[80:])[0, 1] > 0.8
+    # the same as solving the normal equations
+    few = texts[:13]
+    X = np.zeros((13, rules.BUCKETS + 5))
+    X[rules.matrix(few)[:2]] = rules.matrix(few)[2]
+    y = np.array(grades[:13])
+    dual = np.linalg.solve(X @ X.T + 0.7 * np.eye(13), y - y.mean())
+    exact = rules.Scorer.train(few, grades[:13], "x", ridge=0.7)
+    assert np.allclose(exact.weights, X.T @ dual, atol=1e-4) and exact.bias == y.mean()
+    scorer.save(tmp_path / "scorer.npz")
+    again = rules.Scorer.open(tmp_path / "scorer.npz")
+    assert again.label == "reasoning" and again.score(texts[7]) == scorer.score(texts[7])
+    for bad in (b"", b"no", (tmp_path / "scorer.npz").read_bytes()[:-40]):
+        (tmp_path / "scorer.npz").write_bytes(bad)
+        with pytest.raises(UserError, match="scorer.npz: no scorer"):
+            rules.Scorer.open(tmp_path / "scorer.npz")
+
+
+# ---------------------------------------------------------------------------------------------
+# References
+
+
+@pytest.fixture(scope="module")
+def cities():
+    return corpus.tokenizer(ROOT / "data/cities")
+
+
+@pytest.mark.parametrize("ref_len", [16, 33, 128])
+@pytest.mark.parametrize(
+    "text, title",
+    [
+        (article(1, 40), "Kyiv"),
+        (article(2, 40), ""),
+        (CHINESE * 3, "北京"),
+        (THAI * 3, "กรุงเทพ"),
+        ("\U0001f469\u200d\U0001f467" * 90, "\U0001f600" * 30),  # characters of several tokens each
+        (
+            "x" * 3000 + " " + "word " * 400,
+            "A title that is itself far longer than any reference " * 9,
+        ),
+        ("One. Two! Three? Four\nFive\n\nSix", "T"),
+        ("Çorlu has 7 people. " * 30, "Vie\u0323\u0302t"),
+    ],
+)
+def test_references_are_never_too_long_and_lose_nothing(cities, text, title, ref_len):
+    """A reference beyond ref_len is cut by the writer without a word; a sentence lost between two;
+    a character cut in two; a reference that does not say whose facts it holds."""
+    rows = references.references_of(text, title, cities, ref_len)
+    assert rows and max(map(len, rows)) <= ref_len
+    said = [cities.decode(row).strip() for row in rows]
+    kept = references.fitting(unicodedata.normalize("NFC", title), cities, ref_len // 4).strip()
+    joined = ""
+    for piece in said:
+        assert "\ufffd" not in piece
+        if kept:
+            assert piece.startswith(kept)
+            piece = piece.removeprefix(f"{kept}: ")
+        joined += piece
+    assert "".join(joined.split()) == "".join(unicodedata.normalize("NFC", text).split())
+
+
+def test_sentences_stay_whole(cities):
+    """References cut in the middle of a sentence though it would have fitted into the next."""
+    text = "Kyiv is in Ukraine. Kyiv has 2797553 people. It lies at 50 N 31 E! Old? Yes.\nA line"
+    for ref_len in (24, 30, 45):
+        for row in references.references_of(text, "", cities, ref_len):
+            said = cities.decode(row).strip()
+            assert said[-1] in ".!?" or said.endswith("A line")
+    [whole] = references.references_of(text, "Kyiv", cities, 128)
+    assert cities.decode(whole).count("Kyiv") == 2  # it begins with its title already
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole
+
+
+def run_prepare(inputs, out, *flags):
+    """Runs the command as from a shell, in one process; returns its manifest."""
+    flags = [
+        "--tokenizer",
+        str(ROOT / "data/cities"),
+        "--ref_len",
+        "33",
+        "--processes",
+        "1",
+        *flags,
+    ]
+    prepare.main([*map(str, inputs), "--out", str(out), *flags])
+    return corpus.manifest(out, dict(splits=dict, documents=dict, kb=int, heldout=int))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """60 articles in two folders, four of which are no good."""
+    folder = tmp_path / "in"
+    for name in ("books", "notes"):
+        (folder / name).mkdir(parents=True)
+    for i in range(60):
+        place = "books" if i % 3 == 0 else "notes"
+        (folder / place / f"{i}.md").write_text(f"# Place {i}\n\n{article(i)}\n")
+    (folder / "notes/copy.md").write_text(f"# Another title\n\n{article(7).upper()}\n")
+    (folder / "notes/short.txt").write_text("Too short.")
+    (folder / "notes/spam.txt").write_text("buy now " * 60)
+    (folder / "notes/broken.txt").write_bytes(b"\xff\xfb\x90" * 900)
+    return folder
+
+
+def documents_in(tokens, tokenizer):
+    """The texts of a split."""
+    at = np.flatnonzero(np.asarray(tokens) == tokenizer.bos)
+    return [tokenizer.decode(row).strip() for row in np.split(np.asarray(tokens), at)[1:]]
+
+
+def test_what_is_held_out_is_held_out(folder, tmp_path, cities):
+    """A document in the training text that is said to be known to the memories only, or in the
+    knowledge base though it is said to be in neither; a count in the manifest that is not so."""
+    meta = run_prepare([folder], tmp_path / "out", "--heldout", "0.1", "--val", "0.2")
+    out = tmp_path / "out"
+    split = {name: documents_in(corpus.open_tokens(out, name), cities) for name in meta["splits"]}
+    assert {name: len(texts) for name, texts in split.items()} == dict(train=43, heldout=6, val=11)
+    everything = sum(split.values(), [])
+    assert len(set(everything)) == 60 and all(text.startswith("Place ") for text in everything)
+    kb, own = corpus.References.open(out / "kb"), corpus.References.open(out / "train_refs")
+    assert (len(kb), len(kb) - len(own)) == (meta["kb"], meta["heldout"])
+    for i in range(len(kb)):
+        said = cities.decode(kb[i]).strip()
+        title, _, text = said.partition(": ")
+        home = "heldout" if i < meta["heldout"] else "train"
+        assert any(t.startswith(f"{title}\n") and text[:40] in t for t in split[home]), said
+        assert len(kb[i]) <= 33
+    assert [kb[meta["heldout"] + i].tolist() for i in range(len(own))] == [r.tolist() for r in own]
+    counts = meta["documents"]
+    left_out = ("exact duplicates", "min_words", "min_entropy", "max_broken")
+    assert [counts[name] for name in left_out] == [1, 1, 1, 1]
+    assert (counts["read"], counts["kept"]) == (64, 60)
+    assert counts["characters replaced"] == 2700 or counts["characters replaced"] > 900
+
+
+def test_the_knowledge_base_is_what_the_flag_says(folder, tmp_path, cities):
+    """--kb accepted and dropped; a share that is another in every run; a folder's prefix taken for
+    the folder."""
+    folder.joinpath("books2").mkdir()
+    folder.joinpath("books2/x.md").write_text(f"# Other\n\n{article(99)}")
+    meta = run_prepare([folder], tmp_path / "a", "--kb", str(folder / "books"))
+    kb = corpus.References.open(tmp_path / "a/kb")
+    titles = {cities.decode(kb[i]).strip().partition(":")[0] for i in range(len(kb))}
+    assert titles <= {f"Place {i}" for i in range(0, 60, 3)} and len(titles) >= 19
+    train = documents_in(corpus.open_tokens(tmp_path / "a", "train"), cities)
+    assert len(train) == 61 - 1 - 1 and any(t.startswith("Other") for t in train)
+    few = run_prepare([folder], tmp_path / "b", "--kb", "share:0.3")
+    assert 5 < few["documents"]["of the knowledge base"] < 35
+    again = run_prepare([folder], tmp_path / "c", "--kb", "share:0.3")
+    assert again["documents"] == few["documents"] and again["splits"] == few["splits"]
+    assert (tmp_path / "b/kb.bin").read_bytes() == (tmp_path / "c/kb.bin").read_bytes()
+    other = run_prepare([folder], tmp_path / "d", "--seed", "2")
+    assert (tmp_path / "d/val.bin").read_bytes() != (tmp_path / "c/val.bin").read_bytes()
+    assert other["documents"]["kept"] == few["documents"]["kept"] and meta["tokenizer"] == "."
+
+
+def test_several_processes_make_the_same(folder, tmp_path, monkeypatch):
+    """Documents in the order in which processes happened to end; counts of one process only."""
+    small = read.make_parts
+    monkeypatch.setattr(prepare.read, "make_parts", lambda files: small(files, 3000))
+    one = run_prepare([folder], tmp_path / "a")
+    many = run_prepare([folder], tmp_path / "b", "--processes", "3")
+    assert one["documents"] == many["documents"]
+    for name in ("train.bin", "val.bin", "heldout.bin", "kb.bin", "kb.idx", "train_refs.idx"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("step", ["read_part", "encode_part", "_join_files"])
+def test_stopped_anywhere_it_goes_on(folder, tmp_path, monkeypatch, step):
+    """A run stopped after hours that begins again, or goes on with half of a part."""
+    want = run_prepare([folder], tmp_path / "whole")
+    small = read.make_parts
+    monkeypatch.setattr(prepare.read, "make_parts", lambda files: small(files, 3000))
+    real = getattr(prepare, step)
+    calls = []
+
+    def stopping(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(prepare, step, stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_prepare([folder], tmp_path / "out")
+    assert not (tmp_path / "out/meta.json").exists()
+    with pytest.raises(UserError, match="(train.bin|meta.json) is missing: run python data/text"):
+        corpus.open_tokens(tmp_path / "out", "train")
+    done = len(calls)
+    meta = run_prepare([folder], tmp_path / "out")
+    parts = len(small(read.find_files([folder])[0], 3000))
+    assert step == "_join_files" or len(calls) - done == parts - 2  # two were done
+    assert meta["documents"] == want["documents"] and not (tmp_path / "out/work").exists()
+    for name in ("train.bin", "kb.bin", "kb.idx"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_is_there_is_not_made_again(folder, tmp_path, capsys):
+    """Hours again for who calls it twice; another's data set written over; old text kept after the
+    input has changed."""
+    meta = run_prepare([folder], tmp_path / "out")
+    before = (tmp_path / "out/train.bin").stat().st_mtime_ns
+    run_prepare([folder], tmp_path / "out")
+    assert "is there already" in capsys.readouterr().out
+    assert (tmp_path / "out/train.bin").stat().st_mtime_ns == before
+    (folder / "notes/new.md").write_text(f"# New\n\n{article(1234)}")
+    more = run_prepare([folder], tmp_path / "out")
+    assert more["documents"]["kept"] == meta["documents"]["kept"] + 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/meta.json").write_text('{"n_vocab": 9}')
+    with pytest.raises(UserError, match="holds another data set"):
+        run_prepare([folder], tmp_path / "other")
+
+
+def test_near_duplicates(tmp_path):
+    """A text with three words changed kept, or another of the same subject dropped."""
+    pytest.importorskip("datasketch")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rng = random.Random(11)
+    common = [rng.choice("abcdefghij") + str(i) + "w" for i in range(400)]
+    for i in range(9):
+        words = rng.choices(common, k=300)
+        (folder / f"{i}.txt").write_text(" ".join(words))
+        words[40], words[150] = "changed", "twice"
+        (folder / f"{i}_near.txt").write_text(" ".join(words))
+    meta = run_prepare([folder], tmp_path / "a", "--near", "0.7", "--max_non_alphabetic", "0")
+    assert meta["documents"]["near-duplicates"] == 9 and meta["documents"]["kept"] == 9
+    meta = run_prepare([folder], tmp_path / "b", "--max_non_alphabetic", "0")
+    assert meta["documents"]["kept"] == 18
+
+
+def test_the_best_are_kept(folder, tmp_path):
+    """The worst kept instead; a share of what was there before duplicates went."""
+    texts = [article(i) for i in range(30)] + ["the old king said therefore because " * 20] * 10
+    scorer = rules.Scorer.train(texts, [1.0] * 30 + [5.0] * 10, "reasoning")
+    scorer.save(tmp_path / "scorer.npz")
+    (folder / "notes/good.txt").write_text(article(77) + " therefore because the king said" * 9)
+    flags = (
+        "--quality",
+        str(tmp_path / "scorer.npz"),
+        "--keep",
+        "0.25",
+        "--val",
+        "0",
+        "--heldout",
+        "0",
+    )
+    meta = run_prepare([folder], tmp_path / "out", *flags)
+    assert meta["documents"]["kept"] == 16 and list(meta["splits"]) == ["train"]
+    text = corpus.tokenizer(tmp_path / "out").decode(corpus.open_tokens(tmp_path / "out", "train"))
+    assert "therefore because the king" in text
+
+
+def test_a_tokenizer_of_ones_own(folder, tmp_path):
+    """Text that does not come back; a byte without a token; the tokenizer lost with its folder."""
+    pytest.importorskip("tokenizers")
+    meta = run_prepare([folder], tmp_path / "out", "--tokenizer", "bpe:400", "--min_words", "9")
+    tok = corpus.tokenizer(tmp_path / "out")
+    assert meta["tokenizer_id"] == tok.id and 300 < tok.n_vocab <= 400
+    for text in ("Northern 東京 \U0001f600", "\x00\xff", article(500)):
+        assert tok.decode(tok.encode(text)) == " " + text
+    river = tok.encode("river")
+    assert len(river) == 1 and tok.encode("A river, the river")[-1:] == river
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert corpus.tokenizer(tmp_path / "moved").id == tok.id
+    same = run_prepare(
+        [folder], tmp_path / "b", "--tokenizer", str(tmp_path / "moved/tokenizer.json")
+    )
+    assert same["tokenizer_id"] == tok.id
+    both = vocabulary.merge(str(ROOT / "data/cities"), str(tmp_path / "moved"), tmp_path / "both")
+    assert corpus.tokenizer(tmp_path / "both").id == both.id
+    with pytest.raises(UserError, match="256 bytes and the BOS are 257"):
+        run_prepare([folder], tmp_path / "c", "--tokenizer", "bpe:256")
+    with pytest.raises(UserError, match="give a number of tokens"):
+        run_prepare([folder], tmp_path / "c", "--tokenizer", "bpe:x")
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (["--ref_len", "15"], "--ref_len 15: from 16"),
+        (["--kb", "share:2"], "--kb share:2: a share above 0"),
+        (["--kb", "share:x"], "--kb share:x: a share"),
+        (["--kb", "nowhere"], "--kb nowhere: all, share"),
+        (["--heldout", "-1"], "--heldout -1.0: a share"),
+        (["--keep", "0"], "--keep 0.0: a share above 0"),
+        (["--min_words", "-1"], "--min_words -1: from 0"),
+        (["--min_words", "100000"], "no document is left .*min_words.*give other text"),
+        (["--quality", "nowhere.npz"], "nowhere.npz: no scorer"),
+        (["--processes", "0"], "--processes 0: at least 1"),
+        (["--tokenizer", "gpt9"], "unknown tokenizer 'gpt9'"),
+        (["--heldout", "1", "--val", "0"], "documents are too few|--heldout"),
+    ],
+)
+def test_what_cannot_be_made_is_one_line(folder, tmp_path, flags, line):
+    """A traceback, or an empty data set that fails at the first training step."""
+    with pytest.raises(UserError, match=line) as e:
+        run_prepare([folder], tmp_path / "out", *flags)
+    assert "\n" not in str(e.value) and not (tmp_path / "out/meta.json").exists()
+
+
+def test_no_friendly_text(tmp_path):
+    """Chinese, English, emoji, NULs and broken UTF-8 in one file: a crash in Rust, or text lost."""
+    pytest.importorskip("tokenizers")
+    rng = random.Random(2)
+    family = "\U0001f469\u200d\U0001f467"
+    pieces = [CHINESE, article(5), f"\U0001f600{family}", "e\u0301\u200b\ufeff", THAI, HINDI]
+    broken = [b" ", b"\n", b"\x00", b"\xff\xfe", b"\xc3", b"\r"]
+    data = b""
+    for _ in range(400):
+        data += rng.choice(pieces).encode() + rng.choice(broken)
+    (tmp_path / "mixed.txt").write_bytes(data)
+    meta = run_prepare([tmp_path / "mixed.txt"], tmp_path / "out", "--tokenizer", "bpe:600")
+    assert meta["documents"]["characters replaced"] > 50
+    kb = corpus.References.open(tmp_path / "out/kb")
+    tok = corpus.tokenizer(tmp_path / "out")
+    said = "".join(tok.decode(kb[i]) for i in range(len(kb)))
+    assert "首都" in said and family in said and "\x00" not in said
