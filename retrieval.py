@@ -10,28 +10,31 @@ means that nothing was found; such a place recalls no memory.
 """
 
 import argparse
-import fcntl
-import hashlib
-import json
 import re
 import shlex
-import shutil
-import time
-import unicodedata
-import zipfile
-import zlib
 from collections import Counter
-from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import corpus
 from common import UserError, check, optional, read_array, read_json, replace_file, run, write_json
+from embed import HashEmbedder, digest, embedder, normalize
+from index import (
+    FORMAT,
+    META,
+    cure_for,
+    encode_shard,
+    exact_index,
+    inner_index,
+    join,
+    lock,
+    open_index,
+    search,
+)
+
+NOTHING = -1.0  # the score where nothing was found: no cosine is below
 
 # -- How much of a reference stands in a text: eq. (3.3) ----------------------------------------
 
@@ -123,307 +126,7 @@ def _best_window(t, r, floor, enough):
     return best
 
 
-# -- Words ------------------------------------------------------------------------------------
-
-# Scripts written without spaces between words: letters, and the marks that belong to them.
-UNSPACED = (
-    "\u0e01-\u0e3a\u0e40-\u0e4e"  # Thai
-    "\u0e81-\u0ebd\u0ec0-\u0ece\u0edc-\u0edf"  # Lao
-    "\u1000-\u103f\u1050-\u108f\ua9e0-\ua9ef\uaa60-\uaa7f"  # Myanmar
-    "\u1780-\u17d3\u17dc\u17dd"  # Khmer
-    "\u1950-\u1974\u1980-\u19c9\u1a20-\u1a7f"  # Tai Le, New Tai Lue, Tai Tham
-    "\u3005-\u3007\u3021-\u302f\u3031-\u3035\u3038-\u303c"  # iteration marks, zero, numerals
-    "\u3041-\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # kana
-    "\u3105-\u312f\u31a0-\u31bf\ua000-\ua48c"  # Bopomofo, Yi
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
-)
-# What may stand inside a word unseen: soft hyphen, joiners, directions, variation selectors
-INVISIBLE = re.compile(
-    "[\u00ad\u200c-\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]"
-)
-MARK = "".join(chr(c) for c in range(0x20000) if unicodedata.category(chr(c)).startswith("M"))
-LETTERS = rf"[^\W{UNSPACED}]"  # and digits: \w of the scripts with spaces
-# To \w a combining mark is no part of a word; by Unicode's rules it belongs to its letter.
-WORD = re.compile(rf"{LETTERS}+(?:[{MARK}]+{LETTERS}*)*")
-ASCII_WORD = re.compile(r"\w+")
-RUN = re.compile(rf"[{UNSPACED}]+")
-LETTER = re.compile(rf".[{MARK}]*")  # with its marks
-
-
-def normalize(text):
-    """The one form of all canonically equal texts (Unicode's NFC): o + two dots becomes one letter.
-
-    Whatever enters as text passes through here, so that it finds what was written in another form.
-    """
-    if text.isascii():
-        return text
-    return unicodedata.normalize("NFC", text)
-
-
-def words(text):
-    """The words of a text, in lower case and in one Unicode form.
-
-    Where a script has no spaces, each letter and each two and three letters in a row are a word.
-    >>> words("Kyiv's MU\u0308NCHEN, 名古屋")
-    ['kyiv', 's', 'münchen', '名', '古', '屋', '名古', '古屋', '名古屋']
-    """
-    if text.isascii():
-        return ASCII_WORD.findall(text.casefold())
-    # Unicode's caseless match: fold the case of the decomposed text, then compose
-    text = unicodedata.normalize("NFD", text).casefold()
-    text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
-    found = WORD.findall(text)
-    for run_of_letters in RUN.findall(text):
-        letters = LETTER.findall(run_of_letters)
-        for n in (1, 2, 3):
-            for i in range(len(letters) - n + 1):
-                found.append("".join(letters[i : i + n]))
-    return found
-
-
-# -- Embedders --------------------------------------------------------------------------------
-#
-# .encode(n texts) -> (n, dim) float32, each of length 1, or 0 where there is nothing to embed
-# .fit(texts) -> an embedder that knows these texts; .state: what it has learnt, as one array
-# .name: what --embedder was; .id: names the vectors exactly: equal ids, equal vectors
-
-
-def digest(array):
-    """16 hex digits that name the bytes of an array."""
-    return hashlib.blake2b(np.ascontiguousarray(array)).hexdigest()[:16]
-
-
-class HashEmbedder:
-    """Hashed tf-idf of words and of their character 3- and 4-grams: no download, no training.
-
-    A word is the signed, idf-weighted sum of its features ("<kyiv>", "<ky", "kyi", ..., "yiv>"),
-    a text the normalised sum of its words; without any word it is zero. The same on every machine:
-    CRC-32, not Python's salted hash, and an id made of integer counts, not of their logarithms.
-    """
-
-    VERSION = 2  # of what a text becomes: it is part of the id
-    BUCKETS = 1 << 18  # features are counted in so many
-    MOST = 1 << 13  # dimensions that a feature's hash can tell apart
-    CACHE = 1 << 16  # words whose vectors are kept: 128 MB at 512 dimensions
-    BATCH = 1024  # texts that are embedded at a time
-
-    def __init__(self, dim=512, state=None):
-        if state is None:
-            state = np.zeros(self.BUCKETS + 1, "<u4")
-        self.dim = dim
-        self.name = f"hash:{dim}"
-        # texts with feature 0, 1, ..., BUCKETS - 1, and the number of texts: all it learns
-        self.state = state
-        self.id = f"{self.name}:{self.VERSION}:{digest(state)[:12]}"
-        self.idf = np.log((state[-1] + 2.0) / (state[:-1] + 1.0))
-        self.known = {}  # word -> its vector
-
-    def fit(self, texts):
-        """Another one, with document frequencies: how many of the texts have each feature."""
-        n = 0
-        frequency = np.zeros(self.BUCKETS)
-        counts = Counter()
-        for text in texts:
-            n += 1
-            counts.update(set(words(text)))
-            if len(counts) > 2 * self.CACHE:  # memory stays flat
-                frequency += self._frequency(counts)
-                counts.clear()
-        frequency += self._frequency(counts)
-        frequency = np.minimum(frequency, n)  # a text may have two words of one feature
-        return HashEmbedder(self.dim, np.append(frequency, n).astype("<u4"))
-
-    def _frequency(self, counts):
-        hashes, n_features = self._hashes(counts)
-        weights = np.repeat(list(counts.values()), n_features)
-        return np.bincount(hashes % self.BUCKETS, weights, self.BUCKETS)
-
-    @staticmethod
-    def _hashes(some_words):
-        """The features of words as 32-bit hashes: those of all words in a row, and how many each
-        word has. Bits 0-17 name the feature, 18-30 its dimension, 31 its sign."""
-        hashes = []
-        n_features = []
-        for word in some_words:
-            before = len(hashes)
-            if RUN.match(word):
-                hashes.append(zlib.crc32(word.encode()))
-            else:
-                marked = f"<{word}>"
-                if marked.isascii():
-                    marked = marked.encode()  # slices of bytes are hashed as they are
-                _hash_grams(marked, hashes)
-            n_features.append(len(hashes) - before)
-        return np.array(hashes, np.int64), np.array(n_features, np.int64)
-
-    def _vectors(self, some_words):
-        """(n, dim) float32: the vector of each word."""
-        hashes, n_features = self._hashes(some_words)
-        sign = np.where(hashes >> 31, -1, 1)
-        values = self.idf[hashes % self.BUCKETS] * sign
-        dimension = (hashes >> 18) % self.MOST % self.dim
-        row = np.repeat(np.arange(len(n_features)), n_features)
-        flat = np.bincount(row * self.dim + dimension, values, len(n_features) * self.dim)
-        return flat.astype(np.float32).reshape(-1, self.dim)
-
-    def encode(self, texts):
-        texts = list(texts)
-        out = np.zeros((len(texts), self.dim), np.float32)
-        for i in range(0, len(texts), self.BATCH):
-            out[i : i + self.BATCH] = self._encode(texts[i : i + self.BATCH])
-        return out
-
-    def _encode(self, texts):
-        bags = [words(text) for text in texts]
-        vocabulary = dict.fromkeys(chain.from_iterable(bags))  # each word once, in order
-        new = [word for word in vocabulary if word not in self.known]
-        if len(self.known) + len(new) > self.CACHE:
-            self.known.clear()  # the common words come back at once
-            new = list(vocabulary)
-        if new:
-            self.known.update(zip(new, self._vectors(new), strict=True))
-        table = np.zeros((len(vocabulary), self.dim), np.float32)
-        row = {}
-        for i, word in enumerate(vocabulary):
-            table[i] = self.known[word]
-            row[word] = i
-        flat = [row[word] for bag in bags for word in bag]
-        starts = np.cumsum([0] + [len(bag) for bag in bags])[:-1]  # of each bag in flat
-        if not flat:
-            return np.zeros((len(texts), self.dim), np.float32)
-        out = F.embedding_bag(
-            torch.tensor(flat), torch.from_numpy(table), torch.from_numpy(starts), mode="sum"
-        )  # (n, dim): the words of a text are added up in their order
-        out = out.numpy()
-        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
-
-
-def _hash_grams(marked, hashes):
-    """Appends the hashes of "<word>" and of its 3- and 4-grams. marked: text, or ASCII bytes."""
-    if isinstance(marked, bytes):
-        hashes.append(zlib.crc32(b"=" + marked))
-        for n in (3, 4):
-            for i in range(len(marked) - n + 1):
-                hashes.append(zlib.crc32(marked[i : i + n]))
-        return
-    hashes.append(zlib.crc32(("=" + marked).encode("utf-8", "replace")))
-    for n in (3, 4):
-        for i in range(len(marked) - n + 1):
-            hashes.append(zlib.crc32(marked[i : i + n].encode("utf-8", "replace")))
-
-
-class HuggingFaceEmbedder:
-    """Any Hugging Face encoder: the normalised output feature of its first token, <cls> (3.1)."""
-
-    def __init__(self, name):
-        transformers = optional("transformers")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.model = transformers.AutoModel.from_pretrained(name).eval().to(device)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            why = str(error).strip().splitlines()[0]
-            raise UserError(f"--embedder hf:{name} cannot be loaded: {why}") from None
-        self.dim = self.model.config.hidden_size
-        self.state = np.zeros(0, "<u4")
-        self.name = f"hf:{name}"
-        self.id = f"{self.name}:{self.dim}:{self._weights()}"
-
-    def _weights(self):
-        """A hash of weights and vocabulary: the files under a name may be replaced by others."""
-        digest = hashlib.blake2b()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        config = self.model.config.to_diff_dict()
-        config.pop("_name_or_path", None)  # the path is in the name
-        config.pop("transformers_version", None)
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        if self.tokenizer.is_fast:
-            digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
-        else:
-            digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
-        return digest.hexdigest()[:12]
-
-    def fit(self, texts):
-        return self
-
-    @torch.inference_mode()
-    def encode(self, texts):
-        texts = [normalize(text) for text in texts]
-        out = torch.zeros(len(texts), self.dim)
-        for i in range(0, len(texts), 64):
-            some = texts[i : i + 64]
-            batch = self.tokenizer(some, return_tensors="pt", padding=True, truncation=True)
-            features = self.model(**batch.to(self.model.device)).last_hidden_state  # (n, m, dim)
-            out[i : i + 64] = features[:, 0]
-        return F.normalize(out, dim=-1).numpy()
-
-
-def embedder(name, state=None):
-    """The embedder called "hash", "hash:DIM", "hf:NAME" or "bge-m3" (the paper's), or UserError.
-
-    state: the .state of the same embedder after .fit, from disk. An object is returned as it is.
-    """
-    if not isinstance(name, str):
-        return name
-    full = {"hash": "hash:512", "bge-m3": "hf:BAAI/bge-m3"}.get(name, name)
-    if full.startswith("hf:") and len(full) > 3:
-        return HuggingFaceEmbedder(full[3:])
-    match = re.fullmatch(r"hash:([1-9][0-9]{0,5})", full)
-    check(match, f"unknown embedder {name!r}: take hash, hash:DIM, bge-m3 or hf:NAME")
-    dim = int(match[1])
-    check(dim <= HashEmbedder.MOST, f"embedder {name}: at most {HashEmbedder.MOST} dimensions")
-    return HashEmbedder(dim, state)
-
-
-# -- The index --------------------------------------------------------------------------------
-
-FORMAT = "memory3 index 2"
-NOTHING = -1.0  # the score where nothing was found: no cosine is below
-FLAT = 100_000  # references: up to so many every vector is compared, exactly
-SCALAR = 10_000_000  # references: up to so many a byte a dimension is kept, beyond it a quarter
-PROBES = 32  # lists of an inverted file that a query looks into
-# What vouches for an index; its files are in its own directory, its tokenizer in the one above.
-META = dict(
-    format=str,
-    n=int,
-    dim=int,
-    embedder=str,
-    embedder_id=str,
-    factory=str,
-    tokenizer=str,
-    tokenizer_id=str,
-    references=str,
-    checksum=int,
-    blank=list,
-    least=float,
-)
-
-
-def choose_factory(n, dim=512):
-    """The FAISS factory string for n vectors of `dim` numbers.
-
-    Exact up to FLAT. Beyond, about 4 sqrt(n) lists, found through an HNSW graph; their vectors are
-    kept as a byte a number (SQ8), or from SCALAR on as product codes of 4 numbers a byte.
-    >>> choose_factory(20_000), choose_factory(1_000_000), choose_factory(112_000_000)
-    ('Flat', 'IVF4096_HNSW32,SQ8', 'IVF32768_HNSW32,PQ128')
-    """
-    if n <= FLAT:
-        return "Flat"
-    lists = 1 << round(np.log2(4 * n**0.5))
-    if n <= SCALAR or dim % 4:
-        return f"IVF{lists}_HNSW32,SQ8"
-    return f"IVF{lists}_HNSW32,PQ{dim // 4}"
-
-
-def _cure(path, name=None):
-    """What makes an index that is missing or wrong, as a command with its flags."""
-    path = Path(path)
-    flags = ["--data", str(path.parent), "--references", path.stem]
-    if name:
-        flags += ["--embedder", name]
-    return f"make it anew with: python retrieval.py index {shlex.join(flags)}"
+# -- The index ---
 
 
 class Retriever:
@@ -462,8 +165,9 @@ class Retriever:
 
         encoder: an embedder or its name. factory: a FAISS factory string instead of our choice.
         """
-        model = encode_shard(path, references, tokenizer_name, encoder, factory, progress=progress)
-        return join(path, references, model, progress)
+        model = encode_shard(path, references, tokenizer_name, encoder, factory, (1, 1), progress)
+        join(path, references, progress)
+        return Retriever.open(path, model, references)
 
     @staticmethod
     def open(path, encoder=None, references=None):
@@ -471,17 +175,24 @@ class Retriever:
         references: those that the ids are to name. UserError without an index, or if its parts, or
         it and the references, do not belong together."""
         path = Path(path)
-        cure = _cure(path)
+        cure = cure_for(path)
         check((path / "meta.json").exists(), f"{path}: no index here; {cure}")
         meta = read_json(path / "meta.json", META, cure)
         check(meta["format"] == FORMAT, f"{path} is a {meta['format']}, not {FORMAT}; {cure}")
-        cure = _cure(path, meta["embedder"])
+        cure = cure_for(path, meta["embedder"])
         state = read_array(path / "embedder.npy", "<u4", (None,), cure)
-        model = _embedder_of(encoder or meta["embedder"], state, path, cure)
-        tokenizer = corpus.tokenizer(_tokenizer_name(path, meta["tokenizer"]))
-        _same(path, "embedder", meta["embedder_id"], model.id, cure)
-        _same(path, "tokenizer", meta["tokenizer_id"], tokenizer.id, cure)
-        index = _read_index(path / "index.faiss", meta, cure)
+        encoder = encoder or meta["embedder"]
+        if isinstance(encoder, str) and encoder.startswith("hash"):
+            fits = len(state) == HashEmbedder.BUCKETS + 1
+            check(fits, f"{path}/embedder.npy is damaged: {len(state)} numbers; {cure}")
+        model = embedder(encoder, state)
+        name = meta["tokenizer"]
+        tokenizer = corpus.tokenizer(path.parent if name == ".." else name)
+        for kind, ours in dict(embedder=model.id, tokenizer=tokenizer.id).items():
+            made_with = meta[f"{kind}_id"]
+            line = f"{path}: {kind} {made_with} and {ours} do not compare; {cure}"
+            check(made_with == ours, line)
+        index = open_index(path / "index.faiss", meta, cure)
         retriever = Retriever(path, index, model, tokenizer, meta)
         retriever._read_changes(cure)
         fits = references is None or references.hash == meta["references"]
@@ -503,7 +214,7 @@ class Retriever:
         vectors[~finite] = 0
         ids, scores = self._search_rows(vectors, k)
         if self.fresh is not None and self.fresh.ntotal:
-            found, cosines = _search(self.fresh, vectors, k)
+            found, cosines = search(self.fresh, vectors, k)
             ids = np.concatenate([ids, found], 1)  # (n, 2k)
             scores = np.concatenate([scores, cosines], 1)
             best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -535,7 +246,7 @@ class Retriever:
         hidden = np.fromiter(self.hidden, np.int64, len(self.hidden))
         most = k
         while True:
-            ids, scores = _search(self.index, vectors, most)
+            ids, scores = search(self.index, vectors, most)
             out = np.isin(ids, hidden)
             found = ((ids >= 0) & ~out).sum(1)
             exhausted = (ids < 0).any(1) | (most >= self.index.ntotal)
@@ -561,41 +272,52 @@ class Retriever:
 
     def add(self, ids, texts):
         """Like remove and replace: searches know it at once, the disk only after save()."""
-        ids = [int(i) for i in ids]
-        texts = [normalize(text) for text in texts]
         there = [i for i in ids if self._has(i)]
-        check(not there, f"{self.path}: add: references {there} are there already; replace them")
-        check(len(set(ids)) == len(ids) == len(texts), f"add: one text for each id, once: {ids}")
-        check(all(i >= 0 for i in ids), f"add: ids are at least 0: {ids}")
-        if not ids:
-            return
-        vectors = self._embed(texts)
-        check(np.isfinite(vectors).all(), f"embedder {self.embedder.name} gives NaN for a text")
-        full = vectors.any(1)
-        ids = np.array(ids, np.int64)
-        self.blank.update(ids[~full].tolist())
-        if self.fresh is None:
-            self.fresh = _exact_index(self.embedder.dim)
-        self.fresh.add_with_ids(vectors[full], ids[full])
+        check(not there, f"{self.path}: references {there} are there already: replace them")
+        self._put(ids, self._new_vectors(ids, texts))
 
     def remove(self, ids):
         """Forgets references: no search finds them. Their old vectors stay in index.faiss, hidden,
         until the index is made anew."""
-        ids = [int(i) for i in ids]
+        self._check_known(ids)
+        self._hide(ids)
+
+    def replace(self, ids, texts):
+        self._check_known(ids)
+        vectors = self._new_vectors(ids, texts)  # first: what is refused changes nothing
+        self._hide(ids)
+        self._put(ids, vectors)
+
+    def _check_known(self, ids):
         unknown = [i for i in ids if not self._has(i)]
         check(not unknown, f"{self.path} has no references {unknown} to remove or replace")
+        check(len(set(ids)) == len(ids), f"{self.path}: an id twice: {list(ids)}")
+
+    def _new_vectors(self, ids, texts):
+        check(not isinstance(texts, str) and len(ids) == len(texts), "give one text for each id")
+        check(len(set(ids)) == len(ids), f"{self.path}: an id twice: {list(ids)}")
+        check(all(i >= 0 for i in ids), f"{self.path}: ids are at least 0: {list(ids)}")
+        vectors = self._embed([normalize(text) for text in texts])  # (n, dim)
+        line = f"embedder {self.embedder.name} gives NaN for one of the texts of {list(ids)}"
+        check(np.isfinite(vectors).all(), line)
+        return vectors
+
+    def _put(self, ids, vectors):
+        ids = np.array(ids, np.int64)
+        full = vectors.any(1)
+        self.blank.update(ids[~full].tolist())
+        if self.fresh is None:
+            self.fresh = exact_index(self.embedder.dim)
+        self.fresh.add_with_ids(vectors[full], ids[full])
+
+    def _hide(self, ids):
         fresh = [i for i in ids if self._is_fresh(i)]
         if fresh:
             self.fresh.remove_ids(np.array(fresh, np.int64))
         for i in ids:
-            self.blank.discard(i)
+            self.blank.discard(int(i))
             if i < self.index.ntotal:
-                self.hidden.add(i)
-
-    def replace(self, ids, texts):
-        check(len(ids) == len(texts), f"replace: one text for each id: {list(ids)}")
-        self.remove(ids)
-        self.add(ids, texts)
+                self.hidden.add(int(i))
 
     def save(self, references=None):
         """Writes the changes, not the index: O(changes). references: what they made of the
@@ -603,21 +325,19 @@ class Retriever:
         if references is not None:
             self.meta["references"] = references.hash
         if self.fresh is None:
-            self.fresh = _exact_index(self.embedder.dim)
-        faiss = optional("faiss")
-        n = self.fresh.ntotal
-        vectors = faiss.downcast_index(self.fresh.index).reconstruct_n(0, n)
+            self.fresh = exact_index(self.embedder.dim)
+        vectors = inner_index(self.fresh.index).reconstruct_n(0, self.fresh.ntotal)
         arrays = dict(
             base=np.array(self.meta["checksum"], np.int64),
             version=np.array(self.version + 1, np.int64),
             references=np.array(self.meta["references"]),
             hidden=np.array(sorted(self.hidden), np.int64),
             blank=np.array(sorted(self.blank), np.int64),
-            ids=faiss.vector_to_array(self.fresh.id_map),
-            vectors=vectors.reshape(n, self.embedder.dim),
+            ids=optional("faiss").vector_to_array(self.fresh.id_map),
+            vectors=vectors.reshape(-1, self.embedder.dim),
         )
-        with _lock(self.path):
-            on_disk = self._changes(_cure(self.path, self.embedder.name))
+        with lock(self.path):
+            on_disk = self._changes(cure_for(self.path, self.embedder.name))
             version = int(on_disk["version"]) if on_disk else 0
             line = f"{self.path} was changed by another process since it was opened: open it again"
             check(version == self.version, line)
@@ -633,9 +353,9 @@ class Retriever:
         if not path.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in kinds}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            file = np.load(path, allow_pickle=False)
+            arrays = {name: file[name] for name in kinds}
+        except Exception as error:  # NumPy's, zipfile's and zlib's own kinds of it
             raise UserError(f"{path} is damaged ({type(error).__name__}); {cure}") from None
         fits = all(arrays[name].dtype.kind == kind for name, kind in kinds.items())
         fits = fits and arrays["vectors"].shape == (len(arrays["ids"]), self.embedder.dim)
@@ -652,7 +372,7 @@ class Retriever:
         self.meta["references"] = str(arrays["references"])
         self.hidden = set(arrays["hidden"].tolist())
         self.blank = set(arrays["blank"].tolist())
-        self.fresh = _exact_index(self.embedder.dim)
+        self.fresh = exact_index(self.embedder.dim)
         self.fresh.add_with_ids(arrays["vectors"].astype(np.float32), arrays["ids"])
 
     def calibrate(self, answerable, unanswerable, keep=0.95):
@@ -667,360 +387,10 @@ class Retriever:
         lost = int((1 - keep) * len(good))  # so many of them may find nothing
         self.least = max(0.0, float(np.nextafter(good[lost], np.float32(-np.inf))))
         path = Path(self.path, "meta.json")
-        stored = read_json(path, META, _cure(self.path, self.embedder.name))
+        stored = read_json(path, META, cure_for(self.path, self.embedder.name))
         self.meta["least"] = self.least
         write_json(path, stored | dict(least=self.least))
         return self.least, float((bad <= self.least).mean())
-
-
-def _search(index, vectors, k):
-    """index.search with ids first, k of any size, and -inf where there is nothing."""
-    faiss = optional("faiss")
-    n = len(vectors)
-    ids = np.full((n, k), -1, np.int64)
-    scores = np.full((n, k), -np.inf, np.float32)
-    most = min(k, index.ntotal)
-    if n and most:
-        # From so many queries x dim on FAISS takes BLAS (default: 128,000); from 4 queries it pays
-        faiss.cvar.distance_compute_blas_threshold = 4 * vectors.shape[1]
-        scores[:, :most], ids[:, :most] = index.search(vectors, most)
-    scores[ids < 0] = -np.inf
-    return ids, scores
-
-
-def _exact_index(dim):
-    """An empty index of vectors with ids of their own: they can be added and removed."""
-    faiss = optional("faiss")
-    return faiss.index_factory(dim, "IDMap2,Flat", faiss.METRIC_INNER_PRODUCT)
-
-
-def _tokenizer_name(path, name):
-    """What corpus.tokenizer takes: ".." in meta.json is the directory in which the index lies."""
-    return str(Path(path).parent) if name == ".." else name
-
-
-def _same(path, kind, made_with, ours, cure):
-    line = f"{path}: {kind} {made_with} and {ours} do not compare; {cure}"
-    check(made_with == ours, line)
-
-
-def _embedder_of(encoder, state, path, cure):
-    if isinstance(encoder, str) and encoder.startswith("hash"):
-        fits = len(state) == HashEmbedder.BUCKETS + 1
-        check(fits, f"{path}/embedder.npy is damaged: {len(state)} numbers; {cure}")
-    return embedder(encoder, state)
-
-
-def _read_index(file, meta, cure):
-    """A FAISS index that is what meta.json says; it is never in memory twice."""
-    check(file.exists(), f"{file} is missing; {cure}")
-    check(_checksum(file) == meta["checksum"], f"{file} is damaged or half renewed; {cure}")
-    faiss = optional("faiss")
-    try:
-        index = faiss.read_index(str(file))
-    except RuntimeError:
-        raise UserError(f"{file} is no index of this FAISS version; {cure}") from None
-    fits = index.ntotal == meta["n"] and index.d == meta["dim"]
-    check(fits, f"{file} has {index.ntotal:,} vectors of {index.d}, unlike meta.json; {cure}")
-    return index
-
-
-def _checksum(file):
-    """The CRC-32 of a file, a block at a time."""
-    crc = 0
-    with open(file, "rb") as f:
-        while block := f.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-@contextmanager
-def _lock(path):
-    """One process at a time; a process that dies gives the lock back."""
-    Path(path).mkdir(parents=True, exist_ok=True)
-    with open(Path(path, "lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-# -- Making an index --------------------------------------------------------------------------
-#
-# In <path>/parts/, so that a stopped run goes on, and so that several processes share the work:
-#     plan.json, embedder.npy, empty.faiss    made once, by whoever comes first
-#     1-of-2.codes, 2-of-2.codes              each shard's references, as codes of the index
-#     1-of-2.blank, 2-of-2.blank              ids of those that have no vector
-# `join` puts the codes into the empty index, in the order of the references. So neither the vectors
-# nor two copies of the index are ever in memory, and two shards make the same index as one.
-
-BATCH = 1024  # references that are embedded at a time
-FIT = 1 << 20  # references, at most, from which an embedder learns its frequencies
-TRAIN = 65_536  # vectors, at most, from which codes are learnt; and a list needs 40
-KINDS = "IndexFlat IndexFlatIP IndexScalarQuantizer IndexPQ IndexIVFFlat IndexIVFScalarQuantizer"
-KINDS = KINDS.split() + ["IndexIVFPQ"]
-
-
-def encode_shard(
-    path, references, tokenizer_name, encoder, factory=None, shard=(1, 1), progress=True
-):
-    """Embeds the references of shard (i, n), 1 <= i <= n: those from N(i-1)/n to N i/n. All that is
-    needed later lies in `path`/parts. Returns the fitted embedder. See Retriever.build."""
-    parts = Path(path, "parts")
-    with _lock(path):
-        plan, model, index = _prepare(path, references, tokenizer_name, encoder, factory, progress)
-    tokenizer = corpus.tokenizer(tokenizer_name)
-    i, n_shards = shard
-    start = plan["n"] * (i - 1) // n_shards
-    stop = plan["n"] * i // n_shards
-    size = index.sa_code_size()
-    codes = parts / f"{i}-of-{n_shards}.codes"
-    blanks = parts / f"{i}-of-{n_shards}.blank"
-    with codes.open("ab") as code_file, blanks.open("ab") as blank_file:
-        done = codes.stat().st_size // size  # whole codes
-        code_file.truncate(done * size)
-        known = np.fromfile(blanks, "<i8", blanks.stat().st_size // 8)
-        blank_file.truncate(8 * int((known < start + done).sum()))
-        bar = tqdm(total=stop - start, initial=done, desc="embedding", disable=not progress)
-        with bar:
-            for first in range(start + done, stop, BATCH):
-                ids = range(first, min(first + BATCH, stop))
-                vectors = _vectors(model, references, tokenizer, ids)
-                blank = ~vectors.any(1)
-                blank_file.write(np.array(ids, "<i8")[blank].tobytes())
-                blank_file.flush()  # first: a code vouches for what was said of its reference
-                code_file.write(index.sa_encode(vectors).tobytes())
-                code_file.flush()
-                bar.update(len(ids))
-    return model
-
-
-def _vectors(model, references, tokenizer, ids):
-    texts = [normalize(tokenizer.decode(references[i].tolist())) for i in ids]
-    vectors = np.asarray(model.encode(texts), np.float32)  # (n, dim)
-    for i, vector in zip(ids, vectors, strict=True):
-        check(np.isfinite(vector).all(), f"embedder {model.name} gives NaN for reference {i}")
-    return vectors
-
-
-def _prepare(path, references, tokenizer_name, encoder, factory, progress):
-    """What all shards share: the plan, the fitted embedder, the trained index without vectors."""
-    parts = Path(path, "parts")
-    tokenizer = corpus.tokenizer(tokenizer_name)
-    model = embedder(encoder)
-    factory = (factory or choose_factory(len(references), model.dim)).removeprefix("IDMap2,")
-    in_parent = Path(tokenizer_name).resolve() == Path(path).resolve().parent
-    plan = dict(
-        format=FORMAT,
-        n=len(references),
-        dim=model.dim,
-        embedder=model.name,
-        unfitted=model.id,
-        factory=factory,
-        tokenizer=".." if in_parent else str(tokenizer_name),
-        tokenizer_id=tokenizer.id,
-        references=references.hash,
-    )
-    file = parts / "plan.json"
-    faiss = optional("faiss")
-    if isinstance(encoder, str) and file.exists():
-        made = read_json(file, {}, f"remove {parts}: an unfinished index")
-        if {key: made.get(key) for key in plan} == plan:
-            model = embedder(encoder, np.load(parts / "embedder.npy"))
-            return made, model, faiss.read_index(str(parts / "empty.faiss"))
-    index = _empty_index(factory, model.dim)
-    shutil.rmtree(parts, ignore_errors=True)  # unfinished, and of another plan
-    parts.mkdir(parents=True)
-    model = _fit(model, references, tokenizer, progress)
-    _announce(path, plan, index, model, references, tokenizer, progress)
-    _train(index, factory, model, references, tokenizer)
-    replace_file(parts / "embedder.npy", lambda f: np.save(f, model.state))
-    faiss.write_index(index, str(parts / "empty.faiss"))
-    plan["embedder_id"] = model.id
-    write_json(file, plan)  # the last: it says that the others are there
-    return plan, model, index
-
-
-def _empty_index(factory, dim):
-    """The index that a factory string names. UserError for a kind that we cannot make in parts."""
-    faiss = optional("faiss")
-    try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        why = str(error).split("Error: ")[-1].splitlines()[0]
-        raise UserError(
-            f"--factory {factory}: FAISS cannot make it of {dim} numbers: {why}"
-        ) from None
-    inner = _inner(index)
-    kind = type(inner).__name__
-    fits = kind in KINDS and inner.metric_type == faiss.METRIC_INNER_PRODUCT
-    cure = "take Flat, SQ8 or PQ64, alone or after IVF1024 or IVF4096_HNSW32"
-    check(fits, f"--factory {factory}: an {kind} cannot be made in parts or loses ids; {cure}")
-    if isinstance(inner, faiss.IndexIVF):
-        inner.nprobe = min(PROBES, inner.nlist)
-        inner.cp.min_points_per_centroid = 1  # no word on stderr
-        quantizer = faiss.downcast_index(inner.quantizer)
-        if isinstance(quantizer, faiss.IndexHNSW):
-            quantizer.hnsw.efSearch = 2 * PROBES  # it looks at so many lists to find the nearest
-    return index
-
-
-def _inner(index):
-    """The index that holds the vectors, behind what turns or normalises them first."""
-    faiss = optional("faiss")
-    index = faiss.downcast_index(index)
-    while isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
-    return index
-
-
-def _spread(n, most):
-    """At most so many ids, evenly over 0..n-1."""
-    return np.linspace(0, n - 1, min(n, most)).astype(np.int64).tolist()
-
-
-def _fit(model, references, tokenizer, progress):
-    ids = tqdm(_spread(len(references), FIT), "counting words", disable=not progress)
-    return model.fit(normalize(tokenizer.decode(references[i].tolist())) for i in ids)
-
-
-def _train(index, factory, model, references, tokenizer):
-    """Lists and codes, learnt from a sample of the references."""
-    if index.is_trained:
-        return
-    lists = getattr(_inner(index), "nlist", 0)
-    ids = _spread(len(references), max(TRAIN, 40 * lists))
-    check(lists <= len(ids), f"--factory {factory}: {lists} lists for {len(ids)} references")
-    vectors = np.zeros((len(ids), model.dim), np.float32)
-    for i in range(0, len(ids), BATCH):
-        vectors[i : i + BATCH] = _vectors(model, references, tokenizer, ids[i : i + BATCH])
-    try:
-        index.train(vectors)
-    except RuntimeError as error:
-        why = str(error).split("Error: ")[-1].splitlines()[0]
-        line = f"--factory {factory} cannot be trained on {len(ids)} references: {why}"
-        raise UserError(line) from None
-
-
-def predict(n, dim, index):
-    """What an index of n vectors will take: bytes in RAM (and on disk), bytes at most while it is
-    made, and multiply-adds of its training."""
-    inner = _inner(index)
-    lists = getattr(inner, "nlist", 0)
-    size = n * index.sa_code_size()
-    if lists:
-        size += 8 * n + lists * (4 * dim + 4 * 2 * 32)  # ids; centroids and their graph
-    sample = 0 if index.is_trained else min(n, max(TRAIN, 40 * lists))
-    peak = max(size, 4 * dim * (sample + min(sample, 100_000)))  # the sample, and its residuals
-    return size, peak, 10 * sample * lists * dim
-
-
-def _announce(path, plan, index, model, references, tokenizer, progress):
-    """Says before it starts what an index will take."""
-    if not progress:
-        return
-    n = plan["n"]
-    size, peak, products = predict(n, plan["dim"], index)
-    some = _spread(n, BATCH)
-    began = time.perf_counter()
-    _vectors(model, references, tokenizer, some)
-    embedding = (time.perf_counter() - began) * n / max(1, len(some))
-    x = np.ones((1024, plan["dim"]), np.float32)
-    began = time.perf_counter()
-    x @ x.T
-    training = (time.perf_counter() - began) * products / (1024 * 1024 * plan["dim"])
-    line = f"{path}: {n:,} references as {plan['factory']}, {index.sa_code_size()} bytes each"
-    line += f"; {size / 1e6:,.0f} MB in RAM and on disk, at most {peak / 1e6:,.0f} MB of RAM while"
-    line += f" it is made; about {training / 60:.1f} min to train, {embedding / 60:.1f} to embed"
-    print(line)
-
-
-def join(path, references, encoder=None, progress=True):
-    """Makes the index of all its shards, and returns it, opened with `encoder` (None: that of its
-    name). UserError if a shard is not done."""
-    faiss = optional("faiss")
-    path = Path(path)
-    parts = path / "parts"
-    cure = _cure(path)
-    check((parts / "plan.json").exists(), f"{parts}: no shards to join; {cure}")
-    plan = read_json(parts / "plan.json", dict(n=int, references=str, embedder=str), cure)
-    cure = _cure(path, plan["embedder"])
-    line = f"{parts} is of other references than {references.path}; {cure}"
-    check(plan["references"] == references.hash, line)
-    index = faiss.read_index(str(parts / "empty.faiss"))
-    files = _finished(parts, plan["n"], index.sa_code_size(), cure)
-    inner = _inner(index)
-    has_lists = isinstance(inner, faiss.IndexIVF)
-    if has_lists:
-        _reserve(inner, files)
-    at = 0
-    with tqdm(total=plan["n"], desc="joining", disable=not progress) as bar:
-        for codes in _blocks(files, index.sa_code_size()):
-            if has_lists:
-                inner.add_sa_codes(codes, np.arange(at, at + len(codes)))
-            else:
-                inner.add_sa_codes(codes)
-            at += len(codes)
-            bar.update(len(codes))
-    index.ntotal = inner.ntotal
-    blank = []
-    for file in files:
-        blank += np.fromfile(file.with_suffix(".blank"), "<i8").tolist()
-    made = path / "index.faiss.tmp"
-    faiss.write_index(index, str(made))
-    checksum = _checksum(made)
-    made.replace(path / "index.faiss")
-    shutil.copy(parts / "embedder.npy", path / "embedder.npy")
-    meta = {key: plan[key] for key in META if key in plan}
-    write_json(path / "meta.json", meta | dict(checksum=checksum, blank=blank, least=0.0))
-    shutil.rmtree(parts)
-    Path(path, "changes.npz").unlink(missing_ok=True)  # of an older index
-    del index, inner
-    return Retriever.open(path, encoder)
-
-
-def _finished(parts, n, size, cure):
-    """The code files of one complete set of shards, in order."""
-    shards = {}  # how many -> which
-    for file in parts.glob("*-of-*.codes"):
-        i, n_shards = file.stem.split("-of-")
-        shards.setdefault(int(n_shards), set()).add(int(i))
-    missing = "1/1"
-    for n_shards in sorted(shards):
-        files = []
-        for i in range(1, n_shards + 1):
-            rows = n * i // n_shards - n * (i - 1) // n_shards
-            file = parts / f"{i}-of-{n_shards}.codes"
-            if not file.exists() or file.stat().st_size != rows * size:
-                missing = f"{i}/{n_shards}"
-                break
-            files.append(file)
-        if len(files) == n_shards:
-            return files
-    command = cure.partition(": ")[2]
-    raise UserError(f"{parts}: shard {missing} is not done: run {command} --shard {missing}")
-
-
-def _blocks(files, size, rows=65_536):
-    """All codes of the files (n, size) uint8, some rows at a time."""
-    for file in files:
-        with file.open("rb") as f:
-            while data := f.read(rows * size):
-                yield np.frombuffer(data, np.uint8).reshape(-1, size)
-
-
-def _reserve(inner, files):
-    """Makes each inverted list as large as it will be: else they grow by doubling."""
-    faiss = optional("faiss")
-    size = inner.sa_code_size()
-    n_bytes = inner.coarse_code_size()  # the list's number comes first in a code, low byte first
-    counts = np.zeros(inner.nlist, np.int64)
-    weights = 256 ** np.arange(n_bytes)
-    for codes in _blocks(files, size):
-        lists = codes[:, :n_bytes].astype(np.int64) @ weights  # (n,)
-        counts += np.bincount(lists, minlength=inner.nlist)
-    lists = faiss.downcast_InvertedLists(inner.invlists)
-    for i, count in enumerate(counts.tolist()):
-        lists.resize(i, count)
-        lists.resize(i, 0)  # the room stays
 
 
 # -- Other sources ----------------------------------------------------------------------------
@@ -1159,7 +529,7 @@ def write_neighbors(
     path = Path(path)
     index = retriever.path
     n_chunks = len(tokens) // chunk_len
-    cure = _cure(index, retriever.embedder.name)
+    cure = cure_for(index, retriever.embedder.name)
     of_these = retriever.meta["references"] == references.hash
     check(of_these, f"{index}: an index of other references; {cure}")
     check(n_chunks, f"{path}: the split has no {chunk_len} tokens: give a smaller --chunk_len")
@@ -1340,7 +710,8 @@ def main(argv=None):
     if a.command == "index":
         write_index(path, references, a)
     elif a.command == "join":
-        report(path, join(path, references))
+        join(path, references)
+        report(path, Retriever.open(path, references=references))
     else:
         find_neighbors(path, references, a)
 

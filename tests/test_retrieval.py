@@ -1,6 +1,8 @@
 """Retrieval: eq. (3.3), the hash embedder, the index, and the neighbours of training chunks."""
 
 import doctest
+import io
+import json
 import random
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import torch
 
 import common
 import corpus
+import embed
+import index
 import retrieval
 from common import UserError
 from retrieval import HashEmbedder, Retriever, exceeds, neighbors, open_neighbors, overlap
@@ -50,9 +54,8 @@ def data(tmp_path, monkeypatch):
 
 def make(data, **options):
     references = corpus.References.open(data / "kb")
-    return references, Retriever.build(
-        f"{data}/kb.index", references, str(data), "hash:67", progress=False, **options
-    )
+    options = dict(encoder="hash:67", progress=False) | options
+    return references, Retriever.build(f"{data}/kb.index", references, str(data), **options)
 
 
 def brute(t, r):
@@ -70,8 +73,9 @@ def brute(t, r):
 
 def test_worked_examples():
     """A docstring whose example no longer holds."""
-    result = doctest.testmod(retrieval)
-    assert result.attempted >= 3 and result.failed == 0
+    for module in (embed, index, retrieval):
+        result = doctest.testmod(module)
+        assert result.attempted >= 1 and result.failed == 0
 
 
 def test_overlap_is_brute_force():
@@ -103,60 +107,6 @@ def test_overlap_of_nothing():
     with pytest.raises(ValueError, match="empty reference"):
         exceeds([1, 2], [], 0.9)
     assert overlap([], [1, 2]) == 0
-
-
-def test_hash_embedder_is_the_same_everywhere():
-    """Python's salted hash(), or a platform's byte order, in what an index is made of."""
-    e = HashEmbedder(11).fit(["Kyiv has people", "Lviv has time", ""])
-    assert e.id == "hash:11:2:3d8dfa710831"
-    golden = [
-        0.0804663,
-        -0.3827357,
-        0,
-        0.8676163,
-        0.0804663,
-        -0.0103434,
-        -0.1413367,
-        -0.0195959,
-        0.1413367,
-        0.2022071,
-        0.0804663,
-    ]
-    assert np.allclose(e.encode(["Kyiv, LVIV and Сновськ"])[0], golden, atol=1e-6)
-
-
-def test_hash_embedder_edges(monkeypatch):
-    """NaN for a text without words; vectors that depend on the batch or on a full cache."""
-    fresh = HashEmbedder(67)
-    e = fresh.fit(text(i) for i in range(13))
-    assert fresh.id != e.id  # fitting leaves the old one, and what it embedded, as they were
-    texts = ["", "?!", "Kyiv", "Lviv has", "名古屋 市", "Kyiv Kyiv Kyiv", text(3)]
-    x = e.encode(texts)
-    assert x.dtype == np.float32 and x.shape == (7, 67)
-    assert np.allclose(np.linalg.norm(x, axis=1), [0, 0, 1, 1, 1, 1, 1], atol=1e-5)
-    assert e.encode([]).shape == (0, 67)
-    monkeypatch.setattr(HashEmbedder, "CACHE", 3)
-    small = HashEmbedder(67, e.state)
-    assert np.array_equal(np.concatenate([small.encode([t]) for t in texts]), x)
-
-
-def test_hash_embedder_finds_the_city():
-    """Features without weights: what all references share drowns the name."""
-    e = HashEmbedder().fit(text(i) for i in range(13))
-    kb = e.encode([text(i) for i in range(13)])
-    questions = e.encode([f"What is the population of {name}?" for name in NAMES])
-    assert ((questions @ kb.T).argmax(1) == np.arange(13)).all()
-
-
-def test_unknown_embedder():
-    """A misspelt name that silently becomes the default; a missing package that says nothing."""
-    with pytest.raises(ValueError, match="unknown embedder 'hsah'"):
-        retrieval.embedder("hsah")
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="pip install transformers"):
-            retrieval.embedder("bge-m3")
 
 
 def test_index_comes_back_from_disk(data):
@@ -258,7 +208,7 @@ def test_killed_while_saving(data, monkeypatch):
     r.save()
     assert len(Retriever.open(f"{data}/kb.index")) == 14
     with monkeypatch.context() as m:
-        m.setattr(retrieval, "write_json", dying_at("meta.json"))
+        m.setattr(index, "write_json", dying_at("meta.json"))
         with pytest.raises(ZeroDivisionError):
             make(data, factory="SQ8")
     with pytest.raises(UserError, match="half renewed"):
@@ -385,3 +335,382 @@ def test_training_needs_no_faiss():
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# -- Nothing found ----------------------------------------------------------------------------
+
+NO_WORDS = ["???", "\n\n", "", " \t", "\u2026!", "\u0301"]
+
+
+def nothing(result, shape):
+    ids, scores = result
+    return ids.shape == scores.shape == shape and (ids == -1).all() and (scores == -1).all()
+
+
+@pytest.mark.parametrize("factory", [None, "SQ8", "IVF2,Flat", "IVF2_HNSW4,SQ8"])
+def test_a_query_without_words_finds_nothing(data, factory):
+    """Arbitrary memories, read because the first rows of the index are nobody's neighbours."""
+    _, r = make(data, factory=factory)
+    assert nothing(r.search(NO_WORDS, 5), (6, 5))
+    tokens = [[256], [], [-1, -1, -1], Bytes().encode("?!"), [10] * 32]
+    assert nothing(r.search(tokens, 4), (5, 4))
+    assert nothing(r.search(torch.full((2, 3), -1), 1), (2, 1))
+    ids = r.search(["???", text(3), "\n"], 2)[0]
+    assert (ids[[0, 2]] == -1).all() and ids[1, 0] == 3
+    assert r.search([], 5)[0].shape == (0, 5)
+    r.add([40], ["Zubrowka has people"])
+    r.remove([2])
+    assert nothing(r.search(NO_WORDS, 5), (6, 5))
+
+
+def test_more_references_than_there_are(data):
+    """A knowledge base of two references that cannot be asked; places filled with repeats."""
+    _, r = make(data)
+    ids, scores = r.search([text(3)], 30)
+    assert ids.shape == (1, 30) and len(set(ids[0][ids[0] >= 0])) == (ids >= 0).sum() >= 5
+    assert (scores[ids >= 0] > 0).all() and (scores[ids < 0] == -1).all()
+    r.remove(range(2, 13))
+    assert len(r) == 2
+    ids = r.search([text(1), "Burgas"], 5)[0]
+    assert ids[0, 0] == 1 and {0, 1} >= set(ids[0][:2]) and (ids[:, 2:] == -1).all()
+    r.remove([0, 1])
+    assert len(r) == 0 and nothing(r.search([text(1)], 5), (1, 5))
+    r.add([7], [text(7)])
+    assert r.search([text(7)], 5)[0].tolist() == [[7, -1, -1, -1, -1]]
+
+
+def test_small_and_empty_bases(data):
+    """An index of 2, 1 or 0 references that cannot be made or asked."""
+    for n in (2, 1):
+        refs = corpus.References.create(
+            data / "few", [Bytes().encode(text(i)) for i in range(n)], 257
+        )
+        r = Retriever.build(f"{data}/few.index", refs, str(data), "hash:67", progress=False)
+        ids = r.search([text(0)], 5)[0]
+        assert ids[0, 0] == 0 and (ids[0, n:] == -1).all()
+
+    class Empty(list):
+        path, hash = data / "none", "0"
+
+    r = Retriever.build(f"{data}/none.index", Empty(), str(data), "hash:67", progress=False)
+    assert len(r) == 0 and nothing(r.search([text(0)], 3), (1, 3))
+    r.add([0], [text(0)])
+    r.save(Empty())
+    r = Retriever.open(f"{data}/none.index", references=Empty())
+    assert r.search([text(0)], 3)[0].tolist() == [[0, -1, -1]]
+
+
+class Broken:
+    """An embedder of 5 numbers that gives NaN or infinity for texts with a q."""
+
+    name = id = "broken"
+    dim = 5
+    state = np.zeros(0, "<u4")
+    value = np.nan
+
+    def fit(self, texts):
+        return self
+
+    def encode(self, texts):
+        out = np.ones((len(texts), 5), np.float32) / 5**0.5
+        out[["q" in x for x in texts]] *= self.value
+        return out
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_embedder_that_gives_no_numbers(data, value):
+    """NaN in the index, where it is compared with every query; NaN that finds reference 0."""
+    broken = Broken()
+    broken.value = value
+    _, r = make(data, encoder=broken)
+    assert nothing(r.search(["q"], 3), (1, 3))
+    assert (r.search(["x", "q"], 3)[0][0] >= 0).all()
+    with pytest.raises(UserError, match="broken gives NaN"):
+        r.add([20], ["q"])
+    rows = [Bytes().encode("good"), Bytes().encode("q")]
+    refs = corpus.References.create(data / "few", rows, 257)
+    with pytest.raises(UserError, match="broken gives NaN for reference 1"):
+        Retriever.build(f"{data}/few.index", refs, str(data), broken, progress=False)
+
+
+def test_references_without_words(data):
+    """A blank reference that is recalled for want of better; one that cannot be given a text."""
+    rows = [Bytes().encode(x) for x in ("Kyiv has people", "?!", "\n", "Lviv has time")]
+    refs = corpus.References.create(data / "few", rows, 257)
+    for factory in (None, "SQ8"):
+        Retriever.build(f"{data}/few.index", refs, str(data), "hash:67", factory, progress=False)
+        r = Retriever.open(f"{data}/few.index", references=refs)
+        assert len(r) == 4 and not {1, 2} & set(r.search(["Kyiv", "people"], 4)[0].ravel().tolist())
+        r.replace([1], ["Zubrowka"])
+        r.replace([0], ["..."])
+        r.remove([2])
+        r.save()
+        r = Retriever.open(f"{data}/few.index")
+        assert len(r) == 3 and r.search(["Zubrowka"], 1)[0].tolist() == [[1]]
+        assert nothing(r.search(["Kyiv"], 1), (1, 1)) or 0 not in r.search(["Kyiv"], 4)[0]
+        with pytest.raises(UserError, match="there already"):
+            r.add([0], ["x"])
+
+
+def test_chunks_of_line_breaks_have_no_neighbours(data):
+    """Training chunks that read reference 0 because they say nothing."""
+    references, r = make(data)
+    tokens = np.array([10] * 34 + Bytes().encode(text(5)) + [10] * 17 + [256] * 34)
+    ids = neighbors(tokens, 17, references, r, 3, context=17, threshold=1)
+    blank = [c for c in range(len(ids)) if set(tokens[17 * c : 17 * c + 17]) <= {10, 256}]
+    assert len(blank) >= 4 and (ids[blank] == -1).all() and (ids[2] >= 0).any()
+
+
+def test_random_of_nothing():
+    """Noise from an empty base: a ValueError of NumPy's, or reference 0 that is not there."""
+    assert nothing(retrieval.Random(0).search(["x", "y"], 3), (2, 3))
+
+
+# -- Live changes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factory", [None, "IVF2,Flat"])
+def test_changes_equal_an_index_made_anew(data, factory):
+    """A change that is lost, doubled, or outlived by the old text, after many of them."""
+    references, r = make(data, factory=factory)
+    g = random.Random(7)
+    live = {i: text(i) for i in range(13)}
+    for step in range(120):
+        i = g.randrange(21)
+        words = f"{g.choice(NAMES)}berg {step} has {g.randrange(99)} people"
+        if i not in live:
+            r.add([i], [words])
+            live[i] = words
+        elif g.random() < 0.4:
+            r.remove([i])
+            del live[i]
+        else:
+            r.replace([i], [words])
+            live[i] = words
+        if step % 40 == 39:
+            r.save(references)
+            r = Retriever.open(f"{data}/kb.index", references=references)
+        assert len(r) == len(live)
+    ids = np.array(sorted(live))
+    queries = [*live.values(), *(text(i) for i in range(13)), "people"]
+    exact = r.embedder.encode(queries) @ r.embedder.encode([live[i] for i in ids]).T
+    found, scores = r.search(queries, 4)
+    best = np.sort(exact, axis=1)[:, ::-1][:, :4]
+    if factory is None:
+        assert np.allclose(scores, np.where(best > 0, best, -1), atol=1e-5)
+    assert set(found.ravel().tolist()) <= {-1, *live}
+    own = np.take_along_axis(exact, np.searchsorted(ids, found.clip(0)), 1)
+    assert np.allclose(np.where(found >= 0, own, -1), scores, atol=1e-5)
+
+
+def test_a_handle_out_of_date_does_not_write(data):
+    """Two handles of one index: what the first has saved is gone when the second saves."""
+    make(data)
+    first = Retriever.open(f"{data}/kb.index")
+    second = Retriever.open(f"{data}/kb.index")
+    first.add([20], ["Zubrowka"])
+    first.save()
+    first.add([21], ["Gotham"])
+    first.save()
+    second.add([22], ["Atlantis"])
+    with pytest.raises(UserError, match="changed by another process"):
+        second.save()
+    now = Retriever.open(f"{data}/kb.index")
+    assert now.search(["Zubrowka", "Gotham"], 1)[0].tolist() == [[20], [21]] and len(now) == 15
+
+
+def test_bad_changes_change_nothing(data):
+    """Half of a change that is refused."""
+    _, r = make(data)
+    before = r.search([text(i) for i in range(13)], 3)
+    for bad in (
+        lambda: r.add([20, 20], ["a", "b"]),
+        lambda: r.add([20, 21], ["a"]),
+        lambda: r.add([20, 3], ["a", "b"]),
+        lambda: r.add([-1], ["a"]),
+        lambda: r.remove([2, 99]),
+        lambda: r.replace([2, 99], ["a", "b"]),
+        lambda: r.replace([2, 3], ["a"]),
+        lambda: r.replace([2, 2], ["a", "b"]),
+    ):
+        with pytest.raises(UserError):
+            bad()
+        assert len(r) == 13
+        for a, b in zip(r.search([text(i) for i in range(13)], 3), before, strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_saving_does_not_write_the_index(data):
+    """A change whose cost grows with the size of the index."""
+    _, r = make(data)
+    before = (data / "kb.index" / "index.faiss").stat()
+    r.add([20], ["Zubrowka"])
+    r.save()
+    after = (data / "kb.index" / "index.faiss").stat()
+    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
+    assert (data / "kb.index" / "changes.npz").stat().st_size < 5000
+
+
+def test_calibrate(data):
+    """A threshold that answerable questions do not pass, or that is lost on disk."""
+    _, r = make(data)
+    known = [f"What is the population of {name}?" for name in NAMES]
+    unknown = [f"Who wrote the {x}?" for x in ("Iliad", "Odyssey", "Aeneid")]
+    least, recognised = r.calibrate(known, unknown, keep=1.0)
+    assert least > 0 and recognised > 0.6
+    r = Retriever.open(f"{data}/kb.index")
+    assert r.least == least and (r.search(known, 1)[0] >= 0).all()
+    assert (r.search(unknown, 1)[0] < 0).mean() == pytest.approx(recognised)
+    r.calibrate(known, unknown, keep=0.5)
+    assert (r.search(known, 1)[0] >= 0).mean() >= 0.5 and r.least > least
+    for wrong in (0, 1.1):
+        with pytest.raises(UserError, match="keep"):
+            r.calibrate(known, unknown, wrong)
+    with pytest.raises(UserError, match="both kinds"):
+        r.calibrate([], unknown)
+
+
+# -- Files, flags and places ------------------------------------------------------------------
+
+BAD_JSON = ["", "[]", "null", '{"n": 13}', "{", "\x00\x01", '{"format": 3}', "[" * 100_000]
+
+
+def test_damaged_index_files(data):
+    """A KeyError, an EOFError or worse for a file that a crash or an editor has spoilt."""
+    _, r = make(data)
+    r.add([20], ["Zubrowka"])
+    r.save()
+    folder = data / "kb.index"
+    meta = json.loads((folder / "meta.json").read_text())
+    wrong = [dict(meta, **change) for change in (dict(n="13"), dict(blank=None), dict(dim=1.5))]
+    wrong += [{k: v for k, v in meta.items() if k != key} for key in ("checksum", "factory")]
+    bad = {
+        "meta.json": [x.encode() for x in BAD_JSON] + [json.dumps(x).encode() for x in wrong],
+        "embedder.npy": [b"", b"\x93NUMPY", array_bytes(np.zeros(3, "<u4")), b"PK\x03\x04"],
+        "changes.npz": [b"", b"PK\x03\x04", (folder / "changes.npz").read_bytes()[:-99]],
+        "index.faiss": [b"", b"IxFI", (folder / "index.faiss").read_bytes()[:-1]],
+    }
+    bad["embedder.npy"].append(array_bytes(np.zeros((2, 2))))
+    bad["changes.npz"].append(array_bytes(np.zeros(3)))
+    for name, contents in bad.items():
+        good = (folder / name).read_bytes()
+        for content in contents:
+            (folder / name).write_bytes(content)
+            with pytest.raises(UserError, match=f"{name}.*python retrieval.py index --data"):
+                Retriever.open(folder)
+        (folder / name).write_bytes(good)
+    assert len(Retriever.open(folder)) == 14
+
+
+def array_bytes(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_damaged_neighbours(data):
+    """A sidecar that is believed, or a KeyError in the middle of a training."""
+    references, r = make(data)
+    tokens = corpus.open_tokens(data, "explicit")
+    path = data / "explicit.neighbors.bin"
+    retrieval.write_neighbors(path, tokens, 7, references, r, 2, context=35, progress=False)
+    side = path.with_suffix(".json")
+    good = side.read_text()
+    meta = json.loads(good)
+    wrong = [{k: v for k, v in meta.items() if k != key} for key in ("k", "context", "tokens")]
+    wrong += [dict(meta, k=0), dict(meta, k="2"), dict(meta, context=-35), dict(meta, n_chunks=0)]
+    for content in (*BAD_JSON, *map(json.dumps, wrong)):
+        side.write_text(content)
+        with pytest.raises(UserError, match="neighbors.json.*python retrieval.py neighbors --data"):
+            open_neighbors(data, "explicit", chunk_len=7)
+    side.write_text(good)
+    whole = path.read_bytes()
+    for content in (b"", whole[:-1], whole + whole[:8]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cut off"):
+            open_neighbors(data, "explicit", chunk_len=7)
+
+
+def test_neighbours_remember_the_window_of_the_filter(data):
+    """Copies in memory: the training's windows reach beyond those that were searched for copies."""
+    references, r = make(data)
+    tokens = corpus.open_tokens(data, "explicit")
+    path = data / "explicit.neighbors.bin"
+    retrieval.write_neighbors(path, tokens, 7, references, r, 1, context=42, progress=False)
+    for context in (42, 21, 14, 7):  # each lies within one that was searched
+        assert open_neighbors(data, "explicit", chunk_len=7, context=context)[1] == "kb"
+    for context in (84, 28, 35, 49):  # longer, or across two of them
+        cure = f"--references kb --chunk_len 7 --context {context} --k 1 --threshold 0.9"
+        with pytest.raises(UserError, match=f"windows of 42 tokens, not of {context}; .*{cure}"):
+            open_neighbors(data, "explicit", chunk_len=7, context=context)
+
+
+def test_cures_name_the_files_at_hand(data):
+    """A cure with NAME or T in it, or with references that are not there."""
+    corpus.References.create(data / "train_refs", [[75]], 257)
+    for split, name in (("explicit", "train_refs"), ("explicit_val", "kb")):
+        cure = f"--data {data} --split {split} --references {name} --chunk_len 7 --context 35"
+        with pytest.raises(UserError, match=cure):
+            open_neighbors(data, split, chunk_len=7, context=35)
+    for name in ("kb.bin", "kb.idx"):
+        (data / name).unlink()
+    with pytest.raises(UserError, match="--references train_refs"):
+        open_neighbors(data, "explicit_val")
+    with pytest.raises(UserError, match=f"index --data {data} --references no"):
+        Retriever.open(data / "no.index")
+
+
+def test_neighbours_interrupted(data, monkeypatch):
+    """Ctrl-C that does not say whether the work of hours is lost."""
+    references, r = make(data)
+    tokens = corpus.open_tokens(data, "explicit")
+    real = neighbors
+
+    def dying(*args, start, **options):
+        if start == 6:
+            raise KeyboardInterrupt
+        return real(*args, start=start, **options)
+
+    monkeypatch.setattr(retrieval, "neighbors", dying)
+    line = f"after 6 of {len(tokens) // 7} chunks, which are kept: the same command goes on"
+    with pytest.raises(KeyboardInterrupt, match=line):
+        path = data / "explicit.neighbors.bin"
+        retrieval.write_neighbors(
+            path, tokens, 7, references, r, 2, context=35, batch=3, progress=False
+        )
+
+
+def test_flags_have_ranges(data, capsys):
+    """A number that cannot be meant: a traceback, or the blame on another flag."""
+    common = ["neighbors", "--data", str(data)]
+    whole = "give a whole number from 1"
+    for flag in ("--k", "--chunk_len", "--context"):
+        for value in ("0", "-1", "1.5", "x", "", "\u0663"):
+            with pytest.raises(SystemExit):
+                retrieval.main([*common, f"{flag}={value}"])
+            assert f"argument {flag}: {value}: {whole}" in capsys.readouterr().err
+    for value in ("-0.1", "1.01", "nan", "inf", "x"):
+        with pytest.raises(SystemExit):
+            retrieval.main([*common, f"--threshold={value}"])
+        assert "give a number from 0 to 1" in capsys.readouterr().err
+    for command in ("index", "join", "neighbors"):
+        with pytest.raises(SystemExit):
+            retrieval.main([command, "--help"])
+        assert "(default: kb)" in capsys.readouterr().out
+
+
+def test_a_data_directory_that_moves(data, monkeypatch):
+    """An index that looks for its tokenizer where the data set was when it was made."""
+    seen = []
+
+    def tokenizer(name):
+        seen.append(Path(name))
+        return Bytes()
+
+    monkeypatch.setattr(corpus, "tokenizer", tokenizer)
+    make(data)
+    moved = data.parent / "moved"
+    data.rename(moved)
+    seen.clear()
+    r = Retriever.open(moved / "kb.index", references=corpus.References.open(moved / "kb"))
+    assert seen == [moved] and r.search([text(4)], 1)[0].tolist() == [[4]]

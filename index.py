@@ -1,0 +1,434 @@
+"""A FAISS index of references, of any size: its kinds, how it is made, how it is read (sec. 3.1).
+
+choose_factory      which kind of index for how many references
+encode_shard        a share of the references, embedded and coded
+join                the index of all shards
+open_index          the index again, if it is what its meta.json says
+search              index.search with ids first and nothing made up
+
+An index is made in <path>/parts/, so that a stopped run goes on, and so that several processes may
+share the work:
+    plan.json, embedder.npy, empty.faiss    made once, by whoever comes first
+    1-of-2.codes, 2-of-2.codes              the references of each shard, as codes of the index
+    1-of-2.blank, 2-of-2.blank              ids of those that have no vector
+`join` puts the codes into the empty index in the order of the references. So two shards make the
+same index as one, and neither all vectors nor two copies of the index are ever in memory.
+"""
+
+import fcntl
+import shlex
+import shutil
+import time
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import corpus
+from common import UserError, check, optional, read_json, replace_file, write_json
+from embed import embedder, normalize
+
+FORMAT = "memory3 index 2"
+# What meta.json has: which index, embedder, tokenizer and references belong together
+META = dict(
+    format=str,
+    n=int,
+    dim=int,
+    embedder=str,
+    embedder_id=str,
+    factory=str,
+    tokenizer=str,  # ".." is that of the directory in which the index lies
+    tokenizer_id=str,
+    references=str,  # their hash
+    checksum=int,  # of index.faiss
+    blank=list,  # ids of references without a vector
+    least=float,  # the score above which a hit counts
+)
+BATCH = 1024  # references that are embedded at a time
+FIT = 1 << 20  # references, at most, from which an embedder learns its frequencies
+# Vectors from which lists and codes are learnt: FAISS asks for 39 a list, and codes want many
+TRAIN = 65_536
+A_LIST = 40
+# The kinds whose vectors can be coded apart and put in later, with their ids
+KINDS = ["IndexFlat", "IndexFlatIP", "IndexScalarQuantizer", "IndexPQ"]
+KINDS += ["IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"]
+
+
+def cure_for(path, name=None):
+    """What makes an index that is missing or wrong: a command with all its flags."""
+    path = Path(path)
+    flags = ["--data", str(path.parent), "--references", path.stem]
+    if name:
+        flags += ["--embedder", name]
+    return f"make it anew with: python retrieval.py index {shlex.join(flags)}"
+
+
+# -- Kinds ------------------------------------------------------------------------------------
+
+FLAT = 100_000  # references: up to so many every vector is compared, exactly
+SCALAR = 10_000_000  # references: up to so many a byte a number is kept, beyond it a quarter
+PROBES = 32  # lists that a query looks into
+
+
+def choose_factory(n, dim=512):
+    """The FAISS factory string for n vectors of `dim` numbers.
+
+    Exact up to FLAT. Beyond, about 4 sqrt(n) lists, found through a graph (HNSW); their vectors are
+    kept as a byte a number (SQ8) or, from SCALAR on, as product codes of 4 numbers a byte (PQ).
+    >>> choose_factory(20_000), choose_factory(1_000_000), choose_factory(112_000_000)
+    ('Flat', 'IVF4096_HNSW32,SQ8', 'IVF32768_HNSW32,PQ128')
+    """
+    if n <= FLAT:
+        return "Flat"
+    lists = 1 << round(np.log2(4 * n**0.5))
+    if n <= SCALAR or dim % 4:
+        return f"IVF{lists}_HNSW32,SQ8"
+    return f"IVF{lists}_HNSW32,PQ{dim // 4}"
+
+
+def empty_index(factory, dim):
+    """The index that a factory string names, untrained. UserError for a kind that is not KINDS:
+    it would lose ids, or could not be made in parts."""
+    faiss = optional("faiss")
+    try:
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        line = f"--factory {factory}: FAISS cannot make it of {dim} numbers: {_reason(error)}"
+        raise UserError(line) from None
+    inner = inner_index(index)
+    kind = type(inner).__name__
+    fits = kind in KINDS and inner.metric_type == faiss.METRIC_INNER_PRODUCT
+    cure = "take Flat, SQ8 or PQ64, alone or after IVF1024 or IVF4096_HNSW32"
+    check(fits, f"--factory {factory}: an {kind} cannot be made in parts or loses ids; {cure}")
+    if isinstance(inner, faiss.IndexIVF):
+        inner.nprobe = min(PROBES, inner.nlist)
+        inner.cp.min_points_per_centroid = 1  # no warning: we choose how many there are
+        quantizer = faiss.downcast_index(inner.quantizer)
+        if isinstance(quantizer, faiss.IndexHNSW):
+            quantizer.hnsw.efSearch = 2 * PROBES  # lists it looks at to find the nearest ones
+    return index
+
+
+def inner_index(index):
+    """The index that holds the vectors, behind what turns them first (OPQ, PCA)."""
+    faiss = optional("faiss")
+    index = faiss.downcast_index(index)
+    while isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    return index
+
+
+def _reason(error):
+    """What FAISS says, without where in its source."""
+    return str(error).split("failed: ")[-1].split("Error: ")[-1].splitlines()[0]
+
+
+def n_lists(index):
+    """Lists of an inverted file; 0 where every vector is compared."""
+    return getattr(inner_index(index), "nlist", 0)
+
+
+def sample_size(n, index):
+    """References whose vectors lists and codes are learnt from."""
+    if index.is_trained:
+        return 0
+    return min(n, max(TRAIN, A_LIST * n_lists(index)))
+
+
+def predict(n, index):
+    """What an index of n vectors takes: bytes in RAM and on disk, bytes of RAM at most while it is
+    made, and multiplications of its training."""
+    lists = n_lists(index)
+    size = n * index.sa_code_size()
+    if lists:
+        # an id each; a centroid and its 2 x 32 neighbours in the graph a list
+        size += 8 * n + lists * (4 * index.d + 4 * 2 * 32)
+    sample = sample_size(n, index)
+    residuals = min(sample, 100_000)  # what codes are learnt from
+    peak = max(size, 4 * index.d * (sample + residuals))
+    return size, peak, 10 * sample * lists * index.d  # 10 rounds of k-means
+
+
+# -- Making it --------------------------------------------------------------------------------
+
+
+def encode_shard(
+    path, references, tokenizer_name, encoder, factory=None, shard=(1, 1), progress=True
+):
+    """Embeds the references of shard (i, n), 1 <= i <= n: those from N(i-1)/n to N i/n.
+
+    All that `join` needs then lies in `path`/parts. Returns the fitted embedder.
+    """
+    parts = Path(path, "parts")
+    with lock(path):
+        plan, model, index = _prepare(path, references, tokenizer_name, encoder, factory, progress)
+    tokenizer = corpus.tokenizer(tokenizer_name)
+    i, n_shards = shard
+    start = plan["n"] * (i - 1) // n_shards
+    stop = plan["n"] * i // n_shards
+    codes = parts / f"{i}-of-{n_shards}.codes"
+    blanks = codes.with_suffix(".blank")
+    with codes.open("ab") as code_file, blanks.open("ab") as blank_file:
+        # after a kill: only whole codes count, and of the blank ids only those that have a code
+        done = codes.stat().st_size // index.sa_code_size()
+        code_file.truncate(done * index.sa_code_size())
+        known = np.fromfile(blanks, "<i8", blanks.stat().st_size // 8)
+        n_blank = np.count_nonzero(known < start + done)
+        blank_file.truncate(8 * n_blank)
+        with tqdm(total=stop - start, initial=done, desc="embedding", disable=not progress) as bar:
+            for first in range(start + done, stop, BATCH):
+                ids = np.arange(first, min(first + BATCH, stop), dtype="<i8")
+                vectors = embed_references(model, references, tokenizer, ids)  # (n, dim)
+                blank = ids[~vectors.any(1)]
+                blank_file.write(blank.tobytes())
+                blank_file.flush()  # first: a code vouches for what is said of its reference
+                code_file.write(index.sa_encode(vectors).tobytes())
+                code_file.flush()
+                bar.update(len(ids))
+    return model
+
+
+def embed_references(model, references, tokenizer, ids):
+    """The vectors of references (n, dim) float32; 0 for one without any word."""
+    texts = [text_of(references, tokenizer, i) for i in ids]
+    vectors = np.asarray(model.encode(texts), np.float32)
+    for i, vector in zip(ids, vectors, strict=True):
+        check(np.isfinite(vector).all(), f"embedder {model.name} gives NaN for reference {i}")
+    return vectors
+
+
+def text_of(references, tokenizer, i):
+    return normalize(tokenizer.decode(references[int(i)].tolist()))
+
+
+def _prepare(path, references, tokenizer_name, encoder, factory, progress):
+    """What all shards share: the plan, the fitted embedder, the trained index without vectors."""
+    faiss = optional("faiss")
+    parts = Path(path, "parts")
+    file = parts / "plan.json"
+    tokenizer = corpus.tokenizer(tokenizer_name)
+    model = embedder(encoder)
+    factory = factory or choose_factory(len(references), model.dim)
+    factory = factory.removeprefix("IDMap2,")  # ids are rows here
+    in_parent = Path(tokenizer_name).resolve() == Path(path).resolve().parent
+    plan = dict(
+        format=FORMAT,
+        n=len(references),
+        dim=model.dim,
+        embedder=model.name,
+        unfitted=model.id,
+        factory=factory,
+        tokenizer=".." if in_parent else str(tokenizer_name),
+        tokenizer_id=tokenizer.id,
+        references=references.hash,
+    )
+    if isinstance(encoder, str) and file.exists():
+        made = read_json(file, {}, f"remove {parts}, an unfinished index")
+        if made == plan | dict(embedder_id=made.get("embedder_id")):
+            model = embedder(encoder, np.load(parts / "embedder.npy"))
+            return made, model, faiss.read_index(str(parts / "empty.faiss"))
+    index = empty_index(factory, model.dim)
+    shutil.rmtree(parts, ignore_errors=True)  # unfinished, and of another plan
+    parts.mkdir(parents=True)
+    some = tqdm(_spread(len(references), FIT), "counting words", disable=not progress)
+    model = model.fit(text_of(references, tokenizer, i) for i in some)
+    if progress:
+        print(_forecast(path, references, index, factory, model, tokenizer))
+    _train(index, factory, model, references, tokenizer)
+    plan["embedder_id"] = model.id
+    replace_file(parts / "embedder.npy", lambda f: np.save(f, model.state))
+    faiss.write_index(index, str(parts / "empty.faiss"))
+    write_json(file, plan)  # the last: it says that the others are there
+    return plan, model, index
+
+
+def _spread(n, most):
+    """At most so many ids, evenly over 0..n-1."""
+    return np.linspace(0, n - 1, min(n, most)).astype(np.int64)
+
+
+def _train(index, factory, model, references, tokenizer):
+    """Lists and codes, learnt from a sample of the references."""
+    n = len(references)
+    ids = _spread(n, sample_size(n, index))
+    if len(ids) == 0:
+        return
+    lists = n_lists(index)
+    check(lists <= len(ids), f"--factory {factory}: {lists} lists for {len(ids)} references")
+    vectors = np.zeros((len(ids), model.dim), np.float32)
+    for i in range(0, len(ids), BATCH):
+        some = ids[i : i + BATCH]
+        vectors[i : i + BATCH] = embed_references(model, references, tokenizer, some)
+    try:
+        index.train(vectors)
+    except RuntimeError as error:
+        line = f"--factory {factory} cannot learn from {len(ids)} references: {_reason(error)}"
+        raise UserError(line) from None
+
+
+def _forecast(path, references, index, factory, model, tokenizer):
+    """One line, before the work: what an index will take. Times are measured on a little of it."""
+    n = len(references)
+    size, peak, products = predict(n, index)
+    some = _spread(n, BATCH)
+    began = time.perf_counter()
+    embed_references(model, references, tokenizer, some)
+    embedding = (time.perf_counter() - began) * n / max(1, len(some))
+    x = np.ones((1024, index.d), np.float32)
+    began = time.perf_counter()
+    x @ x.T
+    training = (time.perf_counter() - began) * products / (1024 * 1024 * index.d)
+    return (
+        f"{path}: {n:,} references as {factory}, {index.sa_code_size()} bytes each: "
+        f"{size / 1e6:,.0f} MB in RAM and on disk, at most {peak / 1e6:,.0f} MB of RAM while it is "
+        f"made; about {training:,.0f} s to train, {embedding:,.0f} s to embed"
+    )
+
+
+def join(path, references, progress=True):
+    """Makes the index of all its shards. UserError if one of them is not done."""
+    faiss = optional("faiss")
+    path = Path(path)
+    parts = path / "parts"
+    cure = cure_for(path)
+    check((parts / "plan.json").exists(), f"{parts}: no shards to join; {cure}")
+    plan = read_json(parts / "plan.json", dict(n=int, references=str, embedder=str), cure)
+    cure = cure_for(path, plan["embedder"])
+    line = f"{parts} is of other references than {references.path}; {cure}"
+    check(plan["references"] == references.hash, line)
+    index = faiss.read_index(str(parts / "empty.faiss"))
+    files = _finished(parts, plan["n"], index.sa_code_size(), cure)
+    _fill(index, files, plan["n"], progress)
+    blank = []
+    for file in files:
+        blank += np.fromfile(file.with_suffix(".blank"), "<i8").tolist()
+    made = path / "index.faiss.tmp"
+    faiss.write_index(index, str(made))
+    checksum = checksum_of(made)
+    made.replace(path / "index.faiss")
+    shutil.copy(parts / "embedder.npy", path / "embedder.npy")
+    meta = {key: plan[key] for key in META if key in plan}
+    # the last: without its checksum nobody takes the index for a new one
+    write_json(path / "meta.json", meta | dict(checksum=checksum, blank=blank, least=0.0))
+    shutil.rmtree(parts)
+    Path(path, "changes.npz").unlink(missing_ok=True)  # of an older index
+
+
+def _finished(parts, n, size, cure):
+    """The code files of one complete set of shards, in order."""
+    sets = {int(file.stem.split("-of-")[1]) for file in parts.glob("*-of-*.codes")}
+    missing = "1/1"
+    for n_shards in sorted(sets):
+        files = []
+        for i in range(1, n_shards + 1):
+            rows = n * i // n_shards - n * (i - 1) // n_shards
+            file = parts / f"{i}-of-{n_shards}.codes"
+            if not file.exists() or file.stat().st_size != rows * size:
+                missing = f"{i}/{n_shards}"
+                break
+            files.append(file)
+        if len(files) == n_shards:
+            return files
+    command = cure.partition(": ")[2]
+    raise UserError(f"{parts}: shard {missing} is not done: run {command} --shard {missing}")
+
+
+def _fill(index, files, n, progress):
+    """Puts all codes into an empty index: row i is reference i."""
+    inner = inner_index(index)
+    if n_lists(index):
+        _reserve(inner, files)
+    row = 0
+    with tqdm(total=n, desc="joining", disable=not progress) as bar:
+        for codes in _blocks(files, index.sa_code_size()):
+            if n_lists(index):
+                inner.add_sa_codes(codes, np.arange(row, row + len(codes)))
+            else:
+                inner.add_sa_codes(codes)
+            row += len(codes)
+            bar.update(len(codes))
+    index.ntotal = inner.ntotal
+
+
+def _reserve(inner, files):
+    """Makes each inverted list as large as it will be: else they grow by doubling."""
+    faiss = optional("faiss")
+    n_bytes = inner.coarse_code_size()  # a code begins with the number of its list, low byte first
+    weights = 256 ** np.arange(n_bytes)
+    counts = np.zeros(inner.nlist, np.int64)
+    for codes in _blocks(files, inner.sa_code_size()):
+        numbers = codes[:, :n_bytes].astype(np.int64) @ weights  # (n,)
+        counts += np.bincount(numbers, minlength=inner.nlist)
+    lists = faiss.downcast_InvertedLists(inner.invlists)
+    for i, count in enumerate(counts.tolist()):
+        lists.resize(i, count)
+        lists.resize(i, 0)  # the room stays
+
+
+def _blocks(files, size, rows=65_536):
+    """All codes of the files (n, size) uint8, some rows at a time."""
+    for file in files:
+        with file.open("rb") as f:
+            while data := f.read(rows * size):
+                yield np.frombuffer(data, np.uint8).reshape(-1, size)
+
+
+# -- Reading it -------------------------------------------------------------------------------
+
+
+def open_index(file, meta, cure):
+    """A FAISS index that is what its meta.json says; it is never in memory twice."""
+    faiss = optional("faiss")
+    check(file.exists(), f"{file} is missing; {cure}")
+    check(checksum_of(file) == meta["checksum"], f"{file} is damaged or half renewed; {cure}")
+    try:
+        index = faiss.read_index(str(file))
+    except RuntimeError:
+        raise UserError(f"{file} is no index of this FAISS version; {cure}") from None
+    fits = index.ntotal == meta["n"] and index.d == meta["dim"]
+    check(fits, f"{file} has {index.ntotal:,} vectors of {index.d}, unlike meta.json; {cure}")
+    return index
+
+
+def search(index, vectors, k):
+    """The k nearest of vectors (n, dim), best first: ids (n, k) int64 and scores (n, k) float32,
+    -1 and -inf where there are no more."""
+    faiss = optional("faiss")
+    n = len(vectors)
+    ids = np.full((n, k), -1, np.int64)
+    scores = np.full((n, k), -np.inf, np.float32)
+    there = min(k, index.ntotal)
+    if n and there:
+        # From so many queries x dim on FAISS takes BLAS (default: 128,000); from 4 queries it pays
+        faiss.cvar.distance_compute_blas_threshold = 4 * index.d
+        found_scores, found = index.search(vectors, there)
+        ids[:, :there] = found
+        scores[:, :there] = found_scores
+    scores[ids < 0] = -np.inf
+    return ids, scores
+
+
+def exact_index(dim):
+    """An empty index of vectors with ids of their own: they can be added and removed."""
+    faiss = optional("faiss")
+    return faiss.index_factory(dim, "IDMap2,Flat", faiss.METRIC_INNER_PRODUCT)
+
+
+def checksum_of(file):
+    """The CRC-32 of a file, a block at a time."""
+    crc = 0
+    with open(file, "rb") as f:
+        while block := f.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+@contextmanager
+def lock(path):
+    """Only one process at a time holds the lock of a directory; one that dies gives it back."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    with open(Path(path, "lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,172 @@
+"""The index of references: its kinds, made in parts, by one process or several, and killed."""
+
+import doctest
+
+import numpy as np
+import pytest
+from test_retrieval import NAMES, Bytes, data, make, text  # noqa: F401
+
+import corpus
+import index
+import retrieval
+from common import UserError
+from retrieval import Retriever
+
+faiss = pytest.importorskip("faiss")
+
+
+def test_worked_examples():
+    """A docstring whose example no longer holds."""
+    result = doctest.testmod(index)
+    assert result.attempted >= 1 and result.failed == 0
+
+
+@pytest.mark.parametrize(
+    "factory, why",
+    [
+        ("HNSW7", "IndexHNSWFlat cannot be made in parts"),
+        ("NSG5", "IndexNSGFlat cannot be made in parts"),
+        ("IVF2,Flat,RFlat", "IndexRefineFlat cannot be made in parts"),
+        ("IVF2,PQ5x4fs", "FAISS cannot make it of 67"),
+        ("IVF2,PQ67x4fs", "IndexIVFPQFastScan cannot be made in parts"),  # it finds nothing again
+        ("PQ5", "FAISS cannot make it of 67"),
+        ("LSH", "FAISS cannot make it of 67"),
+        ("Flatt", "FAISS cannot make it of 67"),
+        ("IVF14,Flat", "14 lists for 13 references"),
+        ("PQ1x5", "cannot learn from 13 references"),
+    ],
+)
+def test_kinds_that_cannot_be_kept(data, factory, why):  # noqa: F811
+    """An index that is built for hours and then loses ids, or cannot be searched at all."""
+    with pytest.raises(UserError, match=f"--factory {factory}.*{why}"):
+        make(data, factory=factory)
+    with pytest.raises(UserError, match="no index here"):
+        Retriever.open(data / "kb.index")
+
+
+@pytest.mark.parametrize(
+    "factory", ["Flat", "IDMap2,Flat", "SQ8", "IVF3,Flat", "IVF2_HNSW4,SQ8", "PCA11,SQ8"]
+)
+def test_kinds_that_can(data, factory):  # noqa: F811
+    """A kind whose codes cannot be put in, or whose rows do not come back as ids."""
+    references, r = make(data, factory=factory)
+    r = Retriever.open(data / "kb.index", references=references)
+    found = r.search([text(i) for i in range(13)], 3)[0]
+    assert found[:, 0].tolist() == list(range(13))
+    r.replace([5], ["Zubrowka has 4242 people"])
+    assert 5 not in r.search([text(5)], 13)[0] and r.search(["Zubrowka"], 1)[0][0, 0] == 5
+
+
+@pytest.fixture
+def many(data):  # noqa: F811
+    """47 references, two of them without a word."""
+    rows = [Bytes().encode(text(i % 13, 7 * i)) for i in range(47)]
+    rows[3] = rows[30] = Bytes().encode("?!\n")
+    return corpus.References.create(data / "kb", rows, 257)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF3_HNSW4,SQ8"])
+def test_shards_make_the_same_index(data, many, factory, monkeypatch):  # noqa: F811
+    """Rows that are lost, doubled or shifted where shards meet; an index that depends on them."""
+    monkeypatch.setattr(index, "BATCH", 5)
+    how = many, str(data), "hash:67", factory
+    one = Retriever.build(f"{data}/kb.index", *how, progress=False)
+    files = ("index.faiss", "embedder.npy", "meta.json")
+    whole = [(data / "kb.index" / name).read_bytes() for name in files]
+    assert one.meta["blank"] == [3, 30] and len(one) == 47
+    for n_shards in (2, 3, 50):
+        for i in range(n_shards, 0, -1):  # in any order
+            index.encode_shard(f"{data}/kb.index", *how, (i, n_shards), progress=False)
+        index.join(f"{data}/kb.index", many, progress=False)
+        assert [(data / "kb.index" / name).read_bytes() for name in files] == whole
+        assert not (data / "kb.index" / "parts").exists()
+
+
+def test_a_shard_that_is_killed_goes_on(data, many, monkeypatch):  # noqa: F811
+    """A resume that begins anew, or goes on with half a code or with a blank id twice."""
+    how = f"{data}/kb.index", many, str(data), "hash:67"
+    whole = Retriever.build(*how, progress=False)
+    vectors = whole.index.reconstruct_n(0, 47)
+    monkeypatch.setattr(index, "BATCH", 4)
+    embedded = []
+    real = index.embed_references
+
+    def dying(model, references, tokenizer, ids):
+        embedded.append(int(ids[0]))
+        if len(embedded) == 3:
+            raise KeyboardInterrupt
+        return real(model, references, tokenizer, ids)
+
+    monkeypatch.setattr(index, "embed_references", dying)
+    parts = data / "kb.index" / "parts"
+    for start in (0, 8, 16):
+        embedded.clear()
+        with pytest.raises(KeyboardInterrupt):
+            Retriever.build(*how, progress=False)
+        assert embedded == [start, start + 4, start + 8]
+        with (parts / "1-of-1.codes").open("ab") as file:
+            file.write(b"half a code")
+        with (parts / "1-of-1.blank").open("ab") as file:
+            file.write(np.array([30], "<i8").tobytes())
+    monkeypatch.setattr(index, "embed_references", real)
+    again = Retriever.build(*how, progress=False)
+    assert np.array_equal(again.index.reconstruct_n(0, 47), vectors)
+    assert again.meta == whole.meta
+
+
+def test_parts_of_something_else(data, many):  # noqa: F811
+    """An index of which one half is of older references, or of another embedder."""
+    path = f"{data}/kb.index"
+    index.encode_shard(path, many, str(data), "hash:67", None, (1, 2), progress=False)
+    with pytest.raises(UserError, match=r"shard 2/2 is not done: run python retrieval.py index --"):
+        index.join(path, many, progress=False)
+    index.encode_shard(path, many, str(data), "hash:61", None, (2, 2), progress=False)
+    with pytest.raises(UserError, match="--embedder hash:61 --shard 1/2"):  # the first is no more
+        index.join(path, many, progress=False)
+    index.encode_shard(path, many, str(data), "hash:61", None, (1, 2), progress=False)
+    many.append(Bytes().encode("Zubrowka"))
+    with pytest.raises(UserError, match="of other references"):
+        index.join(path, many, progress=False)
+    with pytest.raises(UserError, match="no shards to join"):
+        index.join(f"{data}/none.index", many, progress=False)
+
+
+def test_command_line_of_shards(data, many, capsys):  # noqa: F811
+    """Shards that the command cannot make or join; numbers of shards that there cannot be."""
+    flags = ["--data", str(data), "--references", "kb"]
+    for i in (1, 2):
+        retrieval.main(["index", *flags, "--embedder", "hash:67", "--shard", f"{i}/2"])
+    assert f"python retrieval.py join --data {data}" in capsys.readouterr().out
+    retrieval.main(["join", *flags])
+    assert "47 references, hash:67:" in capsys.readouterr().out
+    for wrong in ("0/2", "3/2", "1", "1/0", "a/b", ""):
+        with pytest.raises(SystemExit):
+            retrieval.main(["index", *flags, "--shard", wrong])
+        assert "1 <= i <= n" in capsys.readouterr().err
+
+
+def test_forecast(data, many):  # noqa: F811
+    """A forecast that leaves out the ids or the lists."""
+    for factory in ("Flat", "IVF3,Flat", "IVF3_HNSW4,SQ8"):
+        made = Retriever.build(f"{data}/kb.index", many, str(data), "hash:512", factory, False)
+        size, peak, _ = index.predict(47, made.index)
+        real = (data / "kb.index" / "index.faiss").stat().st_size
+        assert 0.8 * real < size < 1.2 * real and peak >= size
+
+
+def test_lists_find_what_comparing_all_finds():
+    """Too few lists looked into, or codes too coarse: what is near is not found."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((200, 64))
+    x = centres[rng.integers(0, 200, 20_000)] + 0.5 * rng.standard_normal((20_000, 64))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    exact = index.empty_index("Flat", 64)
+    exact.add(x)
+    lists = index.empty_index("IVF256_HNSW32,SQ8", 64)
+    lists.train(x)
+    lists.add(x)
+    queries = x[:300] + 0.05 * rng.standard_normal((300, 64), np.float32)
+    true = index.search(exact, queries, 5)[0]
+    found = index.search(lists, queries, 5)[0]
+    shared = [len(set(a) & set(b)) / 5 for a, b in zip(true.tolist(), found.tolist(), strict=True)]
+    assert np.mean(shared) > 0.9
