@@ -53,7 +53,8 @@ MADE_UP = 0.3  # made-up cities in the training text, for each real one
 
 
 def load_cities():
-    """[{id, name, country, continent, population, timezone, coordinates}], and what was left out.
+    """-> [{id, name, country, continent, population, timezone, coordinates}], {why: how many were
+    left out}, and the names of all places, those left out included.
 
     A name that several places share says nothing, so all its bearers are left out; so are places
     without a population.
@@ -89,7 +90,7 @@ def load_cities():
                     coordinates=f"{abs(lat)} {'NS'[lat < 0]} {abs(lon)} {'EW'[lon < 0]}",
                 )
             )
-    return cities, left_out
+    return cities, left_out, set(bearers)
 
 
 # Parts of the names that are invented rather than imitated.
@@ -131,8 +132,8 @@ def invent(rng):
 
 
 def made_up_cities(n, cities, seed):
-    """n cities that exist nowhere: names that no place has. Their values are drawn one by one, so
-    that none tells another; three of ten lie in a made-up country. Ids from 10^9 on."""
+    """n cities with names that none of `cities` has. Their values are drawn one by one, so that
+    none tells another; three of ten lie in a made-up country. Ids from 10^9 on."""
     rng = random.Random(seed)
     following = three_follow([c["name"] for c in cities])
     countries = sorted({c["country"] for c in cities})
@@ -376,7 +377,7 @@ def write_questions(path, cities, first, wording, seed):
             reference=first + i,
         )
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    Path(path).write_text("".join(lines))
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def prepare(
@@ -384,7 +385,7 @@ def prepare(
 ):  # fmt: skip
     """Writes everything into the directory `out`; returns the manifest. n_cities: only that many
     of the cities (tests)."""
-    cities, left_out = load_cities()
+    cities, left_out, places = load_cities()
     cities = cities[:n_cities]
     tok = corpus.tokenizer(HERE)
     n_trained = int(MADE_UP * len(cities))
@@ -394,7 +395,8 @@ def prepare(
     long = {i for i, tokens in refs.items() if len(tokens) > REF_LEN}
     left_out[f"need more than {REF_LEN} tokens"] = sum(c["id"] in long for c in cities)
     cities = [c for c in cities if c["id"] not in long]
-    unread = [c for c in made[:n_madeup] if c["id"] not in long]  # asked for, never trained on
+    # asked for, never trained on: those that exist nowhere, not even among what was left out
+    unread = [c for c in made[:n_madeup] if c["id"] not in long and c["name"] not in places]
     random.Random(seed).shuffle(cities)
     heldout, seen = cities[:n_heldout], cities[n_heldout:]
     kb = heldout + unread
