@@ -278,7 +278,7 @@ def test_questions(data, tok, cities, everyone, file):
     madeup = file == "questions_madeup"
     first, stop = (N_HELDOUT, N_HELDOUT + len(asked)) if madeup else (0, N_HELDOUT)
     assert len(asked) > N_MADEUP / 2 if madeup else len(asked) == N_HELDOUT
-    keys = {"question", "answer", "sentences", "answers", "relation", "city", "reference"}
+    keys = {"question", "answer", "sentences", "relation", "city", "reference"}
     seen = defaultdict(int)
     for q in asked:
         fact = q["city"], q["relation"], q["answer"]
@@ -291,13 +291,25 @@ def test_questions(data, tok, cities, everyone, file):
             assert sentences(q["city"] + said, everyone) == ([fact], [])
             # prompt and answer are encoded apart: together they are the tokens of the sentence
             assert tok.encode(q["city"]) + tok.encode(said) == tok.encode(q["city"] + said)
-        assert [q["city"] + said for said in q["sentences"]] == q["answers"][: len(q["sentences"])]
-        trained = prepare.TRAINED[q["relation"]][0][0].format(q["city"])
-        for said in q["answers"]:  # each is right after a question, if not by itself
-            found, unread = sentences(f"{trained} {said}", everyone)
-            assert found[1:] == [fact] and not unread
         seen[q["relation"]] += 1
     assert list(seen) == prepare.RELATIONS and max(seen.values()) - min(seen.values()) <= 1
+
+
+def test_free_answers(data, tok, everyone):
+    """Other questions than those whose answers begin with the name, a sentence that is no answer,
+    none that begins otherwise."""
+    named = load_questions(data, "questions")
+    asked = load_questions(data, "questions_free")
+    for q, same in zip(asked, named, strict=True):
+        assert "city" not in q and q["question"] == same["question"]
+        assert q["reference"] == same["reference"]
+        begin = [same["city"] + said for said in same["sentences"]]
+        assert begin == q["sentences"][: len(begin)] and len(q["sentences"]) > len(begin) + 2
+        for said in q["sentences"]:
+            found, unread = sentences(f"{q['question']} {said}", everyone)
+            assert found[1:] == [(same["city"], q["relation"], q["answer"])] and not unread
+            apart = tok.encode(q["question"]) + tok.encode(said)
+            assert apart == tok.encode(f"{q['question']} {said}")
 
 
 def untrained_in(text, names):
@@ -424,7 +436,7 @@ def test_the_same_bytes_twice(data, cities, tmp_path, monkeypatch):
     make(tmp_path / "again")
     files = sorted(p.name for p in data.iterdir())
     assert files == sorted(p.name for p in (tmp_path / "again").iterdir())
-    assert len(files) == 2 * 2 + 6 + 3 + 1  # kb, train_refs, six splits, questions, manifest
+    assert len(files) == 2 * 2 + 6 + 4 + 1  # kb, train_refs, six splits, questions, manifest
     for name in files:
         assert (data / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     # what --train adds changes nothing of what is there without it

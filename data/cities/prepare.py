@@ -7,6 +7,7 @@ Facts: GeoNames (https://www.geonames.org, CC BY 4.0), from the PyPI package geo
 Files, all in this directory: kb.* 20,000 references (10,000 held-out cities, 1,000 that exist
 nowhere, then 9,000 others), train_refs.* the references of all cities of the training text,
     questions.jsonl             about held-out cities, in the stable wordings
+    questions_free.jsonl        the same, to be answered in any way that the training text has
     questions_madeup.jsonl      the same about the made-up cities of the knowledge base
     questions_reworded.jsonl    about held-out cities, in wordings that no training text has
 and the splits
@@ -354,28 +355,28 @@ def never_trained(relation, rng):
     return rng.choice(rng.choice(UNTRAINED[relation]))
 
 
-def write_questions(path, cities, first, wording, seed):
+def write_questions(path, cities, first, wording, seed, free=False):
     """One question a city, the relations in turns. first: the reference of the first city.
-    wording(relation, rng): in which words."""
+    wording(relation, rng): in which words. free: the answer need not begin with the name."""
     rng = random.Random(seed)
     lines = []
     for i, city in enumerate(cities):
         relation = RELATIONS[i % len(RELATIONS)]
         name, value = city["name"], city[relation]
-        # sentences: each to follow the city's name. answers: as whole texts, all there are.
-        sentences = [words.format(value) for words in STATEMENTS[relation]]
-        answers = [name + words for words in sentences]
-        answers += [words.format(name=name, value=value) for words in FULL[relation]]
-        answers += [words.format(value) for words in SHORT[relation]]
+        sentences = [words.format(value) for words in STATEMENTS[relation]]  # to follow the name
+        if free:
+            sentences = [name + words for words in sentences]
+            sentences += [words.format(name=name, value=value) for words in FULL[relation]]
+            sentences += [words.format(value) for words in SHORT[relation]]
         row = dict(
             question=wording(relation, rng).format(name),
             answer=value,
             sentences=sentences,
-            answers=answers,
             relation=relation,
-            city=name,
             reference=first + i,
         )
+        if not free:
+            row["city"] = name
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     Path(path).write_text("".join(lines), encoding="utf-8")
 
@@ -417,6 +418,7 @@ def prepare(
         corpus.References.create(out / "kb", [refs[c["id"]] for c in kb], V)
     asked = heldout[: max(2500, n_heldout // 4)]
     write_questions(out / "questions.jsonl", asked, 0, stable, seed + 1)
+    write_questions(out / "questions_free.jsonl", asked, 0, stable, seed + 1, free=True)
     write_questions(out / "questions_madeup.jsonl", unread, n_heldout, stable, seed + 2)
     write_questions(out / "questions_reworded.jsonl", asked, 0, never_trained, seed + 3)
 
