@@ -35,7 +35,7 @@ import corpus  # noqa: E402
 import train  # noqa: E402
 from common import check, find_device  # noqa: E402
 from memory import Memories  # noqa: E402
-from model import load_checkpoint  # noqa: E402
+from model import load_checkpoint, save_checkpoint  # noqa: E402
 
 QUESTIONS = [
     "What is {name}'s {field}?",
@@ -472,7 +472,7 @@ def run(a):
     if a.save:
         model.config.memory_tokens = a.memory_tokens[-1]
         meta["config"] = asdict(model.config)
-        train.save_checkpoint(out / "model.pt", model, None, meta | dict(stage="explicit"))
+        save_checkpoint(out / "model.pt", model.state_dict(), meta | dict(stage="explicit"))
 
 
 def main(argv=None):
