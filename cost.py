@@ -47,7 +47,7 @@ def selection(c):
 def write_explicit(c):
     """Into an explicit memory: encode the reference up to the last keys and values, one MLP fewer
     than layers (A.2, which counts that layer's W_O and attention; model.write skips them)."""
-    return _encode(c, c.n_memory_layer, c.ref_len / 2) + selection(c)
+    return _encode(c, c.memory_layers.stop, c.ref_len / 2) + selection(c)
 
 
 def _encode(c, layers, span):  # the last layer has no MLP; a token attends `span` on average

@@ -148,6 +148,14 @@ def test_write_against_counted_products(model):
     assert counted(lambda: model.write(texts)) == N * (encode + cost.selection(c))
     trained = counted(lambda: model.write(texts).kv.square().sum().backward())
     assert trained == N * (3 * encode + cost.selection(c))
+    later = Memory3(replace(c, memory_from=2, n_memory_layer=2))  # the same last layer but one more
+    more = counted(lambda: later.write(texts)) - counted(lambda: model.write(texts))
+    layer = cost.write_explicit(later.config) - cost.selection(later.config)
+    layer -= cost.write_explicit(c) - cost.selection(c)
+    header = 2 * P * (2 * d * d + 2 * d * c.head_dim * c.n_kv_head + 3 * d * c.mlp_width)
+    masked = 2 * 2 * (P + l) ** 2 * d - 2 * l * l * d
+    chosen = cost.selection(later.config) - cost.selection(c)
+    assert more == N * (layer + header + masked + chosen)
 
 
 def test_read_against_counted_products(model):

@@ -42,10 +42,12 @@ def bank(build, references):
         return Bank(build().write(references([1 + (5 * i) % 13 for i in range(19)], 13)))
 
 
-def test_attention_shares(build, bank):
-    """Shares of another network than the one that answers: every layer is recomputed here by a
-    loop over tokens, from the hidden states of model.forward itself."""
-    model, tokens = build(), some_tokens(2, 17)
+@pytest.mark.parametrize("memory_from", [0, 1])
+def test_attention_shares(build, bank, memory_from):
+    """Shares of the first layers where others have the memories, or of another network than the one
+    that answers: every layer is recomputed here by a loop over tokens, from the hidden states of
+    model.forward itself."""
+    model, tokens = build(memory_from=memory_from), some_tokens(2, 17)
     c, T, P = model.config, 17, 3
     table = torch.tensor(
         [
@@ -68,7 +70,9 @@ def test_attention_shares(build, bank):
     kv, count = bank.memories.kv, bank.memories.count
     want = torch.zeros_like(shares)
     for l in range(3):
-        q, k, _ = (x.detach() for x in model.blocks[l].attn.project(states[l]))
+        q, k, _ = (
+            x.detach() for x in model.blocks[l + memory_from].attn.project(states[l + memory_from])
+        )
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         for b in range(2):
             for h in range(6):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from common import replace_file
 from generate import pool_of
+from memory import causal_attention
 from model import apply_rope, rope_table
 
 
@@ -55,13 +56,17 @@ def attention_shares(model, tokens, pool, table):
 
     x = model.embed(tokens)  # (B, P+T, d)
     shares = []
-    for l in range(cfg.n_memory_layer):
+    for l in range(cfg.memory_layers.stop):
         block = model.blocks[l]
         q, k, v = block.attn.project(block.norm1(x))
         q = apply_rope(q, cos, sin)  # (B, H, P+T, dh)
-        k = apply_rope(k, cos, sin).repeat_interleave(group, 1)  # (B, H, P+T, dh)
+        k = apply_rope(k, cos, sin)  # (B, Hkv, P+T, dh)
+        if l not in cfg.memory_layers:
+            x = block.finish(x, causal_attention(q, k, v))
+            continue
+        k = k.repeat_interleave(group, 1)  # (B, H, P+T, dh)
         v = v.repeat_interleave(group, 1)  # (B, H, P+T, dh)
-        kv = pool.kv[:, l].to(q.dtype)[some]  # (B, T, R, 2, Hkv, S, dh)
+        kv = pool.kv[:, cfg.memory_layers.index(l)].to(q.dtype)[some]  # (B, T, R, 2, Hkv, S, dh)
         kv = kv.permute(3, 0, 4, 1, 2, 5, 6)  # (2, B, Hkv, T, R, S, dh)
         kv = kv.repeat_interleave(group, 2).flatten(4, 5)  # (2, B, H, T, R*S, dh)
         kv = F.pad(kv, (0, 0, 0, 0, n_header, 0))  # (2, B, H, P+T, R*S, dh)

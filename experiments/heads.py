@@ -1,0 +1,314 @@
+"""Which heads need memories (sec. 3.3, Remark 3.3): a quarter of the bytes without training again.
+
+    python experiments/heads.py --shares 1 2 4 8
+
+All key-value heads of the memory layers keep tokens and read memories (the paper's choice). Here
+the questions of eval.py are asked again with the memories hidden from some of these heads, which
+then attend to header and context alone. The heads to keep are chosen one by one on one half of the
+facts, each time the one that lowers the nats most, and judged on the other half, beside as many at
+random. A second way to choose is the paper's (Remark 3.3): with the references as text in the
+context, one head at a time sees only the --window tokens before it and the BOS; the heads whose
+loss hurts most come first.
+
+All chunks of an answer read the memories that its question recalled.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import check, number, run
+from eval import Asker, columns, every_wording, find_rows, json_flag, prepare_json, write_result
+from generate import model_flags, open_memory, open_model, pool_of
+from memory import Memories, causal_attention, chunk_attention
+from model import rope_table
+
+# -- A forward whose heads can be kept from memories, or from what is far away --------------------
+
+
+def forward(model, tokens, pool, table, reads):
+    """Logits (B, T, V) as of model.forward, where only some heads read memories.
+
+    tokens (B, T); pool, table (B, c, R); reads (Lm, Hkv) bool: which key-value heads read."""
+    cfg = model.config
+    n_header = len(cfg.header)
+    group = cfg.n_head // cfg.n_kv_head
+    batch, n_context = tokens.shape
+    tokens = torch.cat([model._header(batch), tokens], 1)  # (B, P+T)
+    positions = torch.arange(n_header + n_context, device=tokens.device)
+    positions = torch.where(positions < n_header, positions, positions + cfg.ref_len)
+    cos, sin = rope_table(positions, cfg)
+
+    def attend(l, q, k, v):
+        y = causal_attention(q, k, v)  # (B, H, P+T, dh)
+        if l not in cfg.memory_layers:
+            return y, None
+        i = cfg.memory_layers.index(l)
+        heads = reads[i].nonzero()[:, 0]  # key-value heads
+        if len(heads) == 0:
+            return y, None
+        queries = (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
+        kv = pool.kv[:, i].to(q.dtype)[:, :, heads]  # (M, 2, heads, S, dh)
+        memory = (kv[:, 0], kv[:, 1], pool.count)
+        context = (q[:, queries], k[:, heads], v[:, heads])
+        y = y.clone()
+        y[:, queries] = chunk_attention(*context, *memory, table, cfg.chunk_len, n_header)
+        return y, None
+
+    x = model.embed(tokens)  # (B, P+T, d)
+    for l in range(cfg.n_layer):
+        x, _ = model._layer(l, x, attend, cos, sin)
+    return model.head(model.norm(x[:, n_header:]))
+
+
+def near_forward(model, tokens, layer, head, window):
+    """Logits (B, T, V) of the plain decoder, where one key-value head sees only the BOS and the
+    `window` tokens up to each."""
+    cfg = model.config
+    group = cfg.n_head // cfg.n_kv_head
+    n = tokens.shape[1]
+    at = torch.arange(n, device=tokens.device)
+    cos, sin = rope_table(at, cfg)
+    back = at[:, None] - at  # (T, T): how far back a key lies
+    near = (back >= 0) & ((back < window) | (at == 0))
+    queries = slice(head * group, (head + 1) * group)
+
+    def attend(l, q, k, v):
+        y = causal_attention(q, k, v)  # (B, H, T, dh)
+        if l == layer:
+            y = y.clone()
+            keys = k[:, head : head + 1].expand(-1, group, -1, -1)  # (B, G, T, dh)
+            values = v[:, head : head + 1].expand(-1, group, -1, -1)
+            y[:, queries] = F.scaled_dot_product_attention(q[:, queries], keys, values, near)
+        return y, None
+
+    x = model.embed(tokens)  # (B, T, d)
+    for l in range(cfg.n_layer):
+        x, _ = model._layer(l, x, attend, cos, sin)
+    return model.head(model.norm(x))
+
+
+# -- Asking ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Answers that are followed token by token: tokens (B, T), padded at the end with 0.
+
+    start, end (B,): where the answer stands. fact, sentence (B,): whose it is."""
+
+    tokens: torch.Tensor
+    start: torch.Tensor
+    end: torch.Tensor
+    row: list
+    pool: Memories = None
+    table: torch.Tensor = None
+
+
+def batches(asker, rows, condition, size=64):
+    """The answers of all rows, sorted by length, with the memories that each question recalls."""
+    answers = []
+    for i, row in enumerate(rows):
+        prompt = asker.prompt(row, condition)
+        for sentence in row["sentences"] or [f" {row['answer']}"]:
+            answers.append((i, prompt, asker.tokenizer.encode(sentence)))
+    answers.sort(key=length_of)
+    cfg = asker.model.config
+    result = []
+    for at in range(0, len(answers), size):
+        part = answers[at : at + size]
+        texts = [torch.tensor([*prompt, *answer]) for _, prompt, answer in part]
+        tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)  # (B, T)
+        start = torch.tensor([len(prompt) for _, prompt, _ in part])
+        end = torch.tensor([len(text) for text in texts])
+        batch = Batch(tokens, start, end, [i for i, _, _ in part])
+        if condition == "recalled":
+            queries = [prompt[-cfg.chunk_len :] for _, prompt, _ in part]
+            ids = asker.retriever.search(queries, cfg.n_recall)[0]  # (B, R)
+            batch.pool, table = pool_of(asker.bank, ids, asker.model)
+            # a bank's buffer is used again, so this pool keeps its own copy
+            batch.pool = Memories(batch.pool.kv.clone(), batch.pool.count.clone())
+            n_chunks = -(-tokens.shape[1] // cfg.chunk_len)
+            batch.table = table[:, None].expand(-1, n_chunks, -1)  # (B, c, R)
+        result.append(batch)
+    return result
+
+
+def length_of(answer):
+    return len(answer[1]) + len(answer[2])
+
+
+@torch.inference_mode()
+def score(parts, logits_of, n_rows):
+    """-> exact (n,) bool and nats (n,) of each row; logits_of(batch) -> logits (B, T, V)."""
+    exact = np.zeros(n_rows, bool)
+    logp = np.full(n_rows, -np.inf)
+    for batch in parts:
+        logits = logits_of(batch)[:, :-1].float()  # (B, T-1, V): of tokens 1, 2 ...
+        targets = batch.tokens[:, 1:].to(logits.device)  # (B, T-1)
+        at = torch.arange(1, batch.tokens.shape[1])
+        answer = (at >= batch.start[:, None]) & (at < batch.end[:, None])  # (B, T-1)
+        each = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].cpu()  # (B, T-1)
+        likeliest = (logits.argmax(-1) == targets).cpu() | ~answer  # (B, T-1)
+        total = (each * answer).sum(1).tolist()
+        for i, p, right in zip(batch.row, total, likeliest.all(1).tolist(), strict=True):
+            logp[i] = np.logaddexp(logp[i], p)  # of all sentences that give the answer
+            exact[i] = exact[i] or right
+    return exact, -logp
+
+
+class Heads:
+    """Questions asked with memories for some heads. A head is a pair (layer, key-value head)."""
+
+    def __init__(self, asker, rows):
+        self.model = asker.model
+        self.cfg = asker.model.config
+        self.rows = rows
+        self.parts = batches(asker, rows, "recalled")
+        self.all = []
+        for i in range(self.cfg.n_memory_layer):
+            self.all += [(i, head) for head in range(self.cfg.n_kv_head)]
+
+    def ask(self, heads):
+        """-> exact (n,), nats (n,) where only these heads read memories."""
+        reads = torch.zeros(self.cfg.n_memory_layer, self.cfg.n_kv_head, dtype=torch.bool)
+        for i, head in heads:
+            reads[i, head] = True
+        reads = reads.to(self.model.device)
+
+        def logits_of(batch):
+            tokens = batch.tokens.to(self.model.device)
+            return forward(self.model, tokens, batch.pool, batch.table, reads)
+
+        return score(self.parts, logits_of, len(self.rows))
+
+
+def best_first(heads, half, most):
+    """The heads that help most, one by one: each lowers the nats of this half the most."""
+    chosen = []
+    left = list(heads.all)
+    for _ in tqdm(range(most), "choosing heads", leave=False):
+        nats = [heads.ask([*chosen, head])[1][half].mean() for head in left]
+        chosen.append(left.pop(int(np.argmin(nats))))
+    return chosen
+
+
+def by_distance(asker, rows, half, window):
+    """Remark 3.3: the heads, first the one whose loss of the distant tokens costs most nats.
+
+    Measured with the references as text in the context, on one half of the rows."""
+    model = asker.model
+    cfg = model.config
+    some = [row for row, chosen in zip(rows, half, strict=True) if chosen]
+    parts = batches(asker, some, "rag", size=16)
+    cost = {}
+    for i in tqdm(range(cfg.n_memory_layer), "masking heads", leave=False):
+        for head in range(cfg.n_kv_head):
+            layer = cfg.memory_layers[i]
+
+            def logits_of(batch, layer=layer, head=head):
+                return near_forward(model, batch.tokens.to(model.device), layer, head, window)
+
+            cost[i, head] = score(parts, logits_of, len(some))[1].mean()
+    return sorted(cost, key=cost.get, reverse=True)
+
+
+def names(heads, cfg):
+    """The heads as --memory_heads writes them: layer.head."""
+    return " ".join(f"{cfg.memory_layers[i]}.{head}" for i, head in sorted(heads))
+
+
+# -- Command line ---------------------------------------------------------------------------------
+
+
+def parser():
+    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
+    model_flags(p)
+    size = number(int, 1)
+    p.add_argument("--shares", type=size, nargs="+", default=[1, 2, 4, 8], help="heads to keep")
+    p.add_argument("--questions", type=size, default=400, help="how many facts to ask for")
+    p.add_argument("--questions_file", help="other questions than DATA/questions.jsonl")
+    p.add_argument("--random", type=number(int, 0), default=3, help="random choices of each size")
+    p.add_argument("--window", type=size, default=32, help="nearest tokens of Remark 3.3")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of halves and random choices")
+    json_flag(p)
+    return p
+
+
+def main(argv=None):
+    a = parser().parse_args(argv)
+    prepare_json(a)
+    model, tokenizer = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
+    references, retriever, bank = open_memory(a, model)
+    rows = every_wording(find_rows(a, references, tokenizer))
+    asker = Asker(model, tokenizer, references, retriever, bank)
+    heads = Heads(asker, rows)
+    cfg = model.config
+    n_heads = len(heads.all)
+    shares = sorted({n for n in a.shares if n < n_heads})
+    check(shares, f"--shares: there are {n_heads} heads in the memory layers; keep fewer")
+    rng = np.random.default_rng(a.seed)
+    facts = np.array([row["fact"] for row in rows])
+    first = rng.permutation(facts.max() + 1) < (facts.max() + 1) / 2  # by fact, not by wording
+    chosen_on = first[facts]
+    judged_on = ~chosen_on
+    print(f"{len(rows)} questions: {chosen_on.sum()} to choose by, {judged_on.sum()} to judge by")
+
+    greedy = best_first(heads, chosen_on, max(shares))
+    distant = by_distance(asker, rows, chosen_on, a.window)
+    record = bank.record_bytes // n_heads  # bytes a head
+    table = []
+
+    def judge(name, kept):
+        exact, nats = heads.ask(kept)
+        row = dict(choice=name, heads=names(kept, cfg), bytes=record * len(kept))
+        row["exact"] = float(exact[judged_on].mean())
+        row["nats"] = float(nats[judged_on].mean())
+        table.append(row)
+
+    judge(f"all {n_heads}", heads.all)
+    for n in shares:
+        judge(f"best {n}", greedy[:n])
+        judge(f"{n} by distant tokens (Remark 3.3)", distant[:n])
+        for _ in range(a.random):
+            some = rng.choice(n_heads, n, replace=False)
+            judge(f"{n} at random", [heads.all[i] for i in some])
+    judge("none", [])
+
+    single = {}
+    for head in heads.all:
+        without = [other for other in heads.all if other != head]
+        exact, nats = heads.ask(without)
+        alone_exact, alone_nats = heads.ask([head])
+        single[names([head], cfg)] = dict(
+            nats_without=float(nats[judged_on].mean()),
+            exact_without=float(exact[judged_on].mean()),
+            nats_alone=float(alone_nats[judged_on].mean()),
+            exact_alone=float(alone_exact[judged_on].mean()),
+        )
+    lines = [["memories for", "exact", "nats per answer", "bytes per reference", "layer.head"]]
+    for row in table:
+        kept = row["heads"] if 0 < len(row["heads"].split()) < n_heads else ""
+        cells = [f"{row['exact']:.3f}", f"{row['nats']:.2f}", f"{row['bytes']:,}"]
+        lines.append([row["choice"], *cells, kept])
+    print(f"\n{columns(*lines)}\n")
+    lines = [["layer.head", "exact without it", "nats", "exact with it alone", "nats"]]
+    for name, x in single.items():
+        cells = [f"{x['exact_without']:.3f}", f"{x['nats_without']:.2f}"]
+        lines.append([name, *cells, f"{x['exact_alone']:.3f}", f"{x['nats_alone']:.2f}"])
+    print(columns(*lines))
+    result = dict(questions=len(rows), heads=n_heads, choices=table, single=single)
+    write_result(a, result)
+    return result
+
+
+if __name__ == "__main__":
+    run(main)

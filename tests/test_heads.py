@@ -1,0 +1,138 @@
+"""experiments/heads.py: whose memories are hidden, who is chosen by what, and who is judged."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_eval import questions
+from world import World
+
+import corpus
+from eval import Asker
+from experiments import heads
+from memory import Memories
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    tok = corpus.tokenizer(ROOT / "data/cities")
+    w = World(tmp_path_factory.mktemp("heads") / "world", tok)
+    lines = [json.dumps(row) + "\n" for row in questions()]
+    (w.data / "questions.jsonl").write_text("".join(lines))
+    return w
+
+
+@pytest.mark.parametrize("memory_from", [0, 1])
+def test_forward_is_the_models_where_all_heads_read(build, references, memory_from):
+    """A forward of another model; hidden memories that are read, or another head's in their place;
+    the first layers' heads where others have the memories."""
+    model = build(memory_from=memory_from)
+    pool = model.write(references([13, 4, 7, 9, 2]))
+    g = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, 90, (2, 17), generator=g)
+    table = torch.tensor([[[3, 0, -1, 4]] * 3, [[1, 2, -1, -1], [-1] * 4, [0, 1, 2, 3]]])
+    every = torch.ones(3, 2, dtype=torch.bool)
+    with torch.no_grad():
+        want = model(tokens, memories=pool, recall=table)[0]
+        none = model(tokens, memories=Memories.empty(model.config))[0]
+        close = dict(atol=1e-9, rtol=0)
+        torch.testing.assert_close(heads.forward(model, tokens, pool, table, every), want, **close)
+        got = heads.forward(model, tokens, pool, table, ~every)
+        torch.testing.assert_close(got, none, **close)
+        spoilt = pool.kv.clone()
+        reads = every.clone()
+        reads[1, 0] = reads[2, 1] = False
+        hidden = heads.forward(model, tokens, pool, table, reads)
+        assert (hidden - want).abs().max() > 1e-4
+        spoilt[:, 1, :, 0] = 7.0  # what the hidden heads would read
+        spoilt[:, 2, :, 1] = 7.0
+        again = heads.forward(model, tokens, Memories(spoilt, pool.count), table, reads)
+        torch.testing.assert_close(again, hidden, atol=0, rtol=0)
+        spoilt[:, 1, :, 1] = 7.0  # and what another reads
+        again = heads.forward(model, tokens, Memories(spoilt, pool.count), table, reads)
+        assert (again - hidden).abs().max() > 1e-4
+
+
+def test_a_head_that_sees_only_what_is_near(build):
+    """A window that is one token off, or without the BOS; a mask on every head, or another's."""
+    model = build()
+    g = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, 90, (2, 19), generator=g)
+    with torch.no_grad():
+        plain = model(tokens)[0]
+        for window, same in ((19, 19), (30, 19), (6, 7), (1, 2)):
+            near = heads.near_forward(model, tokens, 1, 1, window)
+            differs = (near - plain).abs().amax((0, 2)) > 1e-9
+            # up to `window` tokens and the BOS nothing is hidden
+            assert differs.tolist() == [False] * same + [True] * (19 - same)
+        other = heads.near_forward(model, tokens, 1, 0, 6)
+        assert (other - heads.near_forward(model, tokens, 1, 1, 6)).abs().max() > 1e-6
+
+
+def test_scores_are_those_of_the_asker(world):
+    """Exactness and nats of another question, of the padding, or of the prompt."""
+    retriever, bank = world.open()
+    asker = Asker(world.model, world.tok, bank.references, retriever, bank)
+    rows = list(questions())[:9]
+    h = heads.Heads(asker, rows)
+    assert len(h.all) == 4 and len({len(row["question"]) for row in rows}) == 2
+    exact, nats = h.ask(h.all)
+    for row, e, n in zip(rows, exact, nats, strict=True):
+        prompt = asker.prompt(row, "recalled")
+        if len(prompt) + 12 < 16:  # one chunk: eval.py recalls nothing new on the way
+            (want,) = asker.ask([row], "recalled")
+            assert (bool(e), n) == (want["exact"], pytest.approx(want["nats"], abs=1e-3))
+        p = 0.0
+        ids = retriever.search([prompt[-16:]], 3)[0]
+        for sentence in row["sentences"]:
+            tokens = torch.tensor([[*prompt, *world.tok.encode(sentence)]])
+            table = torch.arange(3).expand(1, -(-tokens.shape[1] // 16), -1)
+            pool = bank.recall(ids[0])
+            with torch.no_grad():
+                logits = world.model(tokens, memories=pool, recall=table)[0][0]
+            logp = logits.log_softmax(-1)[range(tokens.shape[1] - 1), tokens[0, 1:]]
+            p += float(logp[len(prompt) - 1 :].sum().exp())
+        assert n == pytest.approx(-np.log(p), abs=1e-3)
+    none = asker.ask(rows, "none")
+    assert h.ask([])[1].tolist() == pytest.approx([x["nats"] for x in none], abs=1e-3)
+
+
+def test_heads_are_chosen_on_one_half_and_judged_on_the_other():
+    """The heads that suit the questions they are judged by."""
+
+    class Told:
+        all = ["a", "b", "c"]
+
+        def ask(self, chosen):  # a helps the first half, b the second, c both a little
+            nats = np.full(6, 9.0)
+            nats[:3] -= 5 * ("a" in chosen) + ("c" in chosen)
+            nats[3:] -= 5 * ("b" in chosen) + ("c" in chosen)
+            return None, nats
+
+    half = np.array([True] * 3 + [False] * 3)
+    assert heads.best_first(Told(), half, 2) == ["a", "c"]
+    assert heads.best_first(Told(), ~half, 3) == ["b", "c", "a"]
+
+
+def test_main(world, tmp_path, capsys):
+    """Bytes of all heads beside a few, a random choice called the best, a row that is not there."""
+    flags = dict(checkpoint=world.checkpoint, data=world.data, bank=world.bank, device="cpu")
+    flags |= dict(questions=12, random=2, window=5, json=tmp_path / "heads.json")
+    argv = [*(str(x) for k, v in flags.items() for x in (f"--{k}", v)), "--shares", "1", "3", "9"]
+    result = heads.main(argv)
+    assert json.loads((tmp_path / "heads.json").read_text()) == result
+    rows = result["choices"]
+    assert [row["bytes"] * 4 // rows[0]["bytes"] for row in rows] == [4, *[1] * 4, *[3] * 4, 0]
+    assert rows[0]["bytes"] == 2 * 2 * 2 * 2 * 5 * 12
+    assert all(len(row["heads"].split()) == row["bytes"] // (rows[0]["bytes"] // 4) for row in rows)
+    assert set(result["single"]) == {"0.0", "0.1", "1.0", "1.1"}
+    out = capsys.readouterr().out
+    assert "12 questions: 6 to choose by, 6 to judge by" in out and "| best 3 |" in out
+    best = rows[1]
+    assert result["single"][best["heads"]]["nats_alone"] == pytest.approx(best["nats"])
+    with pytest.raises(ValueError, match="--shares: there are 4 heads"):
+        heads.main([*argv[:-3], "4"])
+    with pytest.raises(SystemExit):
+        heads.main([*argv, "--examples", "3"])
