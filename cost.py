@@ -28,7 +28,7 @@ KNOWLEDGE_BASE = 1.12e8  # references; sec. 4.4 prints 1.1e8, its bytes in sec. 
 def forward(c, n, head=True):
     """One window of n tokens through the plain decoder; head: with the LM head."""
     products = n * c.n_params
-    products += c.n_layer * 2 * (n * n / 2) * c.n_embd  # scores, values: causal pairs of d numbers
+    products += c.n_layer * 2 * (n * n / 2) * c.n_head * c.head_dim  # scores, values: causal pairs
     if head:
         products += n * c.vocab_size * c.n_embd
     return 2 * products
@@ -41,7 +41,7 @@ def write_implicit(c):
 
 def selection(c):
     """Choosing tokens: scores of all pairs, without a causal mask, in the memory layers (A.2)."""
-    return 2 * c.n_memory_layer * c.ref_len**2 * c.n_embd
+    return 2 * c.n_memory_layer * c.ref_len**2 * c.n_head * c.head_dim
 
 
 def write_explicit(c):
@@ -52,12 +52,13 @@ def write_explicit(c):
 
 def _encode(c, layers, span):  # the last layer has no MLP; a token attends `span` on average
     weights = layers * c.n_params / c.n_layer - 3 * c.n_embd * c.mlp_width  # gate, up, down
-    return 2 * c.ref_len * (weights + layers * 2 * span * c.n_embd)  # 2 * span: scores and values
+    scores_and_values = 2 * span * c.n_head * c.head_dim
+    return 2 * c.ref_len * (weights + layers * scores_and_values)
 
 
 def read_explicit(c):
     """One chunk attends the S kept tokens of one memory in Lm layers (A.2)."""
-    return 2 * c.n_memory_layer * 2 * c.chunk_len * c.memory_tokens * c.n_embd
+    return 2 * c.n_memory_layer * 2 * c.chunk_len * c.memory_tokens * c.n_head * c.head_dim
 
 
 def read_rag(c):

@@ -79,6 +79,14 @@ class Config:
     header: tuple = (1, 2, 3)  # token ids of "<s>Reference:"; header[0] is the BOS
     rope_base: Annotated[float, 1, 1e12] = 10000.0  # not in the paper
     norm_eps: Annotated[float, 0, 1] = 1e-5  # RMSNorm; not in the paper
+    # what other families of models have (convert.py)
+    width: Annotated[int, 0, 2**20] = 0  # d, where it is not H*dh (Qwen3); 0 = H*dh
+    qkv_bias: bool = False  # the projections q, k, v add a bias (Qwen2)
+    qk_norm: bool = False  # RMSNorm of each head's q and k, before RoPE (Qwen3)
+    rope_factor: Annotated[float, 1, 1e6] = 1.0  # slow angles of RoPE turn so much slower (Llama 3)
+    rope_low: Annotated[float, 1e-6, 1e6] = 1.0  # slow: at most this many turns ...
+    rope_high: Annotated[float, 1e-6, 1e6] = 4.0  # fast, as before: more than this many ...
+    rope_original: Annotated[float, 1, 1e9] = 8192.0  # ... within so many tokens
     tied: bool = False  # input and output embeddings share weights; not in the paper
     approximate_weights: bool = False  # sec. 3.3: exp without the normalisation
     selection: Annotated[int, 1, 2**16] = 1  # the rule that keeps tokens, memory.keep_tokens
@@ -98,6 +106,10 @@ class Config:
         check(
             self.n_head % self.n_kv_head == 0,
             f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}",
+        )
+        check(
+            self.rope_low < self.rope_high,
+            f"rope_low {self.rope_low} is not below rope_high {self.rope_high}",
         )
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; RoPE turns pairs")
         check(len(self.header) > 0, "header is empty; it is at least the BOS")
@@ -120,7 +132,7 @@ class Config:
 
     @property
     def n_embd(self):  # d
-        return self.n_head * self.head_dim
+        return self.width or self.n_head * self.head_dim
 
     @property
     def memory_layers(self):
@@ -136,10 +148,12 @@ class Config:
     def n_params(self):
         """Non-embedding weights, norms aside: the "2.4B" of the paper is 2,433,024,000.
 
-        A layer has W_Q and W_O (2 d^2), W_K and W_V (2 d dh Hkv), and the gated MLP (3 d W).
+        A layer has W_Q and W_O (2 d H dh: 2 d^2), W_K and W_V (2 d dh Hkv), and the gated MLP
+        (3 d W).
         """
         d = self.n_embd
-        layer = 2 * d * d + 2 * d * self.head_dim * self.n_kv_head + 3 * d * self.mlp_width
+        attention = 2 * d * self.head_dim * (self.n_head + self.n_kv_head)
+        layer = attention + 3 * d * self.mlp_width
         return self.n_layer * layer
 
 
@@ -150,9 +164,23 @@ def rope_table(positions, config):
     """cos and sin (n, dh) at the given positions (n,). float32, whatever the weights are."""
     half = config.head_dim // 2
     freq = config.rope_base ** (-torch.arange(half, device=positions.device) / half)  # (dh/2,)
+    if config.rope_factor > 1:
+        freq = stretch(freq, config)
     angle = positions.float()[:, None] * freq  # (n, dh/2)
     angle = torch.cat([angle, angle], -1)  # (n, dh)
     return angle.cos(), angle.sin()
+
+
+def stretch(freq, config):
+    """Llama 3's scaling of RoPE, for contexts longer than it was first trained on. freq (dh/2,).
+
+    Angles that turn less than rope_low times within the original context turn rope_factor times
+    slower, those above rope_high as before, and those between by a share of both.
+    """
+    c = config
+    turns = c.rope_original * freq / (2 * math.pi)  # (dh/2,)
+    share = ((turns - c.rope_low) / (c.rope_high - c.rope_low)).clamp(0, 1)  # of the old angle
+    return share * freq + (1 - share) * freq / c.rope_factor
 
 
 def apply_rope(x, cos, sin):
@@ -169,8 +197,11 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         width = (config.n_head + 2 * config.n_kv_head) * config.head_dim
-        self.qkv = nn.Linear(config.n_embd, width, bias=False)  # W_Q, W_K, W_V in one product
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)  # W_O
+        self.qkv = nn.Linear(config.n_embd, width, bias=config.qkv_bias)  # W_Q, W_K, W_V in one
+        self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)  # W_O
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
 
     def project(self, x, cos=None, sin=None):
         """x (B, n, d) -> q (B, H, n, dh), k v (B, Hkv, n, dh); without cos and sin, before RoPE."""
@@ -178,6 +209,9 @@ class Attention(nn.Module):
         x = self.qkv(x)  # (B, n, (H + 2 Hkv) * dh)
         x = x.unflatten(-1, (-1, c.head_dim)).transpose(1, 2)  # (B, H + 2 Hkv, n, dh)
         qk, v = x.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
+        if c.qk_norm:
+            q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 1).to(v.dtype)  # autocast: float32
         if cos is not None:
             qk = apply_rope(qk, cos, sin)
         q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
@@ -310,6 +344,8 @@ class Memory3(nn.Module):
     def _init(module):
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, 0.0, 0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     @property
     def device(self):
