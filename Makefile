@@ -15,7 +15,7 @@ setup: .venv/ready
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(DATA)/meta.json: $(DATA)/prepare.py $(DATA)/tokenizer.json | .venv/ready
+$(DATA)/meta.json: $(DATA)/prepare.py $(DATA)/wordings.py $(DATA)/tokenizer.json | .venv/ready
 	$(PY) $(DATA)/prepare.py
 
 $(DATA)/kb.index/meta.json: $(DATA)/meta.json
