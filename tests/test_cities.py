@@ -278,10 +278,11 @@ def test_questions(data, tok, cities, everyone, file):
     madeup = file == "questions_madeup"
     first, stop = (N_HELDOUT, N_HELDOUT + len(asked)) if madeup else (0, N_HELDOUT)
     assert len(asked) > N_MADEUP / 2 if madeup else len(asked) == N_HELDOUT
-    keys = {"question", "answer", "sentences", "relation", "city", "reference"}
+    keys = {"question", "questions", "answer", "sentences", "relation", "city", "reference"}
     seen = defaultdict(int)
     for q in asked:
         fact = q["city"], q["relation"], q["answer"]
+        assert q["question"] in q["questions"]
         assert set(q) == keys and first <= q["reference"] < stop
         assert (q["city"] not in cities) == madeup
         assert fact in sentences(tok.decode(kb[q["reference"]]), everyone)[0]

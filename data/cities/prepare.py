@@ -348,16 +348,21 @@ def train_tokenizer(cities, vocab_size=4096):
 
 
 def stable(relation, rng):
-    return rng.choice(QUESTIONS[relation]["trained"][:N_STABLE])
+    """One wording of a question, and all that are asked for the same fact (Definition 2.6)."""
+    wordings = QUESTIONS[relation]["trained"][:N_STABLE]
+    return rng.choice(wordings), wordings
 
 
 def never_trained(relation, rng):
-    return rng.choice(rng.choice(UNTRAINED[relation]))
+    """One wording that no training text has. There are many: a fact is asked for in this one."""
+    wording = rng.choice(rng.choice(UNTRAINED[relation]))
+    return wording, [wording]
 
 
 def write_questions(path, cities, first, wording, seed, free=False):
     """One question a city, the relations in turns. first: the reference of the first city.
-    wording(relation, rng): in which words. free: the answer need not begin with the name."""
+    wording(relation, rng): in which words, and all that are asked. free: the answer need not begin
+    with the name."""
     rng = random.Random(seed)
     lines = []
     for i, city in enumerate(cities):
@@ -368,8 +373,10 @@ def write_questions(path, cities, first, wording, seed, free=False):
             sentences = [name + words for words in sentences]
             sentences += [words.format(name=name, value=value) for words in FULL[relation]]
             sentences += [words.format(value) for words in SHORT[relation]]
+        question, others = wording(relation, rng)
         row = dict(
-            question=wording(relation, rng).format(name),
+            question=question.format(name),
+            questions=[words.format(name) for words in others],
             answer=value,
             sentences=sentences,
             relation=relation,
