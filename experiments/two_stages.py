@@ -24,7 +24,6 @@ import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,13 +32,13 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import corpus  # noqa: E402
-import memory  # noqa: E402
-import model as decoder  # noqa: E402
-import retrieval  # noqa: E402
-import train  # noqa: E402
-from common import UserError, optional, replace_file, run, write_json  # noqa: E402
-from quantize import Codec  # noqa: E402
+import corpus
+import memory
+import model as decoder
+import retrieval
+import train
+from common import check, number, optional, read_rows, replace_file, run, write_json
+from quantize import Codec
 
 SEEDS = (1, 2, 3)
 C, T = 16, 128  # tokens of a chunk, and of a document: a BOS and 31 facts of 4 tokens
@@ -72,42 +71,57 @@ def prepare(out, rows, val_rows, people=PEOPLE, held_out=HELD_OUT):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
+    n_names = 128  # first names, and as many last names
+    n_relations = len(RELATIONS)
+    n_values = n_relations * VALUES
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-    names = rng.permutation([a + b for a in syllables for b in syllables])
-    n, R = 128, len(RELATIONS)  # first names, and last names; relations
-    values = [w + rng.choice(syllables) for w in names[2 * n : 2 * n + R * VALUES]]
-    words = [*names[: 2 * n], *RELATIONS, *values]
-    vocab = ["Reference", ":", *(f" {w}" for w in words)]
-    ranks = [base64.b64encode(w.encode()).decode() for w in vocab]  # every word is one token
-    name = dict(name="people", pattern=r" ?\w+|:", prefix_space=True)
-    write_json(out / "tokenizer.json", dict(name, ranks=ranks))
+    words = rng.permutation([a + b for a in syllables for b in syllables])
+    names = words[: 2 * n_names]
+    values = [word + rng.choice(syllables) for word in words[2 * n_names :][:n_values]]
+    vocab = ["Reference", ":"]
+    vocab += [f" {word}" for word in (*names, *RELATIONS, *values)]
+    ranks = [base64.b64encode(word.encode()).decode() for word in vocab]  # every word is one token
+    spelling = dict(name="people", pattern=r" ?\w+|:", prefix_space=True)
+    write_json(out / "tokenizer.json", dict(spelling, ranks=ranks))
     tok = corpus.tokenizer(out)
 
-    who = rng.permutation(n * n)[:people]  # a first and a last name together are one person's
-    facts = np.empty((people, R, 4), int)
-    facts[..., 0], facts[..., 1] = 2 + who[:, None] // n, 2 + n + who[:, None] % n
-    facts[..., 2] = 2 + 2 * n + np.arange(R)
-    facts[..., 3] = 2 + 2 * n + R + np.arange(R) * VALUES + rng.integers(VALUES, size=(people, R))
-    order = rng.permuted(np.tile(np.arange(R), (people, 1)), axis=1)
-    texts = [f[o].ravel() for f, o in zip(facts, order, strict=True)]
+    # A first and a last name together are one person's. A fact: first, last, relation, value.
+    first_name = 2  # where these words begin in the vocabulary
+    last_name = first_name + n_names
+    relation = last_name + n_names
+    value = relation + n_relations
+    who = rng.permutation(n_names * n_names)[:people]
+    facts = np.empty((people, n_relations, 4), int)
+    facts[..., 0] = first_name + who[:, None] // n_names
+    facts[..., 1] = last_name + who[:, None] % n_names
+    facts[..., 2] = relation + np.arange(n_relations)
+    drawn = rng.integers(VALUES, size=(people, n_relations))
+    facts[..., 3] = value + np.arange(n_relations) * VALUES + drawn
+    order = rng.permuted(np.tile(np.arange(n_relations), (people, 1)), axis=1)
+    texts = [facts[i][order[i]].ravel() for i in range(people)]
     references = corpus.References.create(out / "kb", texts, tok.n_vocab)
+
     known = people - held_out
     for split, low, high, size in ("train", 0, known, rows), ("val", known, people, val_rows):
-        doc = documents(facts, low, high, size, rng)
-        doc = np.concatenate([np.full((size, 1), tok.bos), doc], 1)[:, :T]
-        corpus.write_tokens(out / f"{split}.bin", doc, tok.n_vocab)
+        text = documents(facts, low, high, size, rng)  # (size, T)
+        bos = np.full((size, 1), tok.bos)
+        text = np.concatenate([bos, text], 1)[:, :T]
+        corpus.write_tokens(out / f"{split}.bin", text, tok.n_vocab)
     meta = dict(name="people", tokenizer=str(out), tokenizer_id=tok.id, n_vocab=tok.n_vocab)
     write_json(out / "meta.json", meta)
     found = retrieval.Retriever.build(out / "kb.index", references, out)
     for split in "val", "train":
-        tokens, path = corpus.open_tokens(out, split), out / f"{split}.neighbors.bin"
+        tokens = corpus.open_tokens(out, split)
+        path = out / f"{split}.neighbors.bin"
         retrieval.write_neighbors(path, tokens, C, references, found, 1, context=T)
 
 
 def documents(facts, low, high, size, rng, people=3, stay=0.6):
     """(size, T) tokens: facts of three people each, one person's after another's by chance."""
     cast = rng.integers(low, high, size=(size, people))
-    rows, at, each = np.empty((size, T // 4, 4), int), np.zeros(size, int), np.arange(size)
+    rows = np.empty((size, T // 4, 4), int)
+    at = np.zeros(size, int)  # of whom each document speaks
+    each = np.arange(size)
     for i in range(T // 4):
         leave = rng.random(size) > stay
         at = np.where(leave, rng.integers(people, size=size), at)
@@ -123,33 +137,45 @@ def plan(quick=False):
 
     A run is dict(arm, seed, stage, steps, init=, changes=, select=).
     """
-    first, second = (3, 2) if quick else (1200, 400)  # paper: 60 and 22 billion tokens
+    first = 3 if quick else 1200  # paper: 60 billion tokens
+    second = 2 if quick else 400  # paper: 22 billion
     shorter = 2 if quick else 150  # of the runs with one choice changed
-    left, right = {}, {}
     seeds = SEEDS[:1] if quick else SEEDS
+    left = {}
     for arm, stage in ("explicit", "explicit"), ("plain", "implicit"):  # the longest first
         for seed in seeds:
             left[f"{arm}-{seed}"] = dict(arm=arm, seed=seed, stage=stage, steps=first)
+    right = {}
     for seed in seeds:
         for before, after in ("explicit", "explicit"), ("plain", "explicit"), ("plain", "plain"):
-            arm, stage = f"{before} then {after}", "explicit" if after == "explicit" else "implicit"
-            right[f"{before}-{after}-{seed}"] = dict(
-                arm=arm, seed=seed, stage=stage, steps=second, init=f"{before}-{seed}"
-            )
-    L, Lm = SHAPE["n_layer"], SHAPE["n_memory_layer"]
-    choices = {BASE: {}}
-    choices |= {f"S = {s}": dict(memory_tokens=s) for s in (1, 2, 4, 16)}
-    choices |= {f"Lm = {n}": dict(n_memory_layer=n) for n in (L // 4, L // 2, L) if n != Lm}
-    choices |= {f"R = {r}": dict(n_recall=r) for r in (1, 3, 10)}
-    choices |= {"approximate weights": dict(approximate_weights=True)}
-    choices |= {f"{how} tokens": how for how in SELECT}
+            arm = f"{before} then {after}"
+            stage = "explicit" if after == "explicit" else "implicit"
+            run = dict(arm=arm, seed=seed, stage=stage, steps=second, init=f"{before}-{seed}")
+            right[f"{before}-{after}-{seed}"] = run
     for seed in seeds:
-        for choice, change in choices.items():
+        for choice, change in changes().items():
             run = dict(arm=choice, seed=seed, stage="explicit", steps=shorter, init=f"plain-{seed}")
-            run |= dict(select=change) if isinstance(change, str) else dict(changes=change)
             key = "base" if choice == BASE else choice.replace(" ", "")
-            right[f"choice-{key}-{seed}"] = run
+            right[f"choice-{key}-{seed}"] = run | change
     return left, right
+
+
+def changes():
+    """{choice: what is changed}, one thing at a time."""
+    n_layer = SHAPE["n_layer"]
+    shapes = {BASE: {}}
+    for s in (1, 2, 4, 16):
+        shapes[f"S = {s}"] = dict(memory_tokens=s)
+    for n in (n_layer // 4, n_layer // 2, n_layer):
+        if n != SHAPE["n_memory_layer"]:
+            shapes[f"Lm = {n}"] = dict(n_memory_layer=n)
+    for r in (1, 3, 10):
+        shapes[f"R = {r}"] = dict(n_recall=r)
+    shapes["approximate weights"] = dict(approximate_weights=True)
+    choices = {choice: dict(changes=change) for choice, change in shapes.items()}
+    for how in SELECT:
+        choices[f"{how} tokens"] = dict(select=how)
+    return choices
 
 
 # These stand in for memory.keep_tokens while a run writes its memories.
@@ -177,19 +203,20 @@ def do(run, name, out, device="auto", quick=False):
     path = Path(out) / "runs" / name
     if (path / "result.json").exists():
         result = json.loads((path / "result.json").read_text())
-        if not run.items() <= result.items():
-            raise UserError(f"{path} is a run of other settings: remove it, or give another --out")
+        same = run.items() <= result.items()
+        check(same, f"{path} is a run of other settings: give another --out, or remove that run")
         return result
     path.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # two runs side by side are faster than one on two threads
-    data, stage, init = f"{out}/data", run["stage"], run.get("init", "")
+    data = f"{out}/data"
+    init = run.get("init", "")
     tok = corpus.tokenizer(data)
     shape = SHAPE | run.get("changes", {})
     config = decoder.Config(**shape, vocab_size=tok.n_vocab, header=tuple(tok.header))
-    every = 1 if quick else run["steps"] if name.startswith("choice") else 50
+    eval_every = run["steps"] if name.startswith("choice") else 50
     cfg = train.TrainConfig(
         data=data,
-        stage=stage,
+        stage=run["stage"],
         split="train",
         val="val",
         out=str(path),
@@ -201,7 +228,7 @@ def do(run, name, out, device="auto", quick=False):
         lr=2e-3 if init else 4e-3,
         warmup=50 if init else 100,
         decay=0.3 if init else 0.1,
-        eval_every=every,
+        eval_every=1 if quick else eval_every,
         save_every=100,
         device=device,
     )
@@ -210,19 +237,27 @@ def do(run, name, out, device="auto", quick=False):
     try:
         with open(path / "log.txt", "a") as log, contextlib.redirect_stdout(log):
             model = train.main(cfg, config)["model"]
-        rows = [json.loads(line) for line in open(path / "log.jsonl")]
-        rows = {r["step"]: r["val"] for r in rows if "val" in r}  # after a restart: the last
-        per_step = cfg.batch * T
-        curve = [[step * per_step, *rows[step].values()] for step in sorted(rows)]
         final = measure(model.eval(), cfg, run)
     finally:
         decoder.keep_tokens = memory.keep_tokens
-    seconds = round(time.time() - started)
-    result = dict(run, tokens=run["steps"] * per_step, seconds=seconds, curve=curve, final=final)
+    tokens_per_step = cfg.batch * T
+    result = dict(run, tokens=run["steps"] * tokens_per_step)
+    result["seconds"] = round(time.time() - started)
+    result["curve"] = curve_of(path / "log.jsonl", tokens_per_step)
+    result["final"] = final
     write_json(path / "result.json", result)
     for file in ("last.pt", "best.pt"):
         (path / file).unlink(missing_ok=True)
     return result
+
+
+def curve_of(log, tokens_per_step):
+    """[[tokens read, validation losses ...]] of a training log."""
+    losses = {}
+    for row in read_rows(log, dict(step=int), "train again"):
+        if "val" in row:
+            losses[row["step"]] = row["val"].values()  # after a restart: the last
+    return [[step * tokens_per_step, *losses[step]] for step in sorted(losses)]
 
 
 # -- Measuring --------------------------------------------------------------------------------
@@ -239,44 +274,68 @@ def measure(model, cfg, run):
     """
     torch.manual_seed(0)  # for random tokens
     cfg = train.TrainConfig(**(vars(cfg) | dict(stage="explicit")))  # plain models are asked, too
-    windows, c = train.Windows(cfg, "val", model.config), T // C
-    tokens, targets, references, recall = windows.batch(range(windows.n))
+    windows = train.Windows(cfg, "val", model.config)
+    batch = windows.batch(range(windows.n))
+    tokens, targets, references, recall = (x.to(model.device) for x in batch)
     windows.shift = 1
-    before = windows.batch(range(windows.n))[3]
-    first, later = mentions(tokens.numpy())
-    to = partial(torch.Tensor.to, device=model.device)
-    pool = memory.Memories.cat([model.write(to(r)) for r in references.split(512)])
-    conditions = {"plain": (None, recall), "nothing recalled": (pool, torch.full_like(recall, -1))}
-    conditions |= {"memories": (pool, recall), "memories, shift 1": (pool, before)}
+    before = windows.batch(range(windows.n))[3].to(model.device)
+    pool = memory.Memories.cat([model.write(part) for part in references.split(512)])
+    conditions = {
+        "plain": (None, recall),
+        "nothing recalled": (pool, torch.full_like(recall, -1)),
+        "memories": (pool, recall),
+        "memories, shift 1": (pool, before),
+    }
     if run["arm"] in (BASE, "plain then explicit"):
-        n = min(2048, len(windows.references) // 2)  # of people known from training
-        known = model.write(to(windows.references.batch(range(n))))
-        codec = Codec.train(known.kv.cpu().flatten(0, -2))
-        kv = codec.decode(codec.encode(pool.kv)).to(pool.kv)
-        half = memory.Memories(pool.kv.bfloat16().float(), pool.count)
-        conditions |= {"bfloat16": (half, recall), "quantized": (replace(half, kv=kv), recall)}
+        rounded = memory.Memories(pool.kv.bfloat16().float(), pool.count)
+        conditions["bfloat16"] = (rounded, recall)
+        conditions["quantized"] = (quantized(model, windows, pool), recall)
+    first, later = mentions(batch[0].numpy())
     result = {}
     for name, (kept, table) in conditions.items():
-        nats = []
-        for i in range(0, windows.n, 64):  # windows i .. i+63 read rows i*c .. of the pool
-            part, mine = slice(i, i + 64), kept and kept[i * c : (i + 64) * c]
-            rows = torch.where(table[part] >= 0, table[part] - i * c, -1)
-            logits, _ = model(to(tokens[part]), memories=mine, recall=to(rows))
-            log_p = logits.float().log_softmax(-1)[:, :-1]
-            nats.append(-log_p.gather(-1, to(targets[part, :-1, None])).squeeze(-1).cpu())
-        nats = torch.cat(nats)  # (n, T - 1): of token 1, 2 ...
-        result[name] = [round(float(x.mean()), 4) for x in (nats, nats[first], nats[later])]
+        nats = nats_of(model, tokens, targets, kept, table)  # (n, T - 1)
+        means = [nats.mean(), nats[first].mean(), nats[later].mean()]
+        result[name] = [round(float(x), 4) for x in means]
     return result
+
+
+def quantized(model, windows, pool):
+    """The pool through a codec that was trained on memories of people known from training."""
+    n = min(2048, len(windows.references) // 2)
+    known = model.write(windows.references.batch(range(n)).to(model.device))
+    codec = Codec.train(known.kv.cpu().flatten(0, -2))
+    kv = codec.decode(codec.encode(pool.kv)).to(pool.kv)
+    return memory.Memories(kv, pool.count)
+
+
+def nats_of(model, tokens, targets, pool, table, size=64):
+    """-log p (n, T - 1) of tokens 1, 2 ... of all windows. Row i*c + j of the pool is written from
+    what chunk j of window i retrieved."""
+    n_chunks = T // C
+    nats = []
+    for i in range(0, len(tokens), size):
+        part = slice(i, i + size)
+        memories = pool
+        if pool is not None:  # the memories of these windows alone
+            memories = pool[i * n_chunks : (i + size) * n_chunks]
+        rows = torch.where(table[part] >= 0, table[part] - i * n_chunks, -1)
+        logits, _ = model(tokens[part], memories=memories, recall=rows)
+        log_p = logits.float().log_softmax(-1)[:, :-1]  # (size, T - 1, V)
+        log_p = log_p.gather(-1, targets[part, :-1, None])  # (size, T - 1, 1)
+        nats.append(-log_p.squeeze(-1).cpu())
+    return torch.cat(nats)
 
 
 def mentions(tokens):
     """Two masks (n, T - 1) over tokens 1, 2 ...: values said the first time, and again."""
-    first, later = np.zeros((2, len(tokens), T - 1), bool)
+    first = np.zeros((len(tokens), T - 1), bool)
+    later = np.zeros((len(tokens), T - 1), bool)
     for row, text in enumerate(tokens):
         said = set()
         for at in range(4, T, 4):
             fact = tuple(text[at - 3 : at + 1])
-            (later if fact in said else first)[row, at - 1] = True
+            mask = later if fact in said else first
+            mask[row, at - 1] = True
             said.add(fact)
     return torch.from_numpy(first), torch.from_numpy(later)
 
@@ -289,16 +348,23 @@ def run_all(out, jobs, device="auto", quick=False):
     data = Path(out) / "data"
     if not (data / "train.neighbors.bin").exists():
         shutil.rmtree(data, ignore_errors=True)
-        prepare(data, *((40, 8, 300, 100) if quick else (48_000, 256)))
-    results, started, waves = {}, time.time(), plan(quick)
+        if quick:
+            prepare(data, 40, 8, people=300, held_out=100)
+        else:
+            prepare(data, 48_000, 256)
+    waves = plan(quick)
+    n_runs = sum(len(wave) for wave in waves)
+    each = partial(do, out=out, device=device, quick=quick)
+    results = {}
+    started = time.time()
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for wave in waves:
-            each = partial(do, out=out, device=device, quick=quick)
             for name, result in zip(wave, pool.map(each, wave.values(), wave), strict=True):
                 results[name] = result
-                done = f"{len(results)}/{sum(map(len, waves))}"
-                loss, minutes = result["curve"][-1][1], (time.time() - started) / 60
-                print(f"{done}  {name}: loss {loss:.4f}  {minutes:.1f} min", flush=True)
+                minutes = (time.time() - started) / 60
+                loss = result["curve"][-1][1]
+                done = f"{len(results)}/{n_runs}  {name}: loss {loss:.4f}  {minutes:.1f} min"
+                print(done, flush=True)
     return results
 
 
@@ -325,7 +391,9 @@ def by_arm(results, choices):
 def spread(values, digits=2):
     """The mean, and the lowest and highest of the seeds."""
     values = list(values)
-    mean, low, high = (f"{x:.{digits}f}" for x in (np.mean(values), min(values), max(values)))
+    mean = f"{np.mean(values):.{digits}f}"
+    low = f"{min(values):.{digits}f}"
+    high = f"{max(values):.{digits}f}"
     return f"{mean} [{low}, {high}]"
 
 
@@ -333,95 +401,128 @@ COLUMNS = ("loss, no memory", "loss, memories")
 COLUMNS += ("first mentions, no memory", "first mentions, memories")
 
 
+def head(*cells):
+    """The first two lines of a table in Markdown."""
+    return ["| " + " | ".join(cells) + " |", "|---" * len(cells) + "|"]
+
+
+def cells(runs, columns):
+    """[spread over the runs] for each column (condition, number of the loss)."""
+    return [spread(r["final"][how][i] for r in runs.values()) for how, i in columns]
+
+
 def tables(results):
     """Markdown: the arms, and one change at a time. Nats; mean and [lowest, highest] of seeds.
 
     Differences are taken seed by seed: the seeds begin with the same weights, read the same text.
     """
+    lines = arms_table(by_arm(results, choices=False))
+    arms = by_arm(results, choices=True)
+    if BASE in arms:
+        lines += ["", *choices_table(arms)]
+    return "\n".join(lines)
 
-    def row(first, runs, *columns):
-        cells = (spread(r["final"][how][i] for r in runs.values()) for how, i in columns)
-        return "| " + " | ".join([first, *cells])
 
-    def head(*names):
-        return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-
-    arms = by_arm(results, choices=False)
-    more = "first mentions, memories, shift 1", "later mentions, as trained"
+def arms_table(arms):
+    more = ("first mentions, memories, shift 1", "later mentions, as trained")
     lines = head("arm", *COLUMNS, *more, "loss as trained, minus plain's")
     for arm, runs in arms.items():
-        plain = arms["plain then plain" if "then" in arm else "plain"]
         explicit = next(iter(runs.values()))["stage"] == "explicit"
-        none, have = "nothing recalled" if explicit else "plain", "memories"
-        own = have if explicit else none
-        columns = (none, 0), (have, 0), (none, 1), (have, 1), ("memories, shift 1", 1), (own, 2)
-        gain = [r["final"][own][0] - plain[s]["final"]["plain"][0] for s, r in runs.items()]
-        lines.append(row(arm, runs, *columns) + f" | {spread(gain, 3)} |")
-    arms = by_arm(results, choices=True)
-    if BASE not in arms:
-        return "\n".join(lines)
-    lines += ["", *head("one change", *COLUMNS, "loss, memories, minus the first row's")]
+        none = "nothing recalled" if explicit else "plain"
+        own = "memories" if explicit else "plain"  # what the arm was trained with
+        columns = [(none, 0), ("memories", 0), (none, 1), ("memories", 1)]
+        columns += [("memories, shift 1", 1), (own, 2)]
+        plain = arms["plain then plain" if "then" in arm else "plain"]
+        gains = []
+        for seed, result in runs.items():
+            gains.append(result["final"][own][0] - plain[seed]["final"]["plain"][0])
+        row = [arm, *cells(runs, columns), spread(gains, 3)]
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def choices_table(arms):
+    lines = head("one change", *COLUMNS, "loss, memories, minus the first row's")
     base = arms[BASE]
-
-    def compare(label, runs, have):
-        pairs = [r["final"][have][0] - base[s]["final"]["memories"][0] for s, r in runs.items()]
+    rows = [(arm, runs, "memories") for arm, runs in arms.items()]
+    rows += [(f"{how} memories, not trained with", base, how) for how in REDUCED]
+    for label, runs, have in rows:
         none = "nothing recalled"
-        columns = (none, 0), (have, 0), (none, 1), (have, 1)
-        return row(label, runs, *columns) + f" | {spread(pairs, 3)} |"
+        columns = [(none, 0), (have, 0), (none, 1), (have, 1)]
+        differences = []
+        for seed, result in runs.items():
+            differences.append(result["final"][have][0] - base[seed]["final"]["memories"][0])
+        row = [label, *cells(runs, columns), spread(differences, 3)]
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
 
-    lines += [compare(arm, runs, "memories") for arm, runs in arms.items()]
-    lines += [compare(f"{how} memories, not trained with", base, how) for how in REDUCED]
-    return "\n".join(lines)
+
+COLOURS = {
+    "plain": "tab:blue",
+    "explicit": "tab:green",
+    "plain then plain": "tab:blue",
+    "explicit then explicit": "tab:green",
+    "plain then explicit": "tab:red",
+}
 
 
 def draw(results, path):
     """Fig. 3.3: validation loss over the tokens of each plot; bands span the seeds."""
-    optional("matplotlib").use("Agg")
-    pyplot = optional("matplotlib.pyplot")
-    colours = {"plain": "tab:blue", "explicit": "tab:green", "plain then plain": "tab:blue"}
-    colours |= {"explicit then explicit": "tab:green", "plain then explicit": "tab:red"}
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    Figure = optional("matplotlib.figure").Figure
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for arm, runs in by_arm(results, choices=False).items():
-        curves = np.array([r["curve"] for r in runs.values()])  # (seeds, points, 2 or 3)
-        ax, x = axes[int(" then " in arm)], curves[0, :, 0] / 1e6
-        labels, styles = [arm, f"{arm}, nothing recalled"], ["-", "--"]
-        if curves.shape[2] == 3:
-            labels[0] += ", with memories"
-        for i in range(1, curves.shape[2]):
-            y, label, style = curves[..., i], labels[i - 1], styles[i - 1]
-            ax.plot(x, y.mean(0), style, color=colours[arm], label=label, lw=1.6)
-            ax.fill_between(x, y.min(0), y.max(0), color=colours[arm], alpha=0.15, lw=0)
-    for ax, title in zip(axes, ("From scratch", "Continued from the left plot"), strict=True):
+        ax = right if " then " in arm else left
+        curves = np.array([result["curve"] for result in runs.values()])  # (seeds, points, 2 or 3)
+        tokens = curves[0, :, 0] / 1e6
+        line = dict(color=COLOURS[arm], lw=1.6)
+        band = dict(color=COLOURS[arm], alpha=0.15, lw=0)
+        loss = curves[..., 1]
+        with_memories = curves.shape[2] == 3
+        label = f"{arm}, with memories" if with_memories else arm
+        ax.plot(tokens, loss.mean(0), "-", label=label, **line)
+        ax.fill_between(tokens, loss.min(0), loss.max(0), **band)
+        if with_memories:
+            loss = curves[..., 2]
+            ax.plot(tokens, loss.mean(0), "--", label=f"{arm}, nothing recalled", **line)
+            ax.fill_between(tokens, loss.min(0), loss.max(0), **band)
+    legend = dict(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
+    for ax, title in (left, "From scratch"), (right, "Continued from the left plot"):
         ax.set(title=title, xlabel="million tokens read", ylabel="validation loss, nats a token")
         ax.grid(alpha=0.3)
         ax.set_xlim(0)
-        ax.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=8, frameon=False
-        )
+        ax.legend(fontsize=8, frameon=False, **legend)
     low = min(r["curve"][-1][1] for r in results.values() if "curve" in r)
-    axes[0].set_ylim(low - 0.05, low + 1.2)  # the first steps are the same for all, far above
+    left.set_ylim(low - 0.05, low + 1.2)  # the first steps are the same for all, far above
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--out", help="runs and their text (default: out/two_stages, or ..._quick)")
-    p.add_argument("--jobs", type=int, default=2, help="runs side by side, a thread each (GPU: 1)")
-    p.add_argument("--device", default="auto", help="cuda where there is one")
+def parser():
+    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
+    p.add_argument("--out", help="runs and their text (None: out/two_stages, or ..._quick)")
+    jobs = number(int, 1)
+    p.add_argument("--jobs", type=jobs, default=2, help="runs side by side, a thread each (GPU: 1)")
+    p.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
     p.add_argument("--quick", action="store_true", help="one seed, two or three steps a run")
     p.add_argument("--table", action="store_true", help="only the tables, from the JSON")
-    p.add_argument("--json", help="the results (default: experiments/results/two_stages.json)")
-    p.add_argument("--png", help="the picture (default: pictures/two_stages.png)")
-    args = p.parse_args(argv)
-    args.out = args.out or "out/two_stages" + "_quick" * args.quick
+    p.add_argument("--json", help="the results (None: experiments/results/two_stages.json)")
+    p.add_argument("--png", help="the picture (None: pictures/two_stages.png)")
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    if args.out is None:
+        args.out = "out/two_stages_quick" if args.quick else "out/two_stages"
     home = Path(args.out) if args.quick else HERE / "results"
-    picture = Path(args.out) if args.quick else HERE.parent / "pictures"
-    file, png = args.json or home / "two_stages.json", args.png or picture / "two_stages.png"
+    pictures = Path(args.out) if args.quick else HERE.parent / "pictures"
+    file = Path(args.json or home / "two_stages.json")
+    png = args.png or pictures / "two_stages.png"
     if args.table:
-        if not Path(file).exists():
-            raise UserError(f"{file} is missing: run this without --table")
-        print(tables(json.loads(Path(file).read_text())))
+        check(file.exists(), f"{file} is missing: run this without --table")
+        print(tables(json.loads(file.read_text())))
         return
     results = run_all(args.out, args.jobs, args.device, args.quick)
     save(results, file)
