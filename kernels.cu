@@ -2,36 +2,26 @@
 //
 //     nvcc -arch=native -O3 -shared -Xcompiler -fPIC kernels.cu -o libkernels.so     (make kernels)
 //
+// The story. Attention is where a memory is read, and there the work is odd: a chunk of 64 tokens
+// attends 5 memories of 8 keys, next to its ordinary causal attention over thousands. PyTorch's
+// fused kernels cannot mix both. What is needed around them is little arithmetic and much moving of
+// data, so that each kernel below is judged by the bytes that it must move:
+//
+//     a.  memory attention, plainly: 30 lines, a thread a query; the meaning of all that follows
+//     b.  tensor cores: how tiles of 16 x 16 lie in the registers of a warp
+//     c.  memory attention, fast: forward, dq, and dk dv
+//     d.  decode attention: one new token over the cache
+//     e.  codes of the bank become keys and values in the cache
+//     f.  which tokens of a reference are kept (sec. 3.3)
+//
 // Plain C functions of raw pointers, sizes and a stream; kernels.py calls them through ctypes.
 // Each has a PyTorch equivalent in memory.py or quantize.py. Data is bfloat16, sums are float32.
-//
-// None of this has ever run on a GPU. All but the PTX runs on a CPU in the tests, where
-// tests/cuda_on_cpu.h plays the GPU: that shows the arithmetic, the indexing, the barriers. It
-// shows nothing of speed, so the floor times below are formulas.
+// Without a GPU all but the PTX runs on a CPU in the tests, where tests/cuda_on_cpu.h plays one.
 
 #ifdef __CUDACC__  // otherwise tests/cuda_on_cpu.h has all this, and says what it does
 #include <cuda_bf16.h>
 #include <cuda_pipeline.h>
 #define UNROLL _Pragma("unroll")  // an array lies in registers only if its loops are unrolled
-__device__ inline unsigned pack(float lo, float hi) {
-    unsigned u;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(hi), "f"(lo));
-    return u;
-}
-#define LDMATRIX(name, how)                                                                     \
-    __device__ inline void name(unsigned r[4], const void* row) {                               \
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4" how ".shared.b16 {%0, %1, %2, %3}, [%4];"  \
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                           \
-                     : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");                \
-    }
-LDMATRIX(ldmatrix, "")
-LDMATRIX(ldmatrix_trans, ".trans")
-__device__ inline void mma(float* c, const unsigned a[4], unsigned b0, unsigned b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 #endif
 
 typedef __nv_bfloat16 bf16;
@@ -63,42 +53,118 @@ int launch(void (*kernel)(P...), i64 blocks, int threads, size_t bytes, void* st
         CASE(64, __VA_ARGS__) CASE(80, __VA_ARGS__) CASE(96, __VA_ARGS__)                       \
         CASE(112, __VA_ARGS__) CASE(128, __VA_ARGS__) default: return 1; }
 
-// -- a. Memory attention ---------------------------------------------------------------------
+// -- a. Memory attention, plainly --------------------------------------------------------------
 //
 // A chunk of the context, C tokens, reads R memories of S keys each: 64 by 40 in the 2.4b model.
-// The G = H / Hkv query heads of a key-value head read the same keys, so that a job (sequence,
-// key-value head, chunk) has G*C queries. 64 of them, 16 a warp, are a block; it fetches keys and
-// values from the pool by the recall table straight into shared memory, for the tensor cores.
+// PyTorch has computed the causal part: out and lse, the logarithm of the sum of exp(score). The
+// memories join the same softmax (eq. 3.1): with their scores s_j the whole sum is
 //
-// A flash kernel goes over the keys in blocks and keeps, for each query, the largest score m so
-// far, l = the sum of exp(score - m), and the output times l. Here the causal part, computed by
-// PyTorch, is simply the first block: m = lse, l = 1, output = out. The memories are the next, 16
-// keys a block, and the merge by log-sum-exp needs no code of its own.
+//     exp(lse') = exp(lse) + sum_j exp(s_j)
+//     out' = exp(lse - lse') out + sum_j exp(s_j - lse') v_j
 //
-// Floor times, BW = bytes/s, F = bfloat16 operations/s, N = B H T, K = R S padded to 16s:
-//   forward  (6 dh N + 8 N + 4 M Hkv S dh) / BW     4 dh N K / F    q; out, lse in and out; pool
-//   dq       (10 dh N + 8 N + 4 M Hkv S dh) / BW    6 dh N K / F    q, dout, out; dq in and out
-//   dk dv    (4 dh + 8) N R / BW (mostly from L2)   8 dh N R 16 ceil(S / 16) / F       q, dout
-// Shared memory: 4 K (dh + 9) bytes, at most 68.5 KB; dk dv 256 (dh + 8), at most 34 KB.
+// q, out, dout, dq are (B, H, n, dh) with any strides between rows of dh numbers, for which others
+// lay them out; lse, delta (B, H, n); mem_k mem_v (M, Hkv, S, dh), mem_m numbers from memory to
+// memory; count (M, Hkv): filled slots; recall (B, c, R), -1 = none. n = P + T tokens, P of header.
 
-const int WARPS = 4;  // of a block
-struct Call {  // what a call is given; shapes as in kernels.py
+struct Query { int b, head, t; };  // t = -1: there is none
+struct Rows {  // numbers from a sequence, a head, a token to the next
+    i64 b, h, t;
+    __device__ i64 at(Query x) const { return x.t < 0 ? -1 : x.b * b + x.head * h + x.t * t; }
+};
+
+struct Call {  // what a call is given
     bf16 *out, *dq, *dmem_k, *dmem_v;
     float *lse, *delta;
     const bf16 *q, *dout, *mem_k, *mem_v;
     const i64 *count, *recall, *uses, *first;
-    int H, Hkv, n, S, c, R, C, P;  // c: chunks of a sequence, C = chunk_len, P = n_header
+    Rows in_q, in_out, in_dout, in_dq;  // at(query): where its numbers lie; -1: nowhere
+    i64 mem_m;
+    int B, M, H, Hkv, n, S, c, R, C, P;  // c: chunks of a sequence, C = chunk_len, P = n_header
 
-    __host__ __device__ int keys() const { return (R * S + 15) / 16 * 16; }  // of a chunk
-    __host__ __device__ int tiles() const { return (H / Hkv * C + 16 * WARPS - 1) / (16 * WARPS); }
-    i64 blocks(int B) const { return (i64)B * Hkv * c * tiles(); }
-
-    // Where query r of a job stands in (B, H, n); -1: nowhere.
-    __device__ i64 query(int b, int h, int chunk, int r) const {
-        int G = H / Hkv, t = P + chunk * C + r % C;
-        return r < G * C && t < n ? ((i64)b * H + h * G + r / C) * n + t : -1;
+    __device__ i64 in_lse(Query x) const {  // and in delta
+        return x.t < 0 ? -1 : ((i64)x.b * H + x.head) * n + x.t;
+    }
+    // Slot s of the memory in place r of a chunk: where its key and value lie, -1: it is empty.
+    __device__ i64 in_memory(int b, int chunk, int r, int h, int s, int dh) const {
+        i64 m = recall[((i64)b * c + chunk) * R + r];
+        return m < 0 || s >= count[m * Hkv + h] ? -1 : m * mem_m + ((i64)h * S + s) * dh;
     }
 };
+
+__device__ inline float number(bf16 x) { return __bfloat162float(x); }
+
+// Version 1, one thread a query. Right, and slow: each thread walks through memory on its own path.
+__global__ void __launch_bounds__(128) plain_forward(Call x, int dh) {
+    const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;  // of (B, H, T)
+    const int T = x.n - x.P, chunk = i % T / x.C, b = (int)(i / T / x.H);
+    const Query query = {b, (int)(i / T % x.H), x.P + (int)(i % T)};
+    if (b >= x.B) return;
+    const bf16* q = x.q + x.in_q.at(query);
+    bf16* out = x.out + x.in_out.at(query);
+    float& lse = x.lse[x.in_lse(query)];
+    const int h = query.head / (x.H / x.Hkv);
+    float score[128], top = isinf(lse) ? -1e30f : lse, sum = 0;  // no key yet: -inf, on CUDA +inf
+    for (int j = 0; j < x.R * x.S; j++) {
+        const i64 key = x.in_memory(b, chunk, j / x.S, h, j % x.S, dh);
+        score[j] = key < 0 ? -INFINITY : 0;
+        for (int d = 0; key >= 0 && d < dh; d++)
+            score[j] += number(q[d]) * number(x.mem_k[key + d]);
+        score[j] /= sqrtf(dh);
+        top = fmaxf(top, score[j]);
+    }
+    const float before = isinf(lse) ? 0 : expf(lse - top);  // the share of the causal part
+    for (int j = 0; j < x.R * x.S; j++) sum += expf(score[j] - top);
+    if (sum == 0) return;  // no memory: all stays as it is
+    for (int d = 0; d < dh; d++) {
+        float y = before == 0 ? 0 : before * number(out[d]);
+        for (int j = 0; j < x.R * x.S; j++) {
+            const i64 value = x.in_memory(b, chunk, j / x.S, h, j % x.S, dh);
+            if (value >= 0) y += expf(score[j] - top) * number(x.mem_v[value + d]);
+        }
+        out[d] = __float2bfloat16(y / (before + sum));
+    }
+    lse = top + logf(before + sum);
+}
+
+// strides: three each of q and out (and dout, dq), then that from memory to memory.
+inline Rows rows(const i64* strides) { return {strides[0], strides[1], strides[2]}; }
+
+extern "C" int memory_attention_plain(
+    bf16* out, const bf16* q, const bf16* mem_k, const bf16* mem_v, float* lse, const i64* count,
+    const i64* recall, const i64* strides, int B, int M, int H, int Hkv, int n, int dh, int S,
+    int c, int R, int C, int P, void* stream) {
+    Call x = {out, 0, 0, 0, lse, 0, q, 0, mem_k, mem_v, count, recall, 0, 0, rows(strides),
+              rows(strides + 3), {}, {}, strides[6], B, M, H, Hkv, n, S, c, R, C, P};
+    return R * S > 128 ? 1 : launch(
+        plain_forward, ((i64)B * H * (n - P) + 127) / 128, 128, 0, stream, x, dh);
+}
+
+// -- b. Tensor cores ---------------------------------------------------------------------------
+//
+// A tensor core multiplies tiles: mma adds (16, 16) times (16, 8) to (16, 8), and the 32 lanes of a
+// warp hold the numbers. Tiles come from shared memory by ldmatrix. Both are PTX only.
+
+#ifdef __CUDACC__
+__device__ inline unsigned pack(float lo, float hi) {
+    unsigned u;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(u) : "f"(hi), "f"(lo));
+    return u;
+}
+#define LDMATRIX(name, how)                                                                     \
+    __device__ inline void name(unsigned r[4], const void* row) {                               \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4" how ".shared.b16 {%0, %1, %2, %3}, [%4];"  \
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                           \
+                     : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");                \
+    }
+LDMATRIX(ldmatrix, "")
+LDMATRIX(ldmatrix_trans, ".trans")
+__device__ inline void mma(float* c, const unsigned a[4], unsigned b0, unsigned b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
 
 // A tile of 16 rows lies in a warp as mma's left factor and its result do: lane l has rows l/4 and
 // l/4 + 8, of these columns 2(l%4) and the next, and so on every 8 columns. Element e of a lane is
@@ -106,20 +172,20 @@ struct Call {  // what a call is given; shapes as in kernels.py
 __device__ inline constexpr int side(int e) { return e / 2 % 2; }
 __device__ inline int column(int e) { return e / 4 * 8 + threadIdx.x % 4 * 2 + e % 2; }
 
-// Rows of dh numbers, 16 a warp; row[0], row[1]: this lane's, -1: zeros, and not stored.
-template <int N> __device__ void load(unsigned (&a)[N], const bf16* x, const i64* row) {
+// 16 rows of numbers; at[0], at[1]: where this lane's two rows begin, -1: zeros, and not stored.
+template <int N> __device__ void load(unsigned (&a)[N], const bf16* x, const i64* at) {
     UNROLL for (int i = 0; i < N; i++)
-        a[i] = row[i % 2] < 0 ? 0 : *(const unsigned*)(x + row[i % 2] * 4 * N + column(2 * i));
+        a[i] = at[i % 2] < 0 ? 0 : *(const unsigned*)(x + at[i % 2] + column(2 * i));
 }
-template <int N> __device__ void load(float (&sum)[N], const bf16* x, const i64* row) {
+template <int N> __device__ void load(float (&sum)[N], const bf16* x, const i64* at) {
     unsigned a[N / 2];
-    load(a, x, row);
+    load(a, x, at);
     UNROLL for (int e = 0; e < N; e++) sum[e] = e % 2 ? unpack(a[e / 2]).y : unpack(a[e / 2]).x;
 }
-template <int N> __device__ void store(bf16* x, const float (&sum)[N], const i64* row) {
+template <int N> __device__ void store(bf16* x, const float (&sum)[N], const i64* at) {
     UNROLL for (int e = 0; e < N; e += 2)
-        if (row[side(e)] >= 0)
-            *(unsigned*)(x + row[side(e)] * 2 * N + column(e)) = pack(sum[e], sum[e + 1]);
+        if (at[side(e)] >= 0)
+            *(unsigned*)(x + at[side(e)] + column(e)) = pack(sum[e], sum[e + 1]);
 }
 
 // Rows in shared memory are 8 numbers longer than they need be: an odd multiple of 16 bytes, so
@@ -127,6 +193,12 @@ template <int N> __device__ void store(bf16* x, const float (&sum)[N], const i64
 template <int DH> constexpr int LD = DH + 8;
 template <int DH> __device__ float scale() { return 1 / sqrtf(DH); }
 
+// A left factor a (16, DH) from 16 rows in shared memory.
+template <int DH> __device__ void load_shared(unsigned (&a)[DH / 4], const bf16* rows) {
+    const int l = threadIdx.x % 32;
+    UNROLL for (int k = 0; k < DH; k += 16)
+        ldmatrix(a + k / 4, rows + l % 16 * LD<DH> + l / 16 * 8 + k);
+}
 // s (16, 16) += a (16, DH) times the transpose of 16 rows in shared memory.
 template <int DH>
 __device__ void times_transposed(float (&s)[8], const unsigned (&a)[DH / 4], const bf16* rows) {
@@ -174,48 +246,87 @@ __device__ void softmax(float (&s)[8], float (&m)[2], float (&l)[2], float (&sum
     UNROLL for (int e = 0; e < 8; e++) s[e] = __expf(s[e] - m[side(e)]), l[side(e)] += s[e];
 }
 
-// What forward and dq begin with: which queries, and their keys and values into shared memory.
-// Slots with nothing (no memory, a short one, padding to 16s) become zeros and not what happened
-// to lie there, since 0 * nan is nan; a bias of -inf takes them out of the softmax.
-template <int DH> struct Job {
-    bf16 *k, *v;  // (keys, LD)
-    float* bias;  // (keys,)
-    i64 row[2];   // this lane's queries
+// -- c. Memory attention, fast -----------------------------------------------------------------
+//
+// The G = H / Hkv query heads of a key-value head read the same keys, so that a job (sequence,
+// key-value head, chunk) has G*C queries. 64 of them, 16 a warp, are a block; it fetches keys and
+// values from the pool by the recall table straight into shared memory, for the tensor cores.
+//
+// A flash kernel goes over the keys in blocks and keeps, for each query, the largest score m so
+// far, l = the sum of exp(score - m), and the output times l. Here the causal part, computed by
+// PyTorch, is simply the first block: m = lse, l = 1, output = out. The memories are the next, 16
+// keys a block, and the merge by log-sum-exp needs no code of its own.
+//
+// Floor times, BW = bytes/s, F = bfloat16 operations/s, N = B H T, K = R S padded to 16s:
+//   forward  (6 dh N + 8 N + 4 M Hkv S dh) / BW     4 dh N K / F    q; out, lse in and out; pool
+//   dq       (10 dh N + 8 N + 4 M Hkv S dh) / BW    6 dh N K / F    q, dout, out; dq in and out
+//   dk dv    (4 dh + 8) N R / BW (mostly from L2)   8 dh N R 16 ceil(S / 16) / F       q, dout
+// Shared memory: 4 K (dh + 9) bytes, at most 68.5 KB; dk dv 576 (dh + 8), at most 77 KB.
 
-    __device__ Job(const Call& x) {
-        int job = blockIdx.x / x.tiles(), chunk = job % x.c, h = job / x.c % x.Hkv;
-        int b = job / x.c / x.Hkv, tile = blockIdx.x % x.tiles() * WARPS + threadIdx.x / 32;
+const int WARPS = 4;  // of a block
+
+// The shape of the jobs of a call.
+struct Jobs : Call {
+    __host__ __device__ int keys() const { return (R * S + 15) / 16 * 16; }  // of a chunk
+    __host__ __device__ int tiles() const { return (H / Hkv * C + 16 * WARPS - 1) / (16 * WARPS); }
+    i64 blocks() const { return (i64)B * Hkv * c * tiles(); }
+
+    // Query r of the job (b, h, chunk): the heads of a token are neighbours, as they are in memory.
+    __device__ Query query(int b, int h, int chunk, int r) const {
+        const int G = H / Hkv, t = P + chunk * C + r / G;
+        return {b, h * G + r % G, r < G * C && t < n ? t : -1};
+    }
+};
+
+// What forward and dq begin with: which queries, and the copy of their keys and values to shared
+// memory, which goes on until wait(). Slots with nothing (no memory, a short one, padding to 16s)
+// become zeros and not what happened to lie there, since 0 * nan is nan; a bias of -inf takes them
+// out of the softmax.
+template <int DH> struct Job {
+    bf16 *k, *v;     // (keys, LD)
+    float* bias;     // (keys,)
+    Query query[2];  // this lane's
+
+    __device__ Job(const Jobs& x) {
+        const int job = blockIdx.x / x.tiles(), chunk = job % x.c, h = job / x.c % x.Hkv;
+        const int b = job / x.c / x.Hkv, tile = blockIdx.x % x.tiles() * WARPS + threadIdx.x / 32;
         for (int i = 0; i < 2; i++)
-            row[i] = x.query(b, h, chunk, tile * 16 + threadIdx.x % 32 / 4 + 8 * i);
+            query[i] = x.query(b, h, chunk, tile * 16 + threadIdx.x % 32 / 4 + 8 * i);
         k = (bf16*)smem, v = k + x.keys() * LD<DH>, bias = (float*)(v + x.keys() * LD<DH>);
         for (int i = threadIdx.x; i < x.keys() * DH / 8; i += blockDim.x) {  // 16 bytes
-            int j = i / (DH / 8), d = i % (DH / 8) * 8, slot = j % x.S;
-            i64 m = j < x.R * x.S ? x.recall[((i64)b * x.c + chunk) * x.R + j / x.S] : -1;
-            bool filled = m >= 0 && slot < x.count[m];
-            i64 from = filled ? ((m * x.Hkv + h) * x.S + slot) * DH + d : 0;
-            __pipeline_memcpy_async(k + j * LD<DH> + d, x.mem_k + from, 16, filled ? 0 : 16);
-            __pipeline_memcpy_async(v + j * LD<DH> + d, x.mem_v + from, 16, filled ? 0 : 16);
-            if (d == 0) bias[j] = filled ? 0 : -INFINITY;
+            const int j = i / (DH / 8), d = i % (DH / 8) * 8;
+            i64 at = j < x.R * x.S ? x.in_memory(b, chunk, j / x.S, h, j % x.S, DH) : -1;
+            const int zeros = at < 0 ? 16 : 0;
+            at = at < 0 ? 0 : at + d;
+            __pipeline_memcpy_async(k + j * LD<DH> + d, x.mem_k + at, 16, zeros);
+            __pipeline_memcpy_async(v + j * LD<DH> + d, x.mem_v + at, 16, zeros);
+            if (d == 0) bias[j] = zeros ? -INFINITY : 0;
         }
         __pipeline_commit();
+    }
+    __device__ void wait() const {
         __pipeline_wait_prior(0);
         __syncthreads();
     }
 };
 
-template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_forward(Call x) {
-    Job<DH> job(x);
+template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_forward(Jobs x) {
+    const Job<DH> job(x);
     unsigned q[DH / 4];
-    float sum[DH / 2], m[2], l[2];  // l: this lane's share of the row's
-    i64 before[2];                  // the rows that had a key before
+    float sum[DH / 2], m[2], l[2];      // l: this lane's share of the row's
+    i64 in_q[2], in_lse[2], in_out[2];  // where this lane's queries lie
+    i64 before[2];                      // the same as in_out, if the row had a key before
     for (int i = 0; i < 2; i++) {
-        m[i] = job.row[i] < 0 ? INFINITY : x.lse[job.row[i]];
-        before[i] = isinf(m[i]) ? -1 : job.row[i];  // no key: -inf or, from PyTorch's CUDA, +inf
+        in_q[i] = x.in_q.at(job.query[i]), in_lse[i] = x.in_lse(job.query[i]);
+        in_out[i] = x.in_out.at(job.query[i]);
+        m[i] = in_lse[i] < 0 ? INFINITY : x.lse[in_lse[i]];
+        before[i] = isinf(m[i]) ? -1 : in_out[i];  // no key: -inf or, from PyTorch's CUDA, +inf
         if (before[i] < 0) m[i] = NOTHING;
         l[i] = before[i] >= 0 && threadIdx.x % 4 == 0;
     }
-    load(q, x.q, job.row);
+    load(q, x.q, in_q);
     load(sum, x.out, before);
+    job.wait();
     for (int j = 0; j < x.keys(); j += 16) {
         float s[8] = {};
         times_transposed<DH>(s, q, job.k + j * LD<DH>);
@@ -225,34 +336,43 @@ template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_forward(C
     }
     for (int i = 0; i < 2; i++) {
         l[i] = quad_sum(l[i]);
-        if (l[i] == 0) job.row[i] = -1;  // still nothing: leave it as it was
-        if (job.row[i] >= 0 && threadIdx.x % 4 == 0) x.lse[job.row[i]] = m[i] + logf(l[i]);
+        if (l[i] == 0) in_out[i] = in_lse[i] = -1;  // still nothing: leave it as it was
+        if (in_lse[i] >= 0 && threadIdx.x % 4 == 0) x.lse[in_lse[i]] = m[i] + logf(l[i]);
         l[i] = 1 / l[i];
     }
     UNROLL for (int e = 0; e < DH / 2; e++) sum[e] *= l[side(e)];
-    store(x.out, sum, job.row);
+    store(x.out, sum, in_out);
 }
 
 // The backward of a softmax, given the MERGED out and lse: p = exp(score - lse) is what a key had
 // of the whole softmax, ds = p (dout . v - delta), delta = dout . out. So
 //     dq += ds k        dk = ds^T q        dv = p^T dout
 // are the memories' share of each gradient; the causal part's own backward gives the rest.
-template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_dq(Call x) {
-    Job<DH> job(x);
+template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_dq(Jobs x) {
+    const Job<DH> job(x);
     unsigned q[DH / 4], d[DH / 4];
     float sum[DH / 2], lse[2], delta[2] = {};
-    load(d, x.dout, job.row);
-    load(sum, x.out, job.row);
+    i64 at[2], in_lse[2];
+    for (int i = 0; i < 2; i++) {
+        in_lse[i] = x.in_lse(job.query[i]);
+        lse[i] = in_lse[i] < 0 ? INFINITY : x.lse[in_lse[i]];
+        at[i] = x.in_dout.at(job.query[i]);
+    }
+    load(d, x.dout, at);
+    for (int i = 0; i < 2; i++) at[i] = x.in_out.at(job.query[i]);
+    load(sum, x.out, at);
+    for (int i = 0; i < 2; i++) at[i] = x.in_q.at(job.query[i]);
+    load(q, x.q, at);
     UNROLL for (int i = 0; i < DH / 4; i++)
         delta[i % 2] += sum[2 * i] * unpack(d[i]).x + sum[2 * i + 1] * unpack(d[i]).y;
     for (int i = 0; i < 2; i++) {
         delta[i] = quad_sum(delta[i]);
-        lse[i] = job.row[i] < 0 ? INFINITY : x.lse[job.row[i]];
-        if (isinf(lse[i])) lse[i] = INFINITY, job.row[i] = -1;  // exp(score - inf) = 0
-        if (job.row[i] >= 0 && threadIdx.x % 4 == 0) x.delta[job.row[i]] = delta[i];  // for dk
+        at[i] = x.in_dq.at(job.query[i]);
+        if (isinf(lse[i])) lse[i] = INFINITY, at[i] = in_lse[i] = -1;  // exp(score - inf) = 0
+        if (in_lse[i] >= 0 && threadIdx.x % 4 == 0) x.delta[in_lse[i]] = delta[i];  // for dk
     }
-    load(q, x.q, job.row);
-    load(sum, x.dq, job.row);
+    load(sum, x.dq, at);
+    job.wait();
     for (int j = 0; j < x.keys(); j += 16) {
         float s[8] = {}, dp[8] = {};
         times_transposed<DH>(s, q, job.k + j * LD<DH>);
@@ -263,98 +383,138 @@ template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_dq(Call x
         }
         times<DH>(sum, s, job.k + j * LD<DH>);
     }
-    store(x.dq, sum, job.row);
+    store(x.dq, sum, at);
 }
 
 // A block for 16 slots of a memory and a key-value head. It walks over the chunks that use the
 // memory, in order, a tile of 16 queries a warp; slots are the rows here, queries the columns. At
 // the end the warps' sums are added in order. No atomics: the same bits in every run.
-template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_dk_dv(Call x) {
+//
+// Two lanes fetch a query: 16 bytes of q and of dout in turn, into the warp's own shared memory, of
+// which it has two halves: while it computes with one, the next tile arrives in the other.
+struct Fetched { float lse, delta; };  // of this lane's query; lse = inf: it is not there
+
+template <int DH>
+__device__ Fetched fetch(const Jobs& x, i64 m, int h, i64 tile, int tiles, bf16* q_s, bf16* d_s) {
+    const int lane = threadIdx.x % 32, row = lane / 2;
+    const i64 use = x.uses[x.first[m] + tile / tiles];
+    const Query query = x.query(use / x.R / x.c, h, use / x.R % x.c, tile % tiles * 16 + row);
+    const i64 in_q = x.in_q.at(query), in_dout = x.in_dout.at(query), in_lse = x.in_lse(query);
+    const int zeros = in_lse < 0 ? 16 : 0;
+    for (int d = lane % 2 * 8; d < DH; d += 16) {
+        const bf16* q = zeros ? x.q : x.q + in_q + d;
+        const bf16* dout = zeros ? x.dout : x.dout + in_dout + d;
+        __pipeline_memcpy_async(q_s + row * LD<DH> + d, q, 16, zeros);
+        __pipeline_memcpy_async(d_s + row * LD<DH> + d, dout, 16, zeros);
+    }
+    Fetched got = {INFINITY, 0};
+    if (in_lse >= 0) got = {x.lse[in_lse], x.delta[in_lse]};
+    if (isinf(got.lse)) got = {INFINITY, 0};  // no key at all: memory_dq left no delta
+    return got;
+}
+
+template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_dk_dv(Jobs x) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, blocks = (x.S + 15) / 16;
     const int slot = blockIdx.x % blocks * 16, h = blockIdx.x / blocks % x.Hkv;
-    const i64 m = blockIdx.x / blocks / x.Hkv, at = ((m * x.Hkv + h) * x.S + slot) * DH;
+    const i64 m = blockIdx.x / blocks / x.Hkv, pair = m * x.Hkv + h;
     const int tiles = (x.H / x.Hkv * x.C + 15) / 16;  // of a use
-    bf16 *q_s = (bf16*)smem + warp * 32 * LD<DH>, *d_s = q_s + 16 * LD<DH>;  // the warp's own
-    unsigned a[DH / 4];
+    const i64 todo = (x.first[m + 1] - x.first[m]) * tiles;
+    const int filled = (int)min((i64)x.S, x.count[pair]) - slot;  // of these 16 slots, or more
+    const int TILE = 16 * LD<DH>;
+    bf16 *k_s = (bf16*)smem, *v_s = k_s + TILE, *mine = v_s + TILE + warp * 4 * TILE;
+
+    for (int i = threadIdx.x; i < 16 * DH / 8; i += blockDim.x) {  // the slots' keys and values
+        const int j = i / (DH / 8), d = i % (DH / 8) * 8, zeros = j < filled ? 0 : 16;
+        const i64 at = zeros ? 0 : m * x.mem_m + ((i64)h * x.S + slot + j) * DH + d;
+        __pipeline_memcpy_async(k_s + j * LD<DH> + d, x.mem_k + at, 16, zeros);
+        __pipeline_memcpy_async(v_s + j * LD<DH> + d, x.mem_v + at, 16, zeros);
+    }
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+    __syncthreads();
+
     float dk[DH / 2] = {}, dv[DH / 2] = {};
-    i64 row[2] = {lane / 4, lane / 4 + 8};
-    for (i64& r : row) r = slot + r < min((i64)x.S, x.count[m]) ? r : -1;
-    for (i64 i = warp; i < (x.first[m + 1] - x.first[m]) * tiles; i += WARPS) {
-        i64 use = x.uses[x.first[m] + i / tiles];
-        i64 from = x.query(use / x.R / x.c, h, use / x.R % x.c, i % tiles * 16 + lane / 2);
-        bool there = from >= 0 && !isinf(x.lse[from]);
-        from = there ? from : 0;
-        float lse = there ? x.lse[from] : INFINITY, delta = there ? x.delta[from] : 0;
-        for (int d = lane % 2 * 8; d < DH; d += 16) {  // two lanes fetch a query
-            const int to = lane / 2 * LD<DH> + d;
-            __pipeline_memcpy_async(q_s + to, x.q + from * DH + d, 16, there ? 0 : 16);
-            __pipeline_memcpy_async(d_s + to, x.dout + from * DH + d, 16, there ? 0 : 16);
-        }
+    Fetched now = {INFINITY, 0}, next = {INFINITY, 0};
+    int half = 0;  // of the warp's shared memory: q, dout of this tile, q, dout of the next
+    if (warp < todo) next = fetch<DH>(x, m, h, warp, tiles, mine, mine + TILE);
+    __pipeline_commit();
+    for (i64 i = warp; i < todo; i += WARPS, half ^= 1) {
+        now = next;
+        const bf16 *q_s = mine + half * 2 * TILE, *d_s = q_s + TILE;
+        bf16* other = mine + (half ^ 1) * 2 * TILE;
+        if (i + WARPS < todo) next = fetch<DH>(x, m, h, i + WARPS, tiles, other, other + TILE);
         __pipeline_commit();
-        load(a, x.mem_k + at, row);  // again for every tile: with dh = 128 registers are scarce
-        __pipeline_wait_prior(0);
+        __pipeline_wait_prior(1);  // this tile is there; the next may still be on its way
         __syncwarp();
+        unsigned a[DH / 4];
         float s[8] = {}, dp[8] = {};  // (slots, queries)
+        load_shared<DH>(a, k_s);
         times_transposed<DH>(s, a, q_s);
-        load(a, x.mem_v + at, row);
+        load_shared<DH>(a, v_s);
         times_transposed<DH>(dp, a, d_s);
         UNROLL for (int e = 0; e < 8; e++) {
-            float p = __expf(s[e] * scale<DH>() - __shfl_sync(~0u, lse, 2 * column(e)));
-            s[e] = row[side(e)] < 0 ? 0 : p;
-            dp[e] = s[e] * (dp[e] - __shfl_sync(~0u, delta, 2 * column(e))) * scale<DH>();
+            const float lse = __shfl_sync(~0u, now.lse, 2 * column(e));
+            const float delta = __shfl_sync(~0u, now.delta, 2 * column(e));
+            s[e] = lane / 4 + 8 * side(e) < filled ? __expf(s[e] * scale<DH>() - lse) : 0;
+            dp[e] = s[e] * (dp[e] - delta) * scale<DH>();
         }
         times<DH>(dv, s, d_s);
         times<DH>(dk, dp, q_s);
-        __syncwarp();  // before the next tile overwrites this one
+        __syncwarp();  // before the tile after the next overwrites this one
     }
-    float* mine = (float*)smem + warp * 16 * DH;
+    __pipeline_wait_prior(0);
+    float* sums = (float*)smem;  // (WARPS, 16, DH)
     UNROLL for (int which = 0; which < 2; which++) {  // dk, then dv, through shared memory
         __syncthreads();                              // all have read what lay here
         UNROLL for (int e = 0; e < DH / 2; e++)
-            mine[(lane / 4 + 8 * side(e)) * DH + column(e)] = which ? dv[e] : dk[e];
+            sums[(warp * 16 + lane / 4 + 8 * side(e)) * DH + column(e)] = which ? dv[e] : dk[e];
         __syncthreads();
+        bf16* to = (which ? x.dmem_v : x.dmem_k) + (pair * x.S + slot) * DH;
         for (int i = threadIdx.x; i < min(16, x.S - slot) * DH; i += blockDim.x) {
             float sum = 0;
-            for (int w = 0; w < WARPS; w++) sum += ((float*)smem)[w * 16 * DH + i];
-            (which ? x.dmem_v : x.dmem_k)[at + i] = __float2bfloat16(sum);
+            for (int w = 0; w < WARPS; w++) sum += sums[w * 16 * DH + i];
+            to[i] = __float2bfloat16(sum);
         }
     }
 }
 
 extern "C" int memory_attention(
-    bf16* out, float* lse, const bf16* q, const bf16* mem_k, const bf16* mem_v, const i64* count,
-    const i64* recall, int B, int H, int Hkv, int n, int dh, int S, int c, int R, int C, int P,
-    void* stream) {
-    Call x = {out, 0, 0, 0, lse, 0, q, 0, mem_k, mem_v, count, recall, 0, 0,
-              H, Hkv, n, S, c, R, C, P};
-    FOR_HEAD_DIM(dh, return launch(memory_forward<DH>, x.blocks(B), 32 * WARPS,
+    bf16* out, const bf16* q, const bf16* mem_k, const bf16* mem_v, float* lse, const i64* count,
+    const i64* recall, const i64* strides, int B, int M, int H, int Hkv, int n, int dh, int S,
+    int c, int R, int C, int P, void* stream) {
+    Jobs x = {{out, 0, 0, 0, lse, 0, q, 0, mem_k, mem_v, count, recall, 0, 0, rows(strides),
+               rows(strides + 3), {}, {}, strides[6], B, M, H, Hkv, n, S, c, R, C, P}};
+    FOR_HEAD_DIM(dh, return launch(memory_forward<DH>, x.blocks(), 32 * WARPS,
                                    x.keys() * (4 * LD<DH> + 4), stream, x))
 }
 
-// uses: places in the recall table (B*c*R of them), sorted by which memory stands there; those of
-// memory m are first[m] to first[m + 1] - 1. delta (B, H, n): scratch.
+// dmem_k dmem_v (M, Hkv, S, dh). uses: places in the recall table (B*c*R of them), sorted by which
+// memory stands there; those of memory m are first[m] to first[m + 1] - 1. delta: scratch.
 extern "C" int memory_attention_backward(
-    bf16* dq, bf16* dmem_k, bf16* dmem_v, float* delta, const bf16* dout, const bf16* q, bf16* out,
-    float* lse, const bf16* mem_k, const bf16* mem_v, const i64* count, const i64* recall,
-    const i64* uses, const i64* first, int B, int M, int H, int Hkv, int n, int dh, int S, int c,
-    int R, int C, int P, void* stream) {
-    Call x = {out, dq, dmem_k, dmem_v, lse, delta, q, dout, mem_k, mem_v, count, recall, uses,
-              first, H, Hkv, n, S, c, R, C, P};
+    bf16* dq, const bf16* dout, bf16* out, bf16* dmem_k, bf16* dmem_v, const bf16* q,
+    const bf16* mem_k, const bf16* mem_v, float* delta, float* lse, const i64* count,
+    const i64* recall, const i64* uses, const i64* first, const i64* strides, int B, int M, int H,
+    int Hkv, int n, int dh, int S, int c, int R, int C, int P, void* stream) {
+    Jobs x = {{out, dq, dmem_k, dmem_v, lse, delta, q, dout, mem_k, mem_v, count, recall, uses,
+               first, rows(strides), rows(strides + 3), rows(strides + 6), rows(strides + 9),
+               strides[12], B, M, H, Hkv, n, S, c, R, C, P}};
     i64 blocks = (i64)M * Hkv * ((S + 15) / 16);
-    FOR_HEAD_DIM(dh, int error = launch(memory_dq<DH>, x.blocks(B), 32 * WARPS,
+    FOR_HEAD_DIM(dh, int error = launch(memory_dq<DH>, x.blocks(), 32 * WARPS,
                                         x.keys() * (4 * LD<DH> + 4), stream, x);
                  return error ? error : launch(memory_dk_dv<DH>, blocks, 32 * WARPS,
-                                               WARPS * 64 * LD<DH>, stream, x))
+                                               (2 + 4 * WARPS) * 32 * LD<DH>, stream, x))
 }
 
-// -- b. Decode attention -----------------------------------------------------------------------
+// -- d. Decode attention -----------------------------------------------------------------------
 //
-// One new token a sequence attends a layer's buffer [header | memory slots | context]. Nothing but
-// reading each key and value once: floor time 4 dh B Hkv length / BW. The ladder to there:
+// One new token a sequence joins a layer's buffer [header | memory slots | context], as its key
+// number length - 1, and attends all that is there. Nothing but reading each key and value once:
+// floor time 4 dh B Hkv length / BW. The ladder to there:
 //   1. a block a query head: the G of a group read the same keys;
 //   2. a block a group, its heads the rows of one mma: but batch 1 has 8 groups for 132 units;
-//   3. here: tiles of 64 keys are dealt to `parts` blocks, each leaves (out, lse) in scratch, and
-//      the last to finish merges them, in order: the same bits in every run.
+//   3. tiles of 64 keys are dealt to `parts` blocks, each leaves (out, lse) in scratch, and the
+//      last to finish merges them, in order: the same bits in every run;
+//   4. here: while a warp computes with one tile, the next arrives.
 // The length is read on the GPU: one captured graph serves all up to N.
 
 __device__ int finished[1 << 14];  // parts of a group; 0 between launches: one stream at a time
@@ -372,46 +532,78 @@ __device__ inline float merge(const float* x, int n, int G, int dh, int i, float
     return sum > 0 ? out / sum : 0;
 }
 
+struct Buffer {  // a layer of the cache and the new token, as decode_attention is given them
+    const bf16 *q, *k, *v;  // (B, H or Hkv, dh), numbers from a sequence to the next: q_b, k_b, v_b
+    bf16 *keys, *values;    // (B, Hkv, N, dh)
+    const bool* valid;      // (B, Hkv, slots): which of the keys from `first` on count
+    const i64* length;
+    i64 q_b, k_b, v_b, keys_b, keys_h;
+    int Hkv, G, N, first, slots, parts;
+};
+
+// Starts the copy of keys at.. at + 15 and their values; returns which of them count, a bit each.
+// Those that do not become zeros, as in c. The new key is not in the buffer yet, and goes there.
 template <int DH>
-__global__ void __launch_bounds__(32 * WARPS)
-decode_kernel(bf16* y, float* scratch, const bf16* q, const bf16* keys, const bf16* values,
-              const bool* valid, const i64* length, int Hkv, int G, int N, i64 stride_b,
-              i64 stride_h, int first, int slots, int parts) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, size = G * (DH + 1);
-    const int pair = blockIdx.x / parts, part = blockIdx.x % parts, b = pair / Hkv;
-    const int n = (int)min((i64)N, *length), used = min(parts, (n + 16 * WARPS - 1) / (16 * WARPS));
-    if (part >= used) return;  // the buffer is not that full yet
-    const i64 base = b * stride_b + pair % Hkv * stride_h;
-    bf16 *k_s = (bf16*)smem + warp * 32 * LD<DH>, *v_s = k_s + 16 * LD<DH>;  // the warp's own
-    unsigned a[DH / 4];
-    float sum[DH / 2] = {}, m[2] = {NOTHING, NOTHING}, l[2] = {};
-    i64 row[2];  // this lane's query heads
-    for (int i = 0; i < 2; i++) row[i] = lane / 4 + 8 * i < G ? pair * G + lane / 4 + 8 * i : -1;
-    load(a, q, row);
-    for (int at = (part * WARPS + warp) * 16; at < n; at += used * WARPS * 16) {
-        const int key = at + lane % 16, slot = key - first;
-        const unsigned live = __ballot_sync(
-            ~0u, key < n && (slot < 0 || slot >= slots || valid[b * slots + slot]));
-        for (int i = lane; i < 16 * DH / 8; i += 32) {  // zeros where none counts, as in a.
-            const int j = i / (DH / 8), d = i % (DH / 8) * 8, zeros = live >> j & 1 ? 0 : 16;
-            const i64 from = base + (zeros ? 0 : (i64)(at + j) * DH + d);
-            __pipeline_memcpy_async(k_s + j * LD<DH> + d, keys + from, 16, zeros);
-            __pipeline_memcpy_async(v_s + j * LD<DH> + d, values + from, 16, zeros);
+__device__ unsigned fetch(const Buffer& x, int pair, int n, int at, bf16* k_s, bf16* v_s) {
+    const int lane = threadIdx.x % 32, b = pair / x.Hkv, h = pair % x.Hkv;
+    const int key = at + lane % 16, slot = key - x.first;
+    const bool counts = slot < 0 || slot >= x.slots || x.valid[(i64)pair * x.slots + slot];
+    const unsigned live = __ballot_sync(~0u, key < n && counts);
+    for (int i = lane; i < 16 * DH / 8; i += 32) {
+        const int j = i / (DH / 8), d = i % (DH / 8) * 8, zeros = live >> j & 1 ? 0 : 16;
+        const i64 there = zeros ? 0 : b * x.keys_b + h * x.keys_h + (i64)(at + j) * DH + d;
+        const bf16 *key = x.keys + there, *value = x.values + there;
+        if (at + j == n - 1) {
+            key = x.k + b * x.k_b + h * DH + d, value = x.v + b * x.v_b + h * DH + d;
+            *(uint4*)(x.keys + there) = *(const uint4*)key;
+            *(uint4*)(x.values + there) = *(const uint4*)value;
         }
+        __pipeline_memcpy_async(k_s + j * LD<DH> + d, key, 16, zeros);
+        __pipeline_memcpy_async(v_s + j * LD<DH> + d, value, 16, zeros);
+    }
+    return live;
+}
+
+template <int DH>
+__global__ void __launch_bounds__(32 * WARPS) decode_kernel(bf16* y, float* scratch, Buffer x) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, G = x.G, size = G * (DH + 1);
+    const int pair = blockIdx.x / x.parts, part = blockIdx.x % x.parts, b = pair / x.Hkv;
+    const int n = (int)min((i64)x.N, *x.length), STEP = 16 * WARPS;
+    const int used = min(x.parts, (n + STEP - 1) / STEP);
+    if (part >= used) return;  // the buffer is not that full yet
+    const int TILE = 16 * LD<DH>;
+    bf16* tiles = (bf16*)smem + warp * 4 * TILE;  // the warp's own: keys, values, and the next ones
+    unsigned a[DH / 4], live = 0, next = 0;
+    float sum[DH / 2] = {}, m[2] = {NOTHING, NOTHING}, l[2] = {};
+    i64 row[2];  // where this lane's query heads begin
+    for (int i = 0; i < 2; i++) {
+        const int head = lane / 4 + 8 * i;
+        row[i] = head < G ? b * x.q_b + (pair % x.Hkv * G + head) * DH : -1;
+    }
+    load(a, x.q, row);
+    int at = part * STEP + warp * 16, half = 0;
+    if (at < n) next = fetch<DH>(x, pair, n, at, tiles, tiles + TILE);
+    __pipeline_commit();
+    for (; at < n; at += used * STEP, half ^= 1) {
+        bf16 *k_s = tiles + half * 2 * TILE, *other = tiles + (half ^ 1) * 2 * TILE;
+        live = next;
+        if (at + used * STEP < n)
+            next = fetch<DH>(x, pair, n, at + used * STEP, other, other + TILE);
         __pipeline_commit();
-        __pipeline_wait_prior(0);
+        __pipeline_wait_prior(1);  // this tile is there; the next may still be on its way
         __syncwarp();
         float s[8] = {};
         times_transposed<DH>(s, a, k_s);
         UNROLL for (int e = 0; e < 8; e++)
             s[e] = live >> column(e) & 1 ? s[e] * scale<DH>() : -INFINITY;
         softmax(s, m, l, sum);
-        times<DH>(sum, s, v_s);
-        __syncwarp();  // before the next tile overwrites this one
+        times<DH>(sum, s, k_s + TILE);
+        __syncwarp();  // before the tile after the next overwrites this one
     }
+    __pipeline_wait_prior(0);
     // The warps' results to shared memory, merged to scratch; the parts' there, merged to y.
     __syncthreads();
-    float *mine = (float*)smem + warp * size, *all = scratch + (i64)pair * parts * size, lse;
+    float *mine = (float*)smem + warp * size, *all = scratch + (i64)pair * x.parts * size, lse;
     UNROLL for (int i = 0; i < 2; i++) {
         l[i] = quad_sum(l[i]);  // 0, or 1 at least: the largest has exp(0)
         if (row[i] >= 0) mine[G * DH + lane / 4 + 8 * i] = m[i] + __logf(l[i]);
@@ -435,19 +627,19 @@ decode_kernel(bf16* y, float* scratch, const bf16* q, const bf16* keys, const bf
         y[pair * G * DH + i] = __float2bfloat16(merge(all, used, G, DH, i, lse));
 }
 
-// y q (B, H, dh); keys values (B, Hkv, N, dh) with these strides; length (1,): keys that are there;
-// valid (B, slots): which of the keys from `first` on count; scratch B H parts (dh + 1).
-extern "C" int decode_attention(bf16* y, float* scratch, const bf16* q, const bf16* keys,
-                                const bf16* values, const bool* valid, const i64* length, int B,
-                                int H, int Hkv, int N, int dh, int stride_b, int stride_h,
-                                int first, int slots, int parts, void* stream) {
+// y (B, H, dh); strides: q_b, k_b, v_b, keys_b, keys_h; length (1,); scratch B H parts (dh + 1).
+extern "C" int decode_attention(bf16* y, const bf16* q, const bf16* k, const bf16* v, bf16* keys,
+                                bf16* values, float* scratch, const i64* length, const bool* valid,
+                                const i64* strides, int B, int H, int Hkv, int N, int dh, int first,
+                                int slots, int parts, void* stream) {
     if (H / Hkv > 16 || B * Hkv > 1 << 14) return 1;
-    FOR_HEAD_DIM(dh, return launch(
-        decode_kernel<DH>, B * Hkv * parts, 32 * WARPS, WARPS * 64 * LD<DH>, stream, y, scratch, q,
-        keys, values, valid, length, Hkv, H / Hkv, N, stride_b, stride_h, first, slots, parts))
+    Buffer x = {q, k, v, keys, values, valid, length, strides[0], strides[1], strides[2],
+                strides[3], strides[4], Hkv, H / Hkv, N, first, slots, parts};
+    FOR_HEAD_DIM(dh, return launch(decode_kernel<DH>, B * Hkv * parts, 32 * WARPS,
+                                   WARPS * 128 * LD<DH>, stream, y, scratch, x))
 }
 
-// -- c. Codes ----------------------------------------------------------------------------------
+// -- e. Codes ----------------------------------------------------------------------------------
 //
 // A vector's code names F rows of a table (quantize.py); their float32 sum goes to the memory slots
 // of the cache. A block unpacks the numbers of 128 vectors, then dh / 4 threads a vector add.
@@ -496,7 +688,7 @@ extern "C" int decode_codes(bf16* kv, const unsigned char* codes, const float* t
         fields, rows, B, Hkv, N, dh, S, bytes, F, R, first, n);
 }
 
-// -- d. Which tokens to keep -------------------------------------------------------------------
+// -- f. Which tokens to keep -------------------------------------------------------------------
 //
 // w_j = sum over query heads and tokens i of softmax_j(q_i . k_j / sqrt(dh)), then the s largest. A
 // block has a reference and a key-value head, its keys in shared memory. A warp computes 16 rows of
@@ -529,7 +721,7 @@ select_kernel(float* weights, i64* chosen, const bf16* q, const bf16* k, const b
         i64 row[2];
         for (int i = 0; i < 2; i++) {
             const int r = t % tiles * 16 + lane / 4 + 8 * i;
-            row[i] = bias[r] == 0 ? t / tiles * n + r : -1;
+            row[i] = bias[r] == 0 ? (t / tiles * n + r) * DH : -1;
         }
         load(a, q, row);
         UNROLL for (int c = 0; c < 8; c++)
@@ -577,7 +769,7 @@ select_kernel(float* weights, i64* chosen, const bf16* q, const bf16* k, const b
 }
 
 // weights (N, Hkv, n), chosen (N, Hkv, s), q (N, H, n, dh), k (N, Hkv, n, dh), mask (N, n).
-extern "C" int select_tokens(float* weights, i64* chosen, const bf16* q, const bf16* k,
+extern "C" int select_tokens(const bf16* q, const bf16* k, float* weights, i64* chosen,
                              const bool* mask, int N, int H, int Hkv, int n, int dh, int s,
                              int approximate, void* stream) {
     if (n > 32 * WARPS) return 1;
@@ -588,7 +780,7 @@ extern "C" int select_tokens(float* weights, i64* chosen, const bf16* q, const b
 
 // -- What kernels.py asks first ----------------------------------------------------------------
 
-extern "C" int memory3_kernels_version() { return 1; }  // of the functions above; it is there, too
+extern "C" int memory3_kernels_version() { return 2; }  // of the functions above; it is there, too
 extern "C" const char* memory3_kernels_trouble() {  // null, or why no kernel can run
 #ifdef __CUDACC__
     cudaFuncAttributes x;

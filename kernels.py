@@ -2,8 +2,9 @@
 
 `make kernels` compiles it to libkernels.so, which knows nothing of PyTorch: one library for all its
 versions. The operators never wait for the GPU, and torch.compile, CUDA graphs and the meta device
-take them. memory.py has PyTorch code of the same meaning, and chooses. All tensors are contiguous,
-bfloat16 unless said otherwise.
+take them. memory.py has PyTorch code of the same meaning, and chooses. Tensors are contiguous
+unless said otherwise, and bfloat16 numbers but for the lse (float32), tables of indices (int64) and
+masks (bool).
 """
 
 import ctypes
@@ -11,39 +12,55 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor as T
+from torch import Tensor
 
-VERSION = 1  # of the C functions and their arguments; kernels.cu has the same number
+VERSION = 2  # of the C functions and their arguments; kernels.cu has the same number
 SELECTION = 1  # the rule of selection that kernels.cu knows; see memory.keep_tokens
-BF16, F32, BOOL = torch.bfloat16, torch.float32, torch.bool
-U8, I32, I64 = torch.uint8, torch.int32, torch.int64
-libraries, reasons = {}, {}  # by type of device: the library; why it cannot run, None: not asked
+
+BF16 = torch.bfloat16
+F32 = torch.float32
+I64 = torch.int64
+
+
+# -- The library -------------------------------------------------------------------------------
+
+libraries = {}  # by type of device: the library of C functions
+reasons = {}  # by type of device: why its library cannot run, "" = it can, None = not asked yet
 
 
 def load(path, device="cpu"):
-    """Puts the library at `path` behind the operators on `device`: the tests have one for a CPU."""
+    """Puts the library at `path` behind the operators on `device`: the tests have one for a CPU.
+
+    OSError if it is not there, or of another version of kernels.cu.
+    """
     library = ctypes.CDLL(str(Path(path).resolve()))
-    if (version := library.memory3_kernels_version()) != VERSION:
+    version = library.memory3_kernels_version()
+    if version != VERSION:
         raise OSError(f"{path} is of another kernels.cu (version {version}, not {VERSION})")
     library.memory3_kernels_trouble.restype = ctypes.c_char_p
-    libraries[device], reasons[device] = library, None
+    libraries[device] = library
+    reasons[device] = None
 
 
 try:
     load(Path(__file__).with_name("libkernels.so"), "cuda")
-except (OSError, AttributeError) as e:  # not there, or not of this kernels.cu
-    reasons["cuda"] = f"run make kernels: {e}"
+except (OSError, AttributeError) as error:  # not there, or not of this kernels.cu
+    reasons["cuda"] = f"run make kernels: {error}"
 
 
 def available(device):
     """(True, what runs) or (False, why not). MEMORY3_KERNELS=0 in the environment says no."""
-    kind = torch.device(device).type
-    if reasons.get(kind, "") is None:  # once: is there no GPU, one of another kind, an old driver?
-        reasons[kind] = (libraries[kind].memory3_kernels_trouble() or b"").decode()
-    why = reasons.get(kind, f"kernels.cu is not for {kind}")
     if os.environ.get("MEMORY3_KERNELS") == "0":
-        why = "MEMORY3_KERNELS=0"
-    return not why, why or "kernels.cu"
+        return False, "MEMORY3_KERNELS=0"
+    kind = torch.device(device).type
+    if kind not in reasons:
+        return False, f"kernels.cu is not for {kind}"
+    if reasons[kind] is None:  # asked once: is there no GPU, one of another kind, an old driver?
+        trouble = libraries[kind].memory3_kernels_trouble()
+        reasons[kind] = trouble.decode() if trouble else ""
+    if reasons[kind]:
+        return False, reasons[kind]
+    return True, "kernels.cu"
 
 
 def fits(dtype, head_dim, group=1, keys=0):
@@ -51,92 +68,244 @@ def fits(dtype, head_dim, group=1, keys=0):
     return dtype == BF16 and head_dim in range(16, 129, 16) and group <= 16 and keys <= 128
 
 
-def _run(name, *args):
-    """Calls the C function: a tensor as its pointer, None as a null one, numbers, then the stream.
-    A dtype among the arguments is that of the tensors after it: C would take any."""
-    device, dtype, values = args[1].device, None, []
-    for x in args:
-        if isinstance(x, T) and ((x.dtype, x.device) != (dtype, device) or not x.is_contiguous()):
-            found = f"{x.dtype} on {x.device}, shape {tuple(x.shape)}, strides {x.stride()}"
-            raise ValueError(f"kernels.{name}: {dtype} on {device} and contiguous, not {found}")
-        if isinstance(x, torch.dtype):
-            dtype = x
-        else:
-            values.append(ctypes.c_void_p(x.data_ptr()) if isinstance(x, T) else x)
+TYPES = dict(
+    bf16=BF16, f32=F32, i64=I64, i32=torch.int32, u8=torch.uint8, mask=torch.bool
+)  # fmt: skip
+
+
+def _run(name, device, sizes, **tensors):
+    """Calls the C function `name`: pointers, then the numbers of `sizes`, then PyTorch's stream.
+
+    tensors: lists by type, as in TYPES, in the order of the C function's arguments; they are
+    checked, since C would take anything. None becomes a null pointer.
+    """
     if device.type not in libraries:
         raise RuntimeError(f"kernels.{name} on {device}: {available(device)[1]}")
-    cuda = device.type == "cuda"
-    stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
-    with torch.cuda.device(device.index if cuda else -1):  # a launch goes to the current GPU
-        error = getattr(libraries[device.type], name)(*values, ctypes.c_void_p(stream))
+    values = []
+    for kind, group in tensors.items():
+        for tensor in group:
+            values.append(_pointer(name, tensor, TYPES[kind], device))
+    function = getattr(libraries[device.type], name)
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+        with torch.cuda.device(device):  # a launch goes to the current GPU
+            error = function(*values, *sizes, ctypes.c_void_p(stream))
+    else:
+        error = function(*values, *sizes, None)
     if error:
         raise RuntimeError(f"kernels.{name}: CUDA error {error}")
 
 
-@torch.library.custom_op("memory3::memory_attention", mutates_args=("out", "lse"))
-def memory_attention(out: T, lse: T, q: T, k: T, v: T, count: T, recall: T, C: int, P: int) -> None:
-    """memory.memory_attention, where the shapes are explained; in place, lse float32."""
-    (B, H, n, dh), (_, Hkv, S, _), (_, c, R) = q.shape, k.shape, recall.shape
-    sizes = B, H, Hkv, n, dh, S, c, R, C, P
-    _run("memory_attention", BF16, out, F32, lse, BF16, q, k, v, I64, count, recall, *sizes)
+def _pointer(name, tensor, dtype, device):
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        found = f"{tensor.dtype} on {tensor.device}, shape {tuple(tensor.shape)}"
+        found += f", strides {tensor.stride()}"
+        raise ValueError(f"kernels.{name}: {dtype} on {device} and contiguous, not {found}")
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
-@torch.library.custom_op("memory3::memory_attention_backward", mutates_args=("dq",))
+# -- The operators -----------------------------------------------------------------------------
+
+_memory3 = torch.library.Library("memory3", "DEF")
+
+
+def operator(mutates=()):
+    """Makes a function of tensors the PyTorch operator memory3::<its name>.
+
+    (torch.library.custom_op does the same in one line, and costs ten times as long at each call.)
+    mutates: the names of the arguments that it changes in place.
+    """
+
+    def register(function):
+        name = function.__name__
+        _memory3.define(name + torch.library.infer_schema(function, mutates_args=mutates))
+        _memory3.impl(name, function, "CPU")
+        _memory3.impl(name, function, "CUDA")
+        return getattr(torch.ops.memory3, name).default
+
+    return register
+
+
+def fake(name):
+    """Says what an operator would return, for torch.compile and the meta device."""
+    return torch.library.register_fake(f"memory3::{name}", lib=_memory3)
+
+
+def _strides(name, *tensors):
+    """The strides of rows of head_dim numbers, those of all tensors in a row, as C takes them."""
+    strides = []
+    for tensor in tensors:
+        *between_rows, one = tensor.stride()
+        if one != 1 or any(stride % 8 != 0 for stride in between_rows):
+            raise ValueError(f"kernels.{name}: no rows of {tensor.shape[-1]}: {tensor.stride()}")
+        strides += between_rows
+    return strides
+
+
+def _memory_sizes(strides, k, v, q, recall, chunk_len, n_header):
+    """The numbers that both functions of memory attention end with."""
+    batch, heads, n, head_dim = q.shape
+    pool, kv_heads, slots, _ = k.shape
+    n_chunks, n_recall = recall.shape[1:]
+    if k.stride() != v.stride() or not k[0].is_contiguous():
+        raise ValueError(f"kernels.memory_attention: keys of strides {k.stride()}, {v.stride()}")
+    strides.append(k.stride(0))
+    sizes = [batch, pool, heads, kv_heads, n, head_dim, slots, n_chunks, n_recall]
+    return [_array(strides), *sizes, chunk_len, n_header]
+
+
+def _array(numbers):
+    return (ctypes.c_longlong * len(numbers))(*numbers)
+
+
+@operator(mutates=("out", "lse"))
+def memory_attention(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    count: Tensor,
+    recall: Tensor,
+    chunk_len: int,
+    n_header: int,
+) -> None:
+    """memory.memory_attention, where the shapes are explained; in place.
+
+    q and out: any strides between rows, multiples of 8; k and v: any from memory to memory. count
+    (M, Hkv).
+    """
+    memory_attention_by("memory_attention", out, lse, q, k, v, count, recall, chunk_len, n_header)
+
+
+def memory_attention_by(function, out, lse, q, k, v, count, recall, chunk_len, n_header):
+    """memory_attention by a C function of the same arguments: there is a plain one to compare."""
+    strides = _strides(function, q, out)
+    sizes = _memory_sizes(strides, k, v, q, recall, chunk_len, n_header)
+    bf16 = [out[0, 0, 0], q[0, 0, 0], k[0], v[0]]
+    _run(function, q.device, sizes, bf16=bf16, f32=[lse], i64=[count, recall])
+
+
+@fake("memory_attention")
+def _(*arguments):
+    return None
+
+
+@operator(mutates=("dq",))
 def memory_attention_backward(
-    dq: T, dout: T, q: T, out: T, lse: T, k: T, v: T, count: T, recall: T, C: int, P: int
-) -> tuple[T, T]:
-    """memory.memory_attention_backward. The same bits in every run: uses are added in order."""
-    (B, H, n, dh), (M, Hkv, S, _), (_, c, R) = q.shape, k.shape, recall.shape
-    memories, uses = recall.flatten().sort(stable=True)  # where the table names memory m:
-    first = torch.searchsorted(memories, torch.arange(M + 1, device=q.device))  # uses[first[m]:]
-    dk, dv, delta = torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-    given = BF16, dout, q, out, F32, lse, BF16, k, v, I64, count, recall, uses, first
-    sizes = B, M, H, Hkv, n, dh, S, c, R, C, P
-    _run("memory_attention_backward", BF16, dq, dk, dv, F32, delta, *given, *sizes)
+    dq: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    k: Tensor,
+    v: Tensor,
+    count: Tensor,
+    recall: Tensor,
+    chunk_len: int,
+    n_header: int,
+) -> tuple[Tensor, Tensor]:
+    """memory.memory_attention_backward. The same bits in every run: uses are added in order.
+
+    dq, dout, q and out: any strides between rows, multiples of 8.
+    """
+    # where the table names memory m: uses[first[m] : first[m + 1]]
+    memories, uses = recall.flatten().sort(stable=True)  # (B*c*R,) twice
+    rows = torch.arange(len(k) + 1, device=q.device)
+    first = torch.searchsorted(memories, rows)  # (M + 1,)
+    dk = k.new_empty(k.shape)
+    dv = v.new_empty(v.shape)
+    delta = torch.empty_like(lse)
+    strides = _strides("memory_attention_backward", q, out, dout, dq)
+    sizes = _memory_sizes(strides, k, v, q, recall, chunk_len, n_header)
+    bf16 = [dq[0, 0, 0], dout[0, 0, 0], out[0, 0, 0], dk, dv, q[0, 0, 0], k[0], v[0]]
+    i64 = [count, recall, uses, first]
+    _run("memory_attention_backward", q.device, sizes, bf16=bf16, f32=[delta, lse], i64=i64)
     return dk, dv
 
 
-@torch.library.custom_op("memory3::decode_attention", mutates_args=())
-def decode_attention(q: T, k: T, v: T, valid: T | None, length: T, first: int, slots: int) -> T:
-    """memory.decode_attention; the first two strides of keys and values are free. first: where the
-    slots begin; valid: None without slots."""
-    (B, H, dh), (_, Hkv, N, _), strides = q.shape, k.shape, k.stride()
-    if v.stride() != strides:
-        raise ValueError(f"kernels.cu: keys have strides {strides}, values {v.stride()}")
+@fake("memory_attention_backward")
+def _(dq, dout, q, out, lse, k, v, *rest):
+    return k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@operator(mutates=("keys", "values"))
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor | None,
+    length: Tensor,
+    first: int,
+    slots: int,
+) -> Tensor:
+    """memory.decode_attention. The first stride of q, k, v and two of keys and values are free.
+
+    first: where the slots begin; valid (B, Hkv, slots): None without slots.
+    """
+    batch, heads, head_dim = q.shape
+    kv_heads, n_keys = keys.shape[1:3]
+    if values.stride() != keys.stride() or not keys[0, 0].is_contiguous():
+        raise ValueError(f"kernels.cu: keys have strides {keys.stride()}, values {values.stride()}")
+    strides = [q.stride(0), k.stride(0), v.stride(0), *keys.stride()[:2]]
     # Parts of 64 keys or more, and no more of them than keep a GPU of some 130 units busy.
-    parts = max(1, min(-(-N // 64), 512 // (B * Hkv)))
-    y, parts_y = torch.empty_like(q), q.new_empty(B * H * parts * (dh + 1), dtype=F32)
-    sizes = B, H, Hkv, N, dh, *strides[:2], first, slots, parts
-    keys = BF16, q, k[0, 0], v[0, 0], BOOL, valid, I64, length
-    _run("decode_attention", BF16, y, F32, parts_y, *keys, *sizes)
+    parts = min(-(-n_keys // 64), 512 // (batch * kv_heads))
+    parts = max(1, parts)
+    y = q.new_empty(q.shape)
+    scratch = q.new_empty(batch * heads * parts * (head_dim + 1), dtype=F32)
+    sizes = [_array(strides), batch, heads, kv_heads, n_keys, head_dim, first, slots, parts]
+    tensors = dict(bf16=[y, q[0], k[0], v[0], keys[0, 0], values[0, 0]], f32=[scratch])
+    _run("decode_attention", q.device, sizes, **tensors, i64=[length], mask=[valid])
     return y
 
 
-@torch.library.custom_op("memory3::decode_codes", mutates_args=("kv",))
-def decode_codes(kv: T, codes: T, table: T, fields: T, rows: T, first: int) -> None:
-    """memory.fill_slots of codes (n, Lm, 2, Hkv, S, bytes) uint8. kv (Lm, 2, B, Hkv, N, dh); table
-    (codes' rows, dh) float32; fields (numbers a code, 3) int32: codec.fields beside codec.first;
-    rows (B, R) int64: whose codes come to the keys from first + r*S on, -1 = nobody's."""
-    (Lm, _, B, Hkv, N, dh), (*_, S, size), R = kv.shape, codes.shape, rows.shape[1]
-    sizes = Lm, B, Hkv, N, dh, S, size, len(fields), R, first
-    _run("decode_codes", BF16, kv, U8, codes, F32, table, I32, fields, I64, rows, *sizes)
+@fake("decode_attention")
+def _(q, *rest):
+    return q.new_empty(q.shape)
 
 
-@torch.library.custom_op("memory3::select", mutates_args=())
-def select(q: T, k: T, mask: T, s: int, approximate: bool) -> tuple[T, T]:
+@operator(mutates=("kv",))
+def decode_codes(
+    kv: Tensor, codes: Tensor, table: Tensor, fields: Tensor, rows: Tensor, first: int
+) -> None:
+    """memory.fill_slots of codes (n, Lm, 2, Hkv, S, bytes) uint8. kv (Lm, 2, B, Hkv, N, dh).
+
+    table (codes' rows, dh) float32; fields (numbers a code, 3) int32: codec.fields beside
+    codec.first; rows (B, R): whose codes come to the keys from first + r*S on, -1 = nobody's.
+    """
+    n_layers, _, batch, kv_heads, n_keys, head_dim = kv.shape
+    slots, code_bytes = codes.shape[-2:]
+    n_recall = rows.shape[1]
+    n_fields = len(fields)
+    sizes = [n_layers, batch, kv_heads, n_keys, head_dim, slots, code_bytes, n_fields, n_recall]
+    sizes.append(first)
+    tensors = dict(bf16=[kv], u8=[codes], f32=[table], i32=[fields], i64=[rows])
+    _run("decode_codes", kv.device, sizes, **tensors)
+
+
+@fake("decode_codes")
+def _(*arguments):
+    return None
+
+
+@operator()
+def select(q: Tensor, k: Tensor, mask: Tensor, s: int, approximate: bool) -> tuple[Tensor, Tensor]:
     """memory.token_weights and memory.select_tokens: (N, Hkv, n) float32 and (N, Hkv, s) int64."""
-    (N, H, n, dh), Hkv = q.shape, k.shape[1]
-    weights, chosen = q.new_empty((N, Hkv, n), dtype=F32), q.new_empty((N, Hkv, s), dtype=I64)
-    sizes = N, H, Hkv, n, dh, s, approximate
-    _run("select_tokens", F32, weights, I64, chosen, BF16, q, k, BOOL, mask, *sizes)
+    batch, heads, n, head_dim = q.shape
+    kv_heads = k.shape[1]
+    weights = q.new_empty((batch, kv_heads, n), dtype=F32)
+    chosen = q.new_empty((batch, kv_heads, s), dtype=I64)
+    sizes = [batch, heads, kv_heads, n, head_dim, s, int(approximate)]
+    tensors = dict(bf16=[q, k], f32=[weights], i64=[chosen], mask=[mask])
+    _run("select_tokens", q.device, sizes, **tensors)
     return weights, chosen
 
 
-memory_attention_backward.register_fake(lambda *x: (torch.empty_like(x[5]), torch.empty_like(x[6])))
-decode_attention.register_fake(lambda q, *_: torch.empty_like(q))  # fakes: what they would return
-select.register_fake(
-    lambda q, k, mask, s, _: (
-        q.new_empty(k.shape[:3], dtype=F32),
-        q.new_empty((*k.shape[:2], s), dtype=I64),
-    )
-)
+@fake("select")
+def _(q, k, mask, s, approximate):
+    weights = q.new_empty(k.shape[:3], dtype=F32)
+    return weights, q.new_empty((*k.shape[:2], s), dtype=I64)

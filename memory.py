@@ -55,6 +55,47 @@ class Memories:
         return Memories(kv, count)
 
 
+# -- Which heads keep memories -----------------------------------------------------------------
+#
+# All key-value heads of the memory layers do, unless Config.memory_heads names some of them (the
+# paper's Remark 3.3). In a pool every head has its place, so that eq. (3.1) is the same for all: a
+# head that keeps nothing has no slot filled. On disk only what is kept takes room. `heads` is
+# Config.kept_heads: pairs (index of a memory layer, key-value head), None = all.
+
+
+def filled_slots(count, config):
+    """How many slots of each head of each memory are filled: count (M,) -> (Lm, M, Hkv)."""
+    n_layers, _, kv_heads, _, _ = config.memory_shape
+    count = count[None, :, None].expand(n_layers, -1, kv_heads)  # (Lm, M, Hkv)
+    if config.kept_heads is not None:
+        keeps = torch.zeros(n_layers, kv_heads, dtype=torch.int64)
+        for i, h in config.kept_heads:
+            keeps[i, h] = 1
+        count = count * keeps.to(count.device)[:, None]
+    return count.contiguous()
+
+
+def pack_heads(kv, heads):
+    """What of a pool goes to disk: kv (M, Lm, 2, Hkv, S, x) -> (M, K, 2, S, x), x numbers or bytes.
+
+    K is the number of pairs in `heads`. With all heads kept a record is simply kv.
+    """
+    if heads is None:
+        return kv
+    return torch.stack([kv[:, i, :, h] for i, h in heads], 1)
+
+
+def unpack_heads(packed, heads, n_layers, kv_heads):
+    """The way back: (M, K, 2, S, x) -> (M, Lm, 2, Hkv, S, x), zeros where nothing is kept."""
+    if heads is None:
+        return packed
+    pool_size, _, _, slots, width = packed.shape
+    kv = packed.new_zeros((pool_size, n_layers, 2, kv_heads, slots, width))
+    for place, (i, h) in enumerate(heads):
+        kv[:, i, :, h] = packed[:, place]
+    return kv
+
+
 # -- Writing: which tokens of a reference are worth keeping -----------------------------------
 
 
@@ -274,7 +315,8 @@ def memory_attention(out, lse, q, mem_k, mem_v, count, recall, chunk_len, n_head
     queries = by_chunk(q, kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, dh)
     keys = recalled(mem_k, recall)  # (B*c, Hkv, R*S, dh): concat(K_0, ..., K_4) of eq. (3.1)
     values = recalled(mem_v, recall)  # (B*c, Hkv, R*S, dh)
-    scores = memory_scores(queries, keys, empty_slots(count, recall, mem_k), lse.dtype)
+    empty = empty_slots(count, recall, mem_k)  # (B*c, Hkv, 1, R*S)
+    scores = memory_scores(queries, keys, empty, lse.dtype)  # (B*c, Hkv, G*C, R*S)
     memory_lse = scores.logsumexp(-1, keepdim=True)  # (B*c, Hkv, G*C, 1)
 
     causal_lse = lse[:, :, n_header:, None].clone()  # (B, H, T, 1)
@@ -304,7 +346,8 @@ def memory_attention_backward(
     lse = by_chunk(lse.unsqueeze(-1), kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, 1)
     keys = recalled(mem_k, recall)  # (B*c, Hkv, R*S, dh)
     values = recalled(mem_v, recall)  # (B*c, Hkv, R*S, dh)
-    scores = memory_scores(queries, keys, empty_slots(count, recall, mem_k), lse.dtype)
+    empty = empty_slots(count, recall, mem_k)  # (B*c, Hkv, 1, R*S)
+    scores = memory_scores(queries, keys, empty, lse.dtype)  # (B*c, Hkv, G*C, R*S)
 
     p = (scores - lse).exp().to(q.dtype)  # (B*c, Hkv, G*C, R*S)
     dp = dout @ values.mT
@@ -354,12 +397,14 @@ def recalled(mem, recall):
 
 
 def empty_slots(count, recall, mem):
-    """Which of the R*S slots of a chunk hold nothing: (B*c, 1, 1, R*S) bool."""
+    """Which of the R*S slots of a chunk hold nothing: count (M, Hkv) -> (B*c, Hkv, 1, R*S) bool."""
     rows = recall.flatten(0, 1)  # (B*c, R)
-    filled = torch.where(rows >= 0, count[rows.clamp(min=0)], 0)  # (B*c, R)
+    filled = count[rows.clamp(min=0)]  # (B*c, R, Hkv)
+    filled = filled.masked_fill(rows.unsqueeze(-1) < 0, 0)
     slot = torch.arange(mem.shape[2], device=mem.device)  # (S,)
-    empty = slot >= filled.unsqueeze(-1)  # (B*c, R, S)
-    return empty.flatten(1)[:, None, None]  # (B*c, 1, 1, R*S)
+    empty = slot >= filled.unsqueeze(-1)  # (B*c, R, Hkv, S)
+    empty = empty.transpose(1, 2).flatten(2)  # (B*c, Hkv, R*S)
+    return empty.unsqueeze(2)
 
 
 def memory_scores(queries, keys, empty, dtype):
@@ -382,13 +427,14 @@ class _ChunkAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header, path):
-        # fused attention and kernels.cu take contiguous tensors only
-        q, k, v, mem_k, mem_v = (x.contiguous() for x in (q, k, v, mem_k, mem_v))
+        ctx.on_cuda = path in ("flash", "cudnn", "kernel")
         ctx.use_kernel = path == "kernel"
         if ctx.use_kernel:  # on a CPU where a test has put it there
             path = fused_on_cuda(q.device) if q.is_cuda else "cpu-flash"
+        q, k, v = (_rows(x, ctx.on_cuda) for x in (q, k, v))
+        mem_k, mem_v = (_rows(x, ctx.on_cuda) for x in (mem_k, mem_v))
         out, lse, saved = _causal_forward(q, k, v, path)
-        out = out.contiguous()
+        out = _rows(out, ctx.on_cuda)
         lse = lse.contiguous()
         arguments = (out, lse, q, mem_k, mem_v, count, recall, chunk_len, n_header)
         if ctx.use_kernel:
@@ -404,9 +450,9 @@ class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse, mem_k, mem_v, count, recall = ctx.saved_tensors
-        dout = dout.contiguous()
+        dout = _rows(dout, ctx.on_cuda)
         dq, dk, dv = _causal_backward(dout, q, k, v, out, lse, ctx.path, ctx.saved)
-        dq = dq.contiguous()
+        dq = _rows(dq, ctx.on_cuda)
         memories = (mem_k, mem_v, count, recall)
         arguments = (dq, dout, q, out, lse, *memories, *ctx.sizes)
         if ctx.use_kernel:
@@ -416,11 +462,21 @@ class _ChunkAttention(torch.autograd.Function):
         return dq, dk, dv, dmem_k, dmem_v, None, None, None, None, None
 
 
+def _rows(x, on_cuda):
+    """x (..., dh) as attention takes it: on CUDA wherever it lies, if only the dh numbers of a row
+    are neighbours (a copy of all queries costs as much as reading the memories); on a CPU without
+    any gap."""
+    if on_cuda and x.stride(-1) == 1:
+        return x
+    return x.contiguous()
+
+
 def chunk_attention(q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header, path=None):
     """Self-attention in which each chunk of the context also reads its own memories (eq. 3.1).
 
     q (B, H, P+T, dh), k v (B, Hkv, P+T, dh): header then context, after RoPE.
-    mem_k mem_v (M, Hkv, S, dh): one layer of the pool; count (M,): filled slots of each memory.
+    mem_k mem_v (M, Hkv, S, dh): one layer of the pool; count (M,): filled slots of each memory, or
+    (M, Hkv), where its heads differ.
     recall (B, c, R) int64: which memories chunk c = context tokens [cC, (c+1)C) reads, -1 = none;
     c = ceil(T / C). They need no order and no mask among each other (parallel positions, sec. 3.2).
     path: forces one of attention_path's names (tests). Returns (B, H, P+T, dh). UserError for a
@@ -443,29 +499,34 @@ def chunk_attention(q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header, p
         group = heads // kv_heads
         keys = n_recall * slots
         path, _ = attention_path(q.device, q.dtype, length, head_dim, group, keys)
-    memories = (mem_k, mem_v, count, recall.contiguous())
+    if count.dim() == 1:
+        count = count[:, None].expand(-1, kv_heads)  # (M, Hkv)
+    memories = (mem_k, mem_v, count.contiguous(), recall.contiguous())
     return _ChunkAttention.apply(q, k, v, *memories, chunk_len, n_header, path)
 
 
 # -- Reading while generating ------------------------------------------------------------------
 
 
-def decode_attention(q, keys, values, valid, length, n_header):
-    """One new token a sequence. q (B, H, dh); keys values (B, Hkv, N, dh) -> (B, H, dh).
+def decode_attention(q, k, v, keys, values, valid, length, n_header):
+    """One new token a sequence: adds its k v (B, Hkv, dh) to the cache, attends all that is there.
 
-    There is nothing to merge: the cache of a memory layer is [header | memory slots | context].
-    valid (B, slots) bool: the slots to be read; a layer without memories has none. length (1,):
-    keys so far, with the new one; the rest is masked: no shape changes, a CUDA graph replays.
+    q (B, H, dh); keys values (B, Hkv, N, dh), changed in place -> (B, H, dh). There is nothing to
+    merge: the cache of a memory layer is [header | memory slots | context]. valid (B, Hkv, slots)
+    bool: which slots to read; a layer without memories has none. length (1,): keys so far, with the
+    new one, which is the last; the rest is masked: no shape changes, a CUDA graph replays.
     """
     kv_heads, n_keys, head_dim = keys.shape[1:]
-    slots = valid.shape[1]
+    slots = valid.shape[2]
     if runs_kernel(q, q.shape[1] // kv_heads):
-        q = q.contiguous()
-        return kernels.decode_attention(q, keys, values, valid, length, n_header, slots)
+        q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))
+        return kernels.decode_attention(q, k, v, keys, values, valid, length, n_header, slots)
+    keys.index_copy_(2, length - 1, k.unsqueeze(2))
+    values.index_copy_(2, length - 1, v.unsqueeze(2))
     q = q.unflatten(1, (kv_heads, -1))  # (B, Hkv, G, dh)
     scores = q @ keys.mT / math.sqrt(head_dim)  # (B, Hkv, G, N)
     slot_scores = scores[..., n_header : n_header + slots]  # a view
-    slot_scores.masked_fill_(~valid[:, None, None], -math.inf)
+    slot_scores.masked_fill_(~valid.unsqueeze(2), -math.inf)
     not_yet = torch.arange(n_keys, device=q.device) >= length  # (N,)
     scores = scores.masked_fill(not_yet, -math.inf)
     y = scores.softmax(-1) @ values  # (B, Hkv, G, dh)

@@ -38,6 +38,7 @@ from memory import (
     chunk_attention,
     decode_attention,
     fill_slots,
+    filled_slots,
     keep_tokens,
 )
 
@@ -89,6 +90,7 @@ class Config:
     rope_original: Annotated[float, 1, 1e9] = 8192.0  # ... within so many tokens
     tied: bool = False  # input and output embeddings share weights; not in the paper
     approximate_weights: bool = False  # sec. 3.3: exp without the normalisation
+    memory_heads: str = "all"  # or some: layer.head of each that keeps memories, as 2.0,2.1,3.7
     selection: Annotated[int, 1, 2**16] = 1  # the rule that keeps tokens, memory.keep_tokens
 
     def __post_init__(self):
@@ -112,11 +114,34 @@ class Config:
             f"rope_low {self.rope_low} is not below rope_high {self.rope_high}",
         )
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; RoPE turns pairs")
+        if self.memory_heads != "all":
+            self.memory_heads = self._sorted_heads()
         check(len(self.header) > 0, "header is empty; it is at least the BOS")
         check(
             0 <= min(self.header) and max(self.header) < self.vocab_size,
             f"header {self.header}: its ids are below vocab_size {self.vocab_size}",
         )
+
+    def _sorted_heads(self):
+        """memory_heads checked, each once and in order: the same heads are the same text."""
+        pairs = set()
+        for name in self.memory_heads.split(","):
+            layer, _, head = name.strip().partition(".")
+            check(
+                layer.isdecimal() and head.isdecimal(),
+                f"memory_heads {self.memory_heads}: {name!r} is no layer.head, such as 2.0",
+            )
+            layer = int(layer)
+            head = int(head)
+            check(
+                layer in self.memory_layers and head < self.n_kv_head,
+                f"memory_heads {layer}.{head}: layers {self.memory_layers[0]} to "
+                f"{self.memory_layers[-1]} keep memories, with heads 0 to {self.n_kv_head - 1}",
+            )
+            pairs.add((layer, head))
+        if len(pairs) == self.n_memory_layer * self.n_kv_head:
+            return "all"
+        return ",".join(f"{layer}.{head}" for layer, head in sorted(pairs))
 
     @staticmethod
     def preset(name, **changes):
@@ -143,6 +168,25 @@ class Config:
     def memory_shape(self):
         """(Lm, 2, Hkv, S, dh) = (22, 2, 8, 8, 80) for the paper's model (sec. 3.1)."""
         return self.n_memory_layer, 2, self.n_kv_head, self.memory_tokens, self.head_dim
+
+    @property
+    def kept_heads(self):
+        """The heads that keep memories, if not all: pairs (index of a memory layer, kv head).
+
+        >>> Config(n_memory_layer=4, memory_from=20, memory_heads="21.7,20.3").kept_heads
+        [(0, 3), (1, 7)]
+        """
+        if self.memory_heads == "all":
+            return None
+        pairs = [name.split(".") for name in self.memory_heads.split(",")]
+        return [(int(layer) - self.memory_from, int(head)) for layer, head in pairs]
+
+    @property
+    def record_shape(self):
+        """What of memory_shape is stored: all of it, or (K, 2, S, dh) for K kept heads."""
+        if self.kept_heads is None:
+            return self.memory_shape
+        return len(self.kept_heads), 2, self.memory_tokens, self.head_dim
 
     @property
     def n_params(self):
@@ -424,6 +468,9 @@ class Memory3(nn.Module):
             positions = torch.cat([header, positions + P + c.ref_len])  # (P+T,)
         cos, sin = rope_table(positions, c)  # (P+T, dh)
         reading = memories is not None and recall is not None
+        if reading:
+            layers = memories.kv.unbind(1)  # Lm times (M, 2, Hkv, S, dh)
+            filled = filled_slots(memories.count, c)  # (Lm, M, Hkv)
 
         def attend(l, q, k, v):
             """What layer l does between projecting and finishing; it makes nothing besides."""
@@ -431,8 +478,9 @@ class Memory3(nn.Module):
                 cache.fill(l, k, v)
             if not reading or l not in c.memory_layers:
                 return causal_attention(q, k, v), None
-            kv = memories.kv[:, c.memory_layers.index(l)].to(q.dtype)  # (M, 2, Hkv, S, dh)
-            pool = kv[:, 0], kv[:, 1], memories.count
+            i = l - c.memory_from
+            mem_k, mem_v = layers[i].to(q.dtype).unbind(1)  # (M, Hkv, S, dh) twice
+            pool = mem_k, mem_v, filled[i]
             return chunk_attention(q, k, v, *pool, recall, c.chunk_len, P), None
 
         x = self.embed(tokens)  # (B, P+T, d)
@@ -487,6 +535,9 @@ class Memory3(nn.Module):
         tokens = torch.cat([self._header(N), references.clamp(min=0)], 1)  # (N, P+n)
         cos, sin = rope_table(torch.arange(P + n, device=tokens.device), c)  # (P+n, dh)
         last = c.memory_layers[-1]
+        if c.kept_heads is not None:
+            one = torch.ones(1, dtype=torch.int64, device=self.device)
+            keeps = filled_slots(one, c).unsqueeze(-1) > 0  # (Lm, 1, Hkv, 1)
 
         def attend(l, q, k, v):
             """What layer l does between projecting and finishing; it makes its part of the memory:
@@ -496,6 +547,8 @@ class Memory3(nn.Module):
                 with torch.no_grad():  # the choice has no gradient; what was chosen does
                     rule = c.memory_tokens, c.approximate_weights, c.selection
                     index = keep_tokens(q[:, :, P:], k[:, :, P:], mask, *rule)  # (N, Hkv, S)
+                    if c.kept_heads is not None:
+                        index = index.masked_fill(~keeps[l - c.memory_from], -1)
             q = apply_rope(q, cos, sin)
             k = apply_rope(k, cos, sin)
             if l in c.memory_layers:
@@ -556,8 +609,9 @@ class Cache:
         self.kv = [*plain_kv[:before], *self.memory_kv, *plain_kv[before:]]
 
         # which slots are to be read; layers without slots have none to read
-        self.valid = torch.zeros(batch, self.n_slots, dtype=bool, device=device)
-        self.no_slots = self.valid[:, :0]
+        shape = (c.n_memory_layer, batch, c.n_kv_head, self.n_slots)
+        self.valid = torch.zeros(shape, dtype=bool, device=device)
+        self.no_slots = self.valid[0, :, :, :0]
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
         start = self.n_header + c.ref_len if header else 0  # the position of the first token
         self.rope = rope_table(torch.arange(start, start + max_context, device=device), c)
@@ -582,12 +636,10 @@ class Cache:
         cos, sin = self.rope
         cos = cos[self.length]
         sin = sin[self.length]
-        # where its key comes to lie, and how many keys there are then
-        self.at = self.n_header + self.length
-        self.end = self.at + 1
-        self.memory_at = self.at + self.n_slots
-        self.memory_end = self.end + self.n_slots
         self.length += 1
+        # how many keys there are then, in a layer without and in one with memories
+        self.end = self.n_header + self.length
+        self.memory_end = self.end + self.n_slots
         return cos, sin
 
     def attend(self, l, q, k, v):
@@ -595,17 +647,14 @@ class Cache:
 
         q (B, H, 1, dh) -> (B, H, 1, dh).
         """
-        keys, values = self.kv[l]  # (B, Hkv, N, dh) twice
-        at = self.at
         end = self.end
         valid = self.no_slots
         if l in self.config.memory_layers:
-            at = self.memory_at
             end = self.memory_end
-            valid = self.valid
-        keys.index_copy_(2, at, k)
-        values.index_copy_(2, at, v)
-        y = decode_attention(q[:, :, 0], keys, values, valid, end, self.n_header)  # (B, H, dh)
+            valid = self.valid[l - self.config.memory_from]  # (B, Hkv, R*S)
+        new = q[:, :, 0], k[:, :, 0], v[:, :, 0]  # (B, H or Hkv, dh)
+        keys, values = self.kv[l]  # (B, Hkv, N, dh) twice
+        y = decode_attention(*new, keys, values, valid, end, self.n_header)  # (B, H, dh)
         return y.unsqueeze(2)
 
     def load_memories(self, memories, table, codec=None):
@@ -616,11 +665,13 @@ class Cache:
         self.valid.zero_()
         if len(memories) == 0:
             return  # nothing was found
-        count = torch.where(table >= 0, memories.count[table.clamp(min=0)], 0)  # (B, R)
+        count = filled_slots(memories.count, self.config)  # (Lm, M, Hkv)
+        count = count[:, table.clamp(min=0)]  # (Lm, B, R, Hkv)
+        count = count.masked_fill(table.unsqueeze(-1) < 0, 0)
         slot = torch.arange(self.config.memory_tokens, device=table.device)  # (S,)
-        filled = slot < count.unsqueeze(-1)  # (B, R, S)
-        filled = filled.flatten(1)  # (B, R*S)
-        self.valid[:, : filled.shape[1]] = filled
+        filled = slot < count.unsqueeze(-1)  # (Lm, B, R, Hkv, S)
+        filled = filled.transpose(2, 3).flatten(3)  # (Lm, B, Hkv, R*S)
+        self.valid[..., : filled.shape[-1]] = filled
         fill_slots(self.memory_kv, memories, table, self.n_header, codec)
 
 

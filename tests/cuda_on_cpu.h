@@ -72,6 +72,7 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
     unsigned u = __float_as_uint(x);
     return {(uint16_t)(x != x ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float((unsigned)x.x << 16); }
 
 // -- Fibers -------------------------------------------------------------------------------------
 

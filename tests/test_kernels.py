@@ -113,16 +113,17 @@ def concatenate_and_mask(q, k, v, mem_k, mem_v, count, recall, chunk_len, n_head
     chunk = (token - n_header).div(chunk_len, rounding_mode="floor").clamp(min=0)
     named = recall[:, chunk, :, None] == torch.arange(M)  # (B, n, R, M)
     named &= token[:, None, None] >= n_header
-    filled = torch.arange(S) < count[:, None]
-    seen = (named[..., None] & filled).flatten(2)  # (B, n, R*M*S)
-    seen = torch.cat([seen, (token[:, None] >= token).expand(B, n, n)], 2)
+    filled = torch.arange(S) < count.T[:, :, None]  # (Hkv, M, S)
+    filled = filled.repeat_interleave(H // Hkv, 0)  # (H, M, S)
+    seen = (named[:, None, ..., None] & filled[:, None, None]).flatten(3)  # (B, H, n, R*M*S)
+    seen = torch.cat([seen, (token[:, None] >= token).expand(B, H, n, n)], 3)
 
     def keys(mem, x):  # (B, H, R*M*S + n, dh)
         mem = mem.transpose(0, 1).flatten(1, 2).repeat(B, 1, R, 1)
         return torch.cat([mem, x], 2).repeat_interleave(H // Hkv, 1)
 
     scores = q @ keys(mem_k, k).mT / math.sqrt(dh)
-    scores = scores.masked_fill(~seen[:, None], -math.inf)
+    scores = scores.masked_fill(~seen, -math.inf)
     return scores.softmax(-1) @ keys(mem_v, v), scores.logsumexp(-1)
 
 
@@ -140,10 +141,10 @@ def attention_case(B, H, Hkv, dh, S, R, C, P, T, M, scale=1.0):
     recall[0, -1] = 0
     if c > 1:
         recall[0, 0] = -1
-    count = torch.randint(1, S + 1, (M,), generator=g)
+    count = torch.randint(0, S + 1, (M, Hkv), generator=g)  # heads may keep nothing
     count[0] = S
     tensors = [randn(B, H, P + T, dh), *(randn(B, Hkv, P + T, dh) for _ in "kv")]
-    empty = (torch.arange(S) >= count[:, None])[:, None, :, None]  # (M, 1, S, 1)
+    empty = (torch.arange(S) >= count[:, :, None])[..., None]  # (M, Hkv, S, 1)
     tensors += [randn(M, Hkv, S, dh).masked_fill(empty, math.nan) for _ in "kv"]
     return tensors, randn(B, H, P + T, dh), count, recall, C, P
 
@@ -160,29 +161,40 @@ CASES = {
 }
 
 
-def kernel_attention(case, device):
+def side_by_side(x):
+    """The same (B, H, n, dh), with the heads of a token as neighbours, amid other numbers."""
+    wide = torch.full((*x.transpose(1, 2).shape[:2], x.shape[1] + 3, x.shape[3]), math.nan)
+    place = wide.to(x)[:, :, 2:-1].transpose(1, 2)
+    return place.copy_(x)
+
+
+LAYOUTS = {"head by head": torch.Tensor.contiguous, "token by token": side_by_side}
+
+
+def kernel_attention(case, device, lay=torch.Tensor.contiguous):
     """The kernels, and for the causal part float64. Returns out, lse, dq, dmem_k, dmem_v."""
     (q, k, v, mem_k, mem_v), dout, count, recall, C, P = case
     nothing = torch.full_like(recall, -1)
     wide = [x.double().nan_to_num() for x in (q, k, v, mem_k, mem_v)]
     out, lse = concatenate_and_mask(*wide, count, nothing, C, P)
-    out, lse = out.bfloat16().to(device), lse.float().to(device)
-    rest = [x.to(device) for x in (mem_k, mem_v, count, recall)]
-    kernels.memory_attention(out, lse, q.to(device), *rest, C, P)
+    out, lse = lay(out.bfloat16().to(device)), lse.float().to(device)
+    pool = torch.stack([mem_k, mem_v, mem_v], 1).to(device)  # as in a pool: more between memories
+    rest = [pool[:, 0], pool[:, 1], count.to(device), recall.to(device)]
+    q_, dout_ = lay(q.to(device)), lay(dout.to(device))
+    kernels.memory_attention(out, lse, q_, *rest, C, P)
     # The causal part's dq, by its own formula and given the merged out and lse.
     G, n, scale = q.shape[1] // k.shape[1], q.shape[2], 1 / math.sqrt(q.shape[3])
     k, v = wide[1].repeat_interleave(G, 1), wide[2].repeat_interleave(G, 1)
     p = (wide[0] @ k.mT * scale - lse.double().cpu().unsqueeze(-1)).exp() * torch.ones(n, n).tril()
     delta = (dout.double() * out.double().cpu()).sum(-1, keepdim=True)
-    dq = (p * (dout.double() @ v.mT - delta) * scale @ k).bfloat16().to(device)
-    grads = kernels.memory_attention_backward(
-        dq, dout.to(device), q.to(device), out, lse, *rest, C, P
-    )
+    dq = lay((p * (dout.double() @ v.mT - delta) * scale @ k).bfloat16().to(device))
+    grads = kernels.memory_attention_backward(dq, dout_, q_, out, lse, *rest, C, P)
     return out, lse, dq, *grads
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CASES)
-def test_memory_attention_equals_concatenate_and_mask(name, device):
+def test_memory_attention_equals_concatenate_and_mask(name, layout, device):
     """Catches a wrong index, scale or mask anywhere in the kernels: the merge, dq, dk and dv, for
     head sizes, groups, slots and chunks that fill no tile, in either order of threads."""
     case = attention_case(*CASES[name])
@@ -191,16 +203,34 @@ def test_memory_attention_equals_concatenate_and_mask(name, device):
     out, lse = concatenate_and_mask(*leaves, count, recall, C, P)
     grads = torch.autograd.grad(out, leaves, dout.double())
     true = out.detach(), lse.detach(), grads[0], grads[3], grads[4]
-    ours = kernel_attention(case, device)
+    ours = kernel_attention(case, device, LAYOUTS[layout])
     for what, x, y in zip(["out", "lse", "dq", "dmem_k", "dmem_v"], ours, true, strict=True):
         assert error(x, y) < (1e-6 if what == "lse" else 1e-2), what
-    empty = torch.arange(tensors[3].shape[2]) >= count[:, None]  # (M, S)
+    empty = torch.arange(tensors[3].shape[2]) >= count[..., None]  # (M, Hkv, S)
     for grad in (ours[3].cpu(), ours[4].cpu()):
-        assert (grad[-1] == 0).all() and (grad.transpose(1, 2)[empty] == 0).all()
+        assert (grad[-1] == 0).all() and (grad[empty] == 0).all()
     if device == "cpu":
         kernels.libraries["cpu"].emulator_reverse(1)
-    again = kernel_attention(case, device)
+    again = kernel_attention(case, device, LAYOUTS[layout])
     assert all(torch.equal(x, y) for x, y in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plain_kernel_is_the_fast_one(name, device):
+    """Catches a first version, there to be read, that says something else than the fast one."""
+    (q, _, _, mem_k, mem_v), _, count, recall, C, P = attention_case(*CASES[name])
+    g = torch.Generator().manual_seed(3)
+    out, lse = torch.randn(q.shape, generator=g).bfloat16(), torch.randn(q.shape[:3], generator=g)
+    out[:, :, P], lse[:, :, P] = math.nan, math.inf  # no key before
+    arguments = [x.to(device) for x in (q, mem_k, mem_v, count, recall)]
+    results = []
+    for function in ("memory_attention", "memory_attention_plain"):
+        both = out.clone().to(device), lse.clone().to(device)
+        kernels.memory_attention_by(function, *both, *arguments, C, P)
+        results.append(both)
+    (out, lse), (plain_out, plain_lse) = results
+    torch.testing.assert_close(plain_lse, lse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain_out, out, rtol=2**-6, atol=1e-2, equal_nan=True)
 
 
 def test_memory_attention_leaves_alone_what_reads_no_memory(device):
@@ -216,16 +246,18 @@ def test_memory_attention_leaves_alone_what_reads_no_memory(device):
         out, lse = before[0].clone().to(device), before[1].clone().to(device)
         table = table.to(device)
         kernels.memory_attention(out, lse, q, mem_k, mem_v, count, table, C, P)
-        reads = (table >= 0).any(-1).repeat_interleave(C, 1)[:, : q.shape[2] - P].cpu()
+        slots = (count[table.clamp(min=0)] * (table >= 0).unsqueeze(-1)).sum(2).cpu()  # (B, c, Hkv)
+        reads = slots.transpose(1, 2).repeat_interleave(q.shape[1] // slots.shape[2], 1) > 0
+        reads = reads.repeat_interleave(C, 2)[:, :, : q.shape[2] - P]  # (B, H, T)
         same = (out.cpu() == before[0]).all(-1) & (lse.cpu() == before[1])  # (B, H, n)
         assert same[:, :, :P].all()
-        assert (same[:, :, P:] == ~reads[:, None]).all()
+        assert (same[:, :, P:] == ~reads).all()
         dq = dout.clone()
         grads = kernels.memory_attention_backward(
             dq, dout, q, out, lse, mem_k, mem_v, count, table, C, P
         )
         same = (dq == dout).all(-1).cpu()
-        assert same[:, :, :P].all() and (same[:, :, P:] == ~reads[:, None]).all()
+        assert same[:, :, :P].all() and (same[:, :, P:] == ~reads).all()
         assert all((x != 0).any() == (table >= 0).any() for x in grads)
 
 

@@ -43,19 +43,31 @@ def attention(q, keys, values, valid, n, first, slots):
     """Softmax attention over the first n keys, slots where they are valid; in float64."""
     B, H, dh = q.shape
     G = H // keys.shape[1]
-    counts = torch.ones(B, n, dtype=bool)
+    counts = torch.ones(B, H // G, n, dtype=bool)
     if slots:
-        counts[:, first : first + slots] = valid[:, : n - first]
+        counts[:, :, first : first + slots] = valid[:, :, : n - first]
+    counts = counts.repeat_interleave(G, 1)  # (B, H, n)
     k, v = (x.double()[:, :, :n].repeat_interleave(G, 1) for x in (keys, values))
     scores = (k @ q.double().unsqueeze(-1)).squeeze(-1) / dh**0.5  # (B, H, n)
-    p = scores.masked_fill(~counts[:, None], -torch.inf).softmax(-1)
-    return (p.unsqueeze(2) @ v.masked_fill(~counts[:, None, :, None], 0)).squeeze(2)
+    p = scores.masked_fill(~counts, -torch.inf).softmax(-1)
+    return (p.unsqueeze(2) @ v.masked_fill(~counts[..., None], 0)).squeeze(2)
 
 
 def decode(device, q, keys, values, valid, n, first, slots):
+    """The kernel, given all keys but the last, number n - 1, which comes as the new token's. What
+    it leaves in the cache must be all keys, and what lies behind them as it was."""
+    B, Hkv, N, dh = keys.shape
     length = torch.tensor([n], device=device)
-    tensors = (x if x is None else x.to(device) for x in (q, keys, values, valid))
-    return kernels.decode_attention(*tensors, length, first, slots)
+    q, keys, values = (x.to(device) for x in (q, keys, values))
+    valid = valid if valid is None else valid.to(device)
+    qkv = torch.cat([q, keys[:, :, n - 1], values[:, :, n - 1]], 1)  # as the projections lie
+    new = qkv.split([q.shape[1], Hkv, Hkv], 1)
+    want = keys.clone(), values.clone()
+    keys[:, :, n - 1] = values[:, :, n - 1] = torch.nan
+    y = kernels.decode_attention(*new, keys, values, valid, length, first, slots)
+    for x, before in zip((keys, values), want, strict=True):
+        torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
+    return y
 
 
 @pytest.mark.parametrize(
@@ -72,13 +84,13 @@ def test_decode_attention(device, B, Hkv, G, dh, N, first, slots, lengths):
     """A key left out or read twice at the border of a tile, a part or the slots; a query head
     given another's row; what lies beyond the length or in an unused slot read (it is nan)."""
     q, kv = random(B, Hkv * G, dh, scale=2), random(2, B, Hkv, N, dh, seed=1)
-    valid = torch.rand(B, slots, generator=torch.Generator().manual_seed(2)) < 0.6
+    valid = torch.rand(B, Hkv, slots, generator=torch.Generator().manual_seed(2)) < 0.6
     for n in lengths:
         keys, values = kv.clone()
         keys[:, :, n:] = values[:, :, n:] = torch.nan
-        unused = torch.zeros(B, N, dtype=bool)
-        unused[:, first : first + slots] = ~valid
-        values[unused[:, None].expand(-1, Hkv, -1)] = torch.nan
+        unused = torch.zeros(B, Hkv, N, dtype=bool)
+        unused[:, :, first : first + slots] = ~valid
+        values[unused] = torch.nan
         y = decode(device, q, keys, values, valid, n, first, slots)
         want = attention(q, keys, values, valid, n, first, slots)
         assert y.dtype == BF16 and relative(y, want) < 6e-3, n
@@ -88,7 +100,7 @@ def test_decode_without_any_valid_slot(device):
     """A tile without a key gives nan, or counts for something, where nothing was recalled."""
     B, Hkv, G, dh, N, first, slots = 2, 3, 2, 16, 201, 1, 192
     q, keys, values = random(B, Hkv * G, dh), *random(2, B, Hkv, N, dh, seed=1)
-    valid = torch.zeros(B, slots, dtype=bool)
+    valid = torch.zeros(B, Hkv, slots, dtype=bool)
     y = decode(device, q, keys, values, valid, 195, first, slots)
     assert relative(y, attention(q, keys, values, valid, 195, first, slots)) < 6e-3
 
@@ -120,14 +132,16 @@ def test_decode_in_a_cuda_graph():
         pytest.skip(kernels.available("cuda")[1])
     B, Hkv, G, dh, N = 2, 3, 5, 80, 333
     q, kv = random(B, Hkv * G, dh).cuda(), random(2, B, Hkv, N, dh, seed=1).cuda()
-    valid, length = torch.ones(B, 40, dtype=bool, device="cuda"), torch.tensor([99], device="cuda")
-    kernels.decode_attention(q, *kv, valid, length, 3, 40)
+    new = random(2, B, Hkv, dh, seed=3).cuda()
+    valid = torch.ones(B, Hkv, 40, dtype=bool, device="cuda")
+    length = torch.tensor([99], device="cuda")
+    kernels.decode_attention(q, *new, *kv, valid, length, 3, 40)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = kernels.decode_attention(q, *kv, valid, length, 3, 40)
+        y = kernels.decode_attention(q, *new, *kv, valid, length, 3, 40)
     for n, share in (50, 1), (333, 3), (64, 2):
         length.fill_(n)
-        valid.copy_(torch.arange(40, device="cuda") % share == 0)
+        valid.copy_((torch.arange(40, device="cuda") % share == 0).expand_as(valid))
         graph.replay()
         want = attention(q.cpu(), *kv.cpu(), valid.cpu(), n, 3, 40)
         assert relative(y, want) < 6e-3
@@ -227,12 +241,13 @@ def test_approximate_weights_of_large_scores(device):
 def calls():
     """Small arguments for each operator but those of memory attention."""
     keys, values = random(2, 1, 2, 20, 16)
-    valid, length = torch.ones(1, 5, dtype=bool), torch.tensor([9])
+    new = random(1, 6, 16), *random(2, 1, 2, 16, seed=3)
+    valid, length = torch.ones(1, 2, 5, dtype=bool), torch.tensor([9])
     kv, codes = random(1, 2, 1, 2, 9, 16), torch.zeros(2, 1, 2, 2, 3, 2, dtype=torch.uint8)
     table, where = torch.ones(512, 16), torch.tensor([[0, 8, 0], [8, 8, 256]], dtype=torch.int32)
     mask = torch.ones(3, 7, dtype=bool)
     return {
-        kernels.decode_attention: (random(1, 6, 16), keys, values, valid, length, 2, 5),
+        kernels.decode_attention: (*new, keys, values, valid, length, 2, 5),
         kernels.decode_codes: (kv, codes, table, where, torch.tensor([[1, -1]]), 2),
         kernels.select: (random(3, 4, 7, 16), random(3, 2, 7, 16), mask, 5, False),
     }
@@ -265,7 +280,8 @@ def test_fits_is_what_the_functions_take(emulator):
     """Sizes that memory.py would send here, to be told no; or that it would not, for nothing."""
     for dh in (16, 128, 24, 144):
         q, keys = random(1, 2, dh), random(1, 1, 20, dh)
-        args = q, keys, keys, None, torch.tensor([9]), 0, 0
+        new = keys[:, :, 8]
+        args = q, new, new, keys, keys.clone(), None, torch.tensor([9]), 0, 0
         if kernels.fits(BF16, dh, 2):
             want = attention(q, keys, keys, None, 9, 0, 0)
             assert relative(kernels.decode_attention(*args), want) < 6e-3

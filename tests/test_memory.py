@@ -462,37 +462,46 @@ def decoding_case(slots=7, first=3, n=13):
     g = torch.Generator().manual_seed(12)
     q = torch.randn(3, 6, 10, generator=g, dtype=torch.float64)
     keys, values = torch.randn(2, 3, 2, 17, 10, generator=g, dtype=torch.float64)
-    keys[:, :, n:], values[:, :, n:] = 1e3, 1e3
-    valid = torch.rand(3, slots, generator=g) < 0.6
+    keys[:, :, n - 1 :], values[:, :, n - 1 :] = 1e3, 1e3  # the last one comes only now
+    valid = torch.rand(3, 2, slots, generator=g) < 0.6
     valid[1] = False  # recalled nothing
-    keys[:, :, first : first + slots][~valid[:, None].expand(-1, 2, -1)] = 1e3
-    return q, keys, values, valid, n, first
+    keys[:, :, first : first + slots][~valid] = 1e3
+    new_k, new_v = torch.randn(2, 3, 2, 10, generator=g, dtype=torch.float64)
+    return q, new_k, new_v, keys, values, valid, n, first
 
 
 @pytest.mark.parametrize("slots", [7, 0])
 def test_decoding_is_a_softmax_over_the_keys_that_count(slots):
-    """Catches slots read though empty, keys beyond the length, wrong groups of heads."""
-    q, keys, values, valid, n, first = decoding_case(slots)
+    """Catches slots read though empty, keys beyond the length, wrong groups of heads, a new token
+    that does not attend itself or overwrites another's keys."""
+    q, k, v, keys, values, valid, n, first = decoding_case(slots)
+    cache = keys.clone(), values.clone()
+    keys[:, :, n - 1], values[:, :, n - 1] = k, v
     want = torch.empty_like(q)
     for b in range(3):
-        real = [i for i in range(n) if not first <= i < first + slots or valid[b, i - first]]
         for h in range(6):
+            seen = valid[b, h // 3]
+            real = [i for i in range(n) if not first <= i < first + slots or seen[i - first]]
             p = (keys[b, h // 3, real] @ q[b, h] / math.sqrt(10)).softmax(0)
             want[b, h] = p @ values[b, h // 3, real]
-    out = memory.decode_attention(q, keys, values, valid, torch.tensor([n]), first)
+    out = memory.decode_attention(q, k, v, *cache, valid, torch.tensor([n]), first)
     torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-13)
+    assert torch.equal(cache[0], keys) and torch.equal(cache[1], values)
 
 
 def test_decoding_through_the_kernel_gets_the_same(monkeypatch):
     """Catches a kernel that is given a layout it does not take, or another count of slots."""
-    q, keys, values, valid, n, first = decoding_case()
-    wide = torch.cat([q, q], 1)[:, :6]  # a part of the projection
-    assert not wide.is_contiguous()
+    q, k, v, keys, values, valid, n, first = decoding_case()
+    wide = torch.cat([q, q], 1)[:, :6]  # a part of the projection: the kernel takes it as it is
+    spread = torch.stack([k, k], 2)[:, :, 0]  # heads apart: it does not
+    assert not wide.is_contiguous() and not spread[0].is_contiguous()
     calls, length = through_kernels(monkeypatch), torch.tensor([n])
-    given = memory.decode_attention(wide, keys, values, valid, length, first)
-    assert calls == ["decode_attention"] and given[0].is_contiguous() and torch.equal(given[0], q)
-    assert all(x is y for x, y in zip(given[1:5], (keys, values, valid, length), strict=True))
-    assert given[5:] == (first, valid.shape[1])
+    given = memory.decode_attention(wide, spread, v, keys, values, valid, length, first)
+    assert calls == ["decode_attention"] and given[0] is wide
+    assert given[1].is_contiguous() and torch.equal(given[1], k)
+    rest = (v, keys, values, valid, length)
+    assert all(x is y for x, y in zip(given[2:7], rest, strict=True))
+    assert given[7:] == (first, valid.shape[2])
 
 
 def test_codes_and_numbers_fill_the_same_slots(monkeypatch):
