@@ -666,7 +666,7 @@ def given(args, cls):
 
 # flags of the shape that no weight depends on: a new stage may change them
 OF_MEMORIES = ("n_memory_layer", "memory_tokens", "n_recall", "chunk_len", "ref_len")
-OF_MEMORIES += ("max_context", "approximate_weights", "memory_from", "selection")
+OF_MEMORIES += ("max_context", "approximate_weights", "memory_from", "selection", "memory_heads")
 # flags that say how a run is carried out, not what it is: --resume does not repeat them
 OF_THIS_TIME = ("parallel", "no_verify")
 
