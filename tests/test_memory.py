@@ -287,6 +287,31 @@ def test_chunk_attention_equals_both_oracles_and_so_do_its_gradients(shape, path
 
 
 @pytest.mark.parametrize("path", ["math", "cpu-flash"])
+def test_heads_may_differ_in_what_they_keep(path):
+    """Catches counts (M, Hkv) of another head, or of a query head: each key-value head alone, with
+    its own column of counts, must give its part of the outputs and of all gradients."""
+    tensors, _, recall, weight = reading_case()
+    count = torch.randint(0, S + 1, (9, 3), generator=torch.Generator().manual_seed(22))
+    count[4] = 0
+
+    def ours(*x):
+        return chunk_attention(*x, count, recall, C, P, path=path)
+
+    def head_by_head(q, *rest):
+        outs = []
+        for h in range(3):
+            one = [x[:, h : h + 1] for x in rest]
+            mine = (q[:, 2 * h : 2 * h + 2], *one, count[:, h], recall)
+            outs.append(concatenate_and_mask(*mine))
+        return torch.cat(outs, 1)
+
+    got = with_gradients(ours, tensors, weight)
+    want = with_gradients(head_by_head, tensors, weight)
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        assert float((a - b).abs().max()) < 1e-12, name
+
+
+@pytest.mark.parametrize("path", ["math", "cpu-flash"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", ["gqa", "one_kv_head_dh80"])
 def test_chunk_attention_in_each_precision(shape, dtype, path):
@@ -578,6 +603,20 @@ def test_memories_are_indexed_and_joined(config):
     assert both.count.tolist() == [1, 4, 3] and both.kv.shape == (3, *shape)
     empty = Memories.empty(config)
     assert len(empty) == 0 and empty.kv.shape == (0, *shape) and empty.count.shape == (0,)
+
+
+def test_only_kept_heads_are_stored_and_come_back_in_their_places():
+    """Catches records whose heads change places on the way to disk and back."""
+    heads = [(0, 1), (2, 0), (2, 1)]  # of 3 layers with 2 heads
+    kv = torch.arange(4 * 3 * 2 * 2 * 5 * 7).view(4, 3, 2, 2, 5, 7)  # M, Lm, 2, Hkv, S, bytes
+    packed = memory.pack_heads(kv, heads)
+    assert packed.shape == (4, 3, 2, 5, 7) and torch.equal(packed[:, 1], kv[:, 2, :, 0])
+    back = memory.unpack_heads(packed, heads, 3, 2)
+    for i in range(3):
+        for h in range(2):
+            want = kv[:, i, :, h] if (i, h) in heads else torch.zeros_like(kv[:, i, :, h])
+            assert torch.equal(back[:, i, :, h], want)
+    assert memory.pack_heads(kv, None) is kv and memory.unpack_heads(kv, None, 3, 2) is kv
 
 
 @pytest.mark.parametrize("name", ["token_weights", "select_tokens"])

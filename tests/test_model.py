@@ -316,6 +316,69 @@ def test_bad_references_are_refused_in_one_line(case):
         model(torch.zeros(1, 91, dtype=torch.int64))
 
 
+HEADS = "1.1,3.0,2.1,2.0"  # of layers 1, 2, 3 with 2 heads each: all but 1.0 and 3.1
+
+
+def test_heads_that_keep_no_memories(build, references):
+    """Catches heads that write or read though they are not to, places of other heads, and kept
+    heads that change because others do not keep."""
+    everything, some = build(memory_from=1), build(memory_from=1, memory_heads=HEADS)
+    refs, keeps = references(LENGTHS), torch.tensor([[0, 1], [1, 1], [1, 0]], dtype=bool)
+    (pool, index), (part, kept) = (m.write(refs, return_indices=True) for m in (everything, some))
+    where = keeps[:, :, None]  # (Lm, Hkv, 1)
+    assert torch.equal(kept, index.where(where, -1))
+    assert torch.equal(part.kv, pool.kv.where(where[:, None, ..., None], 0.0))
+    assert torch.equal(part.count, pool.count)
+
+    tokens = torch.randint(0, 90, (2, T), generator=torch.Generator().manual_seed(18))
+    poisoned = Memories(part.kv.where(where[:, None, ..., None], 1e6), part.count)
+    with torch.no_grad():
+        logits = some(tokens, memories=poisoned, recall=RECALL)[0]
+        assert torch.equal(logits, some(tokens, memories=part, recall=RECALL)[0])
+        for other in (
+            everything(tokens, memories=pool, recall=RECALL),
+            some(tokens, memories=part),
+        ):
+            assert not logits.allclose(other[0], atol=1e-3)
+        cache = Cache(some.config, 2, T, dtype=torch.float64)
+        out = [some(tokens[:, :14], None, poisoned, RECALL[:, :2], cache)[0][:, 0]]
+        for t in range(14, T):
+            if t % 7 == 0:
+                cache.load_memories(poisoned, RECALL[:, t // 7])
+            out.append(some.decode(tokens[:, t], cache))
+        torch.testing.assert_close(torch.stack(out, 1), logits[:, 13:], rtol=1e-9, atol=1e-10)
+
+    part.kv.retain_grad()
+    some(tokens, tokens.roll(-1, 1), part, RECALL)[1].backward()
+    assert (part.kv.grad.where(~where[:, None, ..., None], 0) == 0).all()
+    assert (part.kv.grad[0, 0, :, 1] != 0).all()
+
+
+def test_kept_heads_are_named_in_one_way(build):
+    """Catches two texts for the same heads (their banks would refuse each other), all heads that
+    are not "all", a record of the wrong size, and heads that do not exist."""
+    tiny = {**TINY, "memory_from": 1}
+    config = Config(**tiny, memory_heads=HEADS)
+    assert config.memory_heads == "1.1,2.0,2.1,3.0" == Config(**asdict(config)).memory_heads
+    assert config.kept_heads == [(0, 1), (1, 0), (1, 1), (2, 0)]
+    assert config.record_shape == (4, 2, 5, 10) and config.memory_shape == (3, 2, 2, 5, 10)
+    every = Config(**tiny, memory_heads="3.1, 1.0,1.1,2.0,2.1,3.0,3.0")
+    assert every.memory_heads == "all" and every.kept_heads is None
+    assert every.record_shape == every.memory_shape
+    first = build(torch.float32, memory_from=1).fingerprint()
+    assert build(torch.float32, memory_from=1, memory_heads=HEADS).fingerprint() != first
+    for bad, line in (
+        ("0.1", "memory_heads 0.1: layers 1 to 3 keep memories, with heads 0 to 1"),
+        ("1.2", "memory_heads 1.2: layers 1 to 3"),
+        ("1.0,", "'' is no layer.head"),
+        ("1", "'1' is no layer.head"),
+        ("1.-1", "'1.-1' is no layer.head"),
+        ("", "'' is no layer.head"),
+    ):
+        with pytest.raises(UserError, match=line):
+            Config(**tiny, memory_heads=bad)
+
+
 # ---------------------------------------------------------------------------------------------
 # Gradients reach the writer (invariant 8)
 
