@@ -57,8 +57,11 @@ def _encode(c, layers, span):  # the last layer has no MLP; a token attends `spa
 
 
 def read_explicit(c):
-    """One chunk attends the S kept tokens of one memory in Lm layers (A.2)."""
-    return 2 * c.n_memory_layer * 2 * c.chunk_len * c.memory_tokens * c.n_head * c.head_dim
+    """One chunk attends the S kept tokens of one memory in Lm layers (A.2); of heads that keep
+    memories, if not all do (Config.memory_heads), their query heads alone."""
+    keys = math.prod(c.record_shape[:-1]) // 2  # Lm * Hkv * S
+    group = c.n_head // c.n_kv_head  # query heads that read each of them
+    return 2 * 2 * c.chunk_len * keys * group * c.head_dim
 
 
 def read_rag(c):
@@ -121,7 +124,7 @@ def memory_bytes(c, form, references=KNOWLEDGE_BASE):
     >>> [memory_bytes(Config(), form) for form in ("full", "bf16", "codes")]
     [72089600, 450560, 39424]
     """
-    kept = math.prod(c.memory_shape[:-1])  # vectors in a memory
+    kept = math.prod(c.record_shape[:-1])  # vectors in a memory
     if form == "full":
         every = c.n_layer * 2 * c.n_head * c.ref_len  # vectors before anything is left out
         return every * c.head_dim * 2

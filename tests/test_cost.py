@@ -288,3 +288,13 @@ def test_plot(tmp_path, monkeypatch):
     ):  # the second has no interval
         cost.plot(c, tmp_path / "fig.png")
         assert (tmp_path / "fig.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_heads_that_keep_no_memories_cost_nothing():
+    """Catches bytes and FLOPs of all heads where a quarter of them keep memories."""
+    toy = Config.preset("toy")  # 4 layers of 4 heads
+    quarter = Config.preset("toy", memory_heads="3.0,3.1,3.2,0.3")
+    for form in ("bf16", "codes"):
+        assert 4 * cost.memory_bytes(quarter, form, 1e6) == cost.memory_bytes(toy, form, 1e6)
+    assert 4 * cost.read_explicit(quarter) == cost.read_explicit(toy)
+    assert cost.write_explicit(quarter) == cost.write_explicit(toy)
