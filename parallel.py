@@ -70,7 +70,9 @@ def shard(model, dtype):
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)  # what is in no block: embeddings and the last norm
+    # what is in no block: embeddings and the last norm. They too leave after each pass, or
+    # validation would leave whole ones where the optimizer's parts should be
+    fully_shard(model, mp_policy=policy, reshard_after_forward=True)
     register_fsdp_forward_method(model, "write")  # gathers them as forward does
 
 
@@ -152,5 +154,6 @@ def local(x):
 
 
 def stop():
+    """Leaves the other processes, at the end of the command."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -602,7 +602,6 @@ def main(cfg, config=None):
                 raise KeyboardInterrupt(f"after step {step}, which is saved; go on with {command}")
     save(out / "model.pt", model, None, meta, rank)  # what write.py, sample.py, eval.py open
     log.close()
-    parallel.stop()
     return dict(model=model, losses=losses, val=val, step=meta["step"])
 
 
@@ -717,6 +716,7 @@ def command_line(argv=None):
 def cli():
     cfg, config = command_line()
     main(cfg, config)
+    parallel.stop()
 
 
 if __name__ == "__main__":

@@ -52,10 +52,8 @@ def put(data, split, tokens, seed=0):
         common.write_json(data / f"{split}.neighbors.json", meta | dict(references=refs.hash))
 
 
-@pytest.fixture
-def data(tmp_path):
+def make_data(path):
     """10 windows and 3 tokens to train on, 5 windows to validate on, 9 references."""
-    path = tmp_path / "tiny"
     path.mkdir()
     shutil.copy(ROOT / "data" / "cities" / "tokenizer.json", path)
     common.write_json(path / "meta.json", dict(name="tiny", tokenizer=str(path), n_vocab=4096))
@@ -64,6 +62,11 @@ def data(tmp_path):
     for name in (*IMPLICIT, *EXPLICIT):
         put(path, name, pattern((10 * T if name in ("train", "explicit") else 5 * T) + 3, seed=1))
     return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_data(tmp_path / "tiny")
 
 
 def shape(data, **changes):
