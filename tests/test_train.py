@@ -4,13 +4,18 @@ The data set is made here, in a temporary directory: texts of a few tokens that 
 tokenizer of data/cities. Nothing is compared with numbers of an earlier run.
 """
 
+import contextlib
 import doctest
 import json
 import math
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import fields, replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +29,8 @@ import cost
 import retrieval
 import train
 from common import UserError
-from model import Config, Memory3, load_checkpoint, save_checkpoint
+from model import Block, Config, Memory3, load_checkpoint, read_checkpoint, save_checkpoint
+from optimizer import RoundedAdamW, round_at_random
 from train import TrainConfig, Windows, recall_table
 
 C, T = 7, 28  # 4 chunks a window
@@ -219,8 +225,149 @@ def test_flops_of_a_step_are_those_of_its_windows(data, tmp_path, stage, monkeyp
         assert math.isclose(row["mfu"] * 1e9 / a_window, row["tokens_per_s"] / T, rel_tol=1e-9)
 
 
+def test_bfloat16_weights_are_rounded_right_on_average():
+    """Catches rounding to the nearest, which loses every small step, noise of the wrong size, and
+    a number that is a bfloat16 already and moves."""
+    g = torch.Generator().manual_seed(5)
+    exact = torch.tensor([1.0, -3.5, 2.0**-40, -0.0, 1e30]).bfloat16()
+    for _ in range(20):
+        assert torch.equal(round_at_random(exact.float(), g), exact)
+    low, high = 1.0, 1.0078125  # neighbours in bfloat16
+    for share in (0.1, 0.5, 0.83):
+        for sign in (1, -1):
+            x = torch.full((40_001,), sign * (low + share * (high - low)))
+            got = round_at_random(x, g)
+            assert set(got.abs().tolist()) == {low, high}
+            up = (got.abs() == high).float().mean()
+            assert abs(float(up) - share) < 0.015  # 6 standard deviations
+
+
+def test_rounded_adamw_is_adamw_in_float32(build):
+    """Catches a term of AdamW that was forgotten, a bias that is not corrected, decayed norms: with
+    weights in float32 both optimizers take the same steps."""
+    cfg = TrainConfig(lr=3e-3, weight_decay=0.3)
+    ours, theirs = build(torch.float32), build(torch.float32)
+    groups = train.make_optimizer(ours, cfg).param_groups
+    fields = [dict(params=g["params"], weight_decay=g["weight_decay"]) for g in groups]
+    optimizers = RoundedAdamW(fields, 3e-3, (0.9, 0.95), seed=1), train.make_optimizer(theirs, cfg)
+    for step in range(5):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            torch.manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p) * (1 + step)
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", ["implicit", "explicit"])
+def test_weights_in_bfloat16_learn_and_resume(data, tmp_path, stage):
+    """Catches steps that rounding swallows: with an lr of 3e-4 beside weights of 0.02 to 1 the loss
+    must fall as in float32. And states that a resume rounds to bfloat16, or other random numbers
+    after it."""
+    flags = dict(lr=3e-4, steps=24, save_every=9, eval_every=24)
+    want = run(data, tmp_path / "float32", stage, **flags)["losses"]
+    flags["param_dtype"] = "bfloat16"
+    whole = run(data, tmp_path / "whole", stage, **flags)
+    got = whole["losses"]
+    assert got[-1] < got[0] - 0.8 * (want[0] - want[-1])
+    with pytest.MonkeyPatch.context() as patch:
+        lr_at = train.lr_at
+
+        def killed(step, cfg, seconds):
+            assert step < 11, "killed"
+            return lr_at(step, cfg, seconds)
+
+        patch.setattr(train, "lr_at", killed)
+        with pytest.raises(AssertionError, match="killed"):
+            run(data, tmp_path / "two", stage, **flags)
+    again = train.main(*train.command_line(["--resume", str(tmp_path / "two")]))
+    assert again["losses"] == got[9:]
+    model = load_checkpoint(tmp_path / "two")[0]
+    assert same(dict(model.state_dict()), dict(whole["model"].state_dict()))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    states = read_checkpoint(tmp_path / "two" / "last.pt")[0]["optimizer"]
+    assert {state["exp_avg_sq"].dtype for state in states.values()} == {torch.float32}
+
+
 # ---------------------------------------------------------------------------------------------
 # Runs
+
+
+@pytest.mark.parametrize("stage", ["implicit", "explicit"])
+def test_recomputing_changes_nothing(data, tmp_path, stage):
+    """Catches a --recompute that is dropped, or that computes something else the second time."""
+    plain = run(data, tmp_path / "a", stage, steps=3)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        forward = Block.forward
+        patch.setattr(Block, "forward", lambda *args: calls.append(1) or forward(*args))
+        again = run(data, tmp_path / "b", stage, steps=3, recompute=True)
+        n = len(calls)
+        run(data, tmp_path / "c", stage, steps=3)
+    assert n > len(calls) - n  # each layer twice
+    assert again["losses"] == plain["losses"] and again["val"] == plain["val"]
+
+
+def test_minutes_end_a_run_with_its_decay(data, tmp_path, monkeypatch):
+    """Catches a run that goes on after its time, an lr that has not decayed when it ends, a resume
+    that gets the whole time again, and steps that are counted although time is."""
+    clock = [1000.0]
+
+    def tick():
+        clock[0] += 1.0  # each look at the clock takes a second
+        return clock[0]
+
+    monkeypatch.setattr(train.time, "time", tick)
+    flags = dict(minutes=2.0, decay=0.5, warmup=0, steps=1, eval_every=1000, save_every=5)
+    result = run(data, tmp_path / "out", **flags)
+    rows = log(tmp_path / "out")
+    assert 20 < result["step"] == len(rows) < 120
+    lr = [row["lr"] / 1e-2 for row in rows]
+    assert lr[: len(lr) // 2 - 1] == [1.0] * (len(lr) // 2 - 1)
+    assert sorted(lr, reverse=True) == lr and 0 < lr[-1] < 0.1
+    meta = load_checkpoint(tmp_path / "out" / "last.pt")[1]
+    assert 120 <= meta["seconds"] < 130
+    clock[0] += 5000
+    cfg, config = train.command_line(["--resume", str(tmp_path / "out"), "--minutes", "3"])
+    more = train.main(cfg, config)["step"] - result["step"]
+    assert result["step"] // 3 < more < result["step"]  # half the time again, all of it decaying
+
+
+def test_measure_trains_and_saves_nothing(data, tmp_path):
+    """Catches a speed of no training at all, or one that leaves files."""
+    cfg = settings(data, tmp_path / "out", "explicit", batch=2)
+    small = train.measure(cfg, shape(data))
+    large = train.measure(cfg, shape(data, n_layer=40, mlp_width=400, n_kv_head=6))
+    assert small > 3 * large > 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_micro_batch_is_the_largest_that_fits(data, tmp_path, monkeypatch):
+    """Catches a search that ends with a number of windows that does not divide the batch, that
+    leaves gradients behind, or that never ends where one window is too many."""
+    model = Memory3(shape(data))
+    cfg = settings(data, tmp_path, batch=12)
+    windows = Windows(cfg, "train", model.config)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for room, want in ((99, 12), (11, 6), (5, 3), (2, 1), (0, None)):
+        device = SimpleNamespace(type="cuda")  # the search runs on a GPU only
+
+        def step_loss(batch, device):
+            if len(batch[0]) > room:  # noqa: B023
+                raise torch.OutOfMemoryError
+            return model(*batch[:2])[1]
+
+        monkeypatch.setattr(torch, "empty", lambda n, device: None)
+        args = (windows, model, step_loss, contextlib.nullcontext(), device, 1)
+        if want:
+            assert train.fit_micro_batch(cfg, *args) == want
+            assert all(p.grad is None for p in model.parameters())
+            own = replace(cfg, micro_batch=2)
+            assert train.fit_micro_batch(own, *args) == 2
+        else:
+            with pytest.raises(UserError, match="one window of 28 tokens does not fit"):
+                train.fit_micro_batch(cfg, *args)
 
 
 @pytest.mark.parametrize("stage", ["implicit", "explicit"])
@@ -341,6 +488,93 @@ def test_resume_is_bit_exact(data, tmp_path, stage, monkeypatch):
         assert same(a["meta"], b["meta"])
 
 
+def test_damaged_last_is_not_resumed(data, tmp_path):
+    """Catches a bit of the weights, of the optimizer or of the position that flipped on the disk
+    and trains on unnoticed."""
+    run(data, tmp_path / "out", steps=2)
+    last = tmp_path / "out" / "last.pt"
+    whole = last.read_bytes()
+    for bit in np.random.default_rng(8).integers(0, 8 * len(whole), 60).tolist():
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        last.write_bytes(damaged)
+        with pytest.raises(UserError, match="last.pt: not a checkpoint as train.py wrote it"):
+            run(data, tmp_path / "out", steps=3)
+    last.write_bytes(whole)
+    assert run(data, tmp_path / "out", steps=3)["step"] == 3
+
+
+def test_a_kill_leaves_no_step_twice_and_nothing_half_written(data, tmp_path, monkeypatch):
+    """Catches a log in which the steps after the last checkpoint stand twice, a half row that the
+    next one is appended to, and .tmp files that stay for ever."""
+    out = tmp_path / "out"
+    lr_at = train.lr_at
+
+    def killed(step, cfg, seconds):
+        assert step < 7, "killed"
+        return lr_at(step, cfg, seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "lr_at", killed)
+        with pytest.raises(AssertionError, match="killed"):
+            run(data, out, save_every=3)
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 8, "loss": 2.')
+    (out / "best.pt.tmp").write_bytes(b"half")
+    assert [row["step"] for row in log_without_last(out)] == [1, 2, 3, 4, 5, 6, 7]
+    run(data, out, save_every=3)
+    assert [row["step"] for row in log(out)] == list(range(1, 12))
+    assert not list(out.glob("*.tmp"))
+
+
+def log_without_last(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[:-1]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path, number, monkeypatch):
+    """Catches a Ctrl-C that loses what was trained since the last checkpoint, a step that is half
+    done, a promise of a resume without a checkpoint, and a handler that stays."""
+    whole = run(data, tmp_path / "whole")
+    before = signal.getsignal(number)
+    loss_on = train.loss_on
+    calls = []
+
+    def interrupted(model, batch, device):
+        if model.training and torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == 6:
+                signal.raise_signal(number)
+        return loss_on(model, batch, device)
+
+    out = tmp_path / "two words"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "loss_on", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="after step 6, which is saved; go on") as stop:
+            run(data, out)
+    assert signal.getsignal(number) == before
+    assert load_checkpoint(out / "last.pt")[1]["step"] == 6
+    command = shlex.split(str(stop.value).split("python train.py ")[1])
+    result = train.main(*train.command_line(command))
+    assert result["losses"] == whole["losses"][6:]
+    assert same(dict(result["model"].state_dict()), dict(whole["model"].state_dict()))
+
+
+def test_a_second_ctrl_c_ends_at_once(data, tmp_path, monkeypatch):
+    """Catches a run that cannot be stopped while a step hangs."""
+
+    def twice(model, batch, device):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(train, "validate", lambda *rest: {"val": 1.0})
+    monkeypatch.setattr(train, "loss_on", twice)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        run(data, tmp_path / "out")
+    assert str(stop.value) == "" and not (tmp_path / "out" / "last.pt").exists()
+
+
 def test_last_is_the_end_and_best_is_the_best(data, tmp_path):
     """Catches nothing saved at the end (steps is no multiple of save_every), a best that is only
     the last, names with the prefix of torch.compile, half-written files left behind."""
@@ -390,6 +624,24 @@ def test_compile_changes_no_loss_and_no_name_in_files(data, tmp_path, monkeypatc
     assert np.allclose(plain["losses"], traced["losses"], rtol=1e-5)
     a, b = (torch.load(tmp_path / d / "last.pt", weights_only=True) for d in "ab")
     assert a["model"].keys() == b["model"].keys()
+
+
+def test_without_a_compiler_it_runs_on(data, tmp_path, monkeypatch, capsys):
+    """Catches --compile that ends the run on a machine without a C++ compiler, or that does not
+    say that nothing was compiled."""
+    plain = run(data, tmp_path / "a", steps=2)
+
+    def no_compiler(function, **options):
+        def fail(*args):
+            raise RuntimeError("no working C++ compiler found\nand more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    result = run(data, tmp_path / "b", steps=2, compile=True)
+    assert result["losses"] == plain["losses"]
+    line = "--compile: runs on without, as nothing can be compiled here (no working C++ compiler"
+    assert line in capsys.readouterr().out
 
 
 def test_a_kill_while_saving_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
@@ -543,6 +795,70 @@ def test_flags_override_the_preset_and_the_tokenizer_gives_the_vocabulary(data):
     assert train.command_line(argv)[0] == TrainConfig(data=str(data), stage="explicit", steps=9)
 
 
+RANGES = dict(
+    context=(0, "from 1 to 16,777,216"),
+    batch=(0, "from 1"),
+    micro_batch=(-1, "from 0"),
+    steps=(0, "from 1"),
+    minutes=(-0.5, "from 0"),
+    lr=(math.nan, "from 0 to 10"),
+    warmup=(-1, "from 0"),
+    decay=(1.5, "from 0 to 1"),
+    weight_decay=(-0.1, "from 0"),
+    beta2=(1.0, "from 0 to 0.999999"),
+    grad_clip=(-1.0, "from 0"),
+    query_shift=(2, "from 0 to 1"),
+    eval_every=(0, "from 1"),
+    eval_batches=(0, "from 1"),
+    save_every=(-3, "from 1"),
+    keep_every=(-1, "from 0"),
+    back_off=(1.0, "from 0 to 0.99"),
+    seed=(-1, "from 0"),
+)
+
+
+def test_every_number_has_its_range():
+    """Catches a number that freezes training, climbs, or fails later under another name: of each
+    field, something outside of its range, nan and infinity are refused by the flag's name."""
+    numbers = {f.name for f in fields(TrainConfig) if isinstance(f.default, int | float)}
+    numbers -= {f.name for f in fields(TrainConfig) if isinstance(f.default, bool)}
+    assert numbers == set(RANGES)
+    for name, (value, line) in RANGES.items():
+        for wrong in (value, math.inf, math.nan):
+            with pytest.raises(UserError, match=f"^--{name} {wrong}: give a") as error:
+                TrainConfig(**{name: wrong})
+            assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match=f"^--{name} .*{line}"):
+            TrainConfig(**{name: value})
+        with pytest.raises(UserError, match=f"^--{name} many: give a"):
+            TrainConfig(**{name: "many"})
+
+
+def test_numbers_of_numpy_are_saved_as_pythons(data, tmp_path):
+    """Catches a checkpoint that is saved and cannot be opened, for it holds a NumPy number."""
+    numbers = dict(lr=np.float32(0.25), steps=np.int64(1), seed=np.uint8(3), compile=np.False_)
+    result = train.main(settings(data, tmp_path / "out", **numbers), shape(data))
+    assert result["step"] == 1
+    meta = load_checkpoint(tmp_path / "out")[1]["train"]
+    assert {name: type(meta[name]) for name in numbers} == dict(
+        lr=float, steps=int, seed=int, compile=bool
+    )
+
+
+def test_grad_clip_0_clips_nothing(data, tmp_path):
+    """Catches a 0 that scales every gradient to nothing, so that training stands still."""
+    off = run(data, tmp_path / "off", steps=3, grad_clip=0.0)
+    high = run(data, tmp_path / "high", steps=3, grad_clip=1e6)
+    assert off["losses"] == high["losses"] and off["losses"][-1] < off["losses"][0]
+
+
+def test_a_model_beyond_this_machine_is_refused_before_it_is_made(data, tmp_path):
+    """Catches gigabytes that are allocated, and then an error of PyTorch's."""
+    huge = shape(data, n_layer=1000, n_head=1000, head_dim=1000, mlp_width=2**20)
+    with pytest.raises(UserError, match="GB of weights, .* GB of memory"):
+        train.main(settings(data, tmp_path / "out"), huge)
+
+
 def test_what_cannot_be_run_is_one_line(data, tmp_path, capsys):
     """Catches options that are accepted and dropped, and errors that name neither flag nor cure."""
     have, toy = ["--data", str(data)], ["--preset", "toy"]
@@ -569,6 +885,16 @@ def test_what_cannot_be_run_is_one_line(data, tmp_path, capsys):
         with pytest.raises(SystemExit):
             train.command_line([*have, *toy, *argv])
         assert argv[0] in capsys.readouterr().err
+
+
+def test_help_shows_the_defaults_of_the_preset(capsys):
+    """Catches "(default 44)" beside --n_layer of a model that has 6 layers."""
+    for preset, n_layer in (("toy", 6), ("small", 12), (None, 44)):
+        with pytest.raises(SystemExit):
+            train.command_line(["--preset", preset, "--help"] if preset else ["--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"--n_layer N_LAYER L (default {n_layer})" in text
+        assert "--steps STEPS of the optimizer, in all (default 1000)" in text
 
 
 def test_help_explains_every_flag(capsys):
