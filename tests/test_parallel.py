@@ -47,6 +47,27 @@ for run in json.loads(sys.argv[1]):
 """
 
 
+# train.py, whose process 1 cannot take its first step
+DIES = """
+import os, sys
+
+sys.path[:0] = {paths}
+import common, train
+
+loss_on = train.loss_on
+
+
+def dies(model, batch, device):
+    if os.environ["RANK"] == "1" and model.training:
+        raise common.UserError("the disk of process 1 is gone")
+    return loss_on(model, batch, device)
+
+
+train.loss_on = dies
+train.run(train.cli)
+"""
+
+
 def torchrun(folder, *command, timeout=100):
     """Two processes -> what torchrun said, when all has ended."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -162,14 +183,7 @@ def test_a_run_moves_from_two_processes_to_one_and_back(world):
 def test_an_error_of_one_process_ends_the_run(world):
     """Catches a run that waits for ever for a process that has ended."""
     script = world / "dies.py"
-    script.write_text(
-        f"import os, sys\nsys.path[:0] = {[str(ROOT)]}\nimport common, train\nloss_on = train.loss_on\n"
-        "def dies(model, batch, device):\n"
-        "    if os.environ['RANK'] == '1' and model.training:\n"
-        "        raise common.UserError('the disk of process 1 is gone')\n"
-        "    return loss_on(model, batch, device)\n"
-        "train.loss_on = dies\ntrain.run(train.cli)\n"
-    )
+    script.write_text(DIES.format(paths=[str(ROOT)]))
     flags = ["--data", world / "tiny", "--preset", "toy", "--context", 64, "--batch", 4]
     flags += ["--out", world / "dies", "--steps", 3, "--eval_batches", 1, "--device", "cpu"]
     done = torchrun(world, script, *flags, "--parallel", "ddp", timeout=60)
