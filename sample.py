@@ -33,18 +33,28 @@ def parser():
     p.add_argument("--prompt", required=True, help="the text to continue")
     p.add_argument("--tokens", type=number(int, 1), default=32, help="how many to generate")
     p.add_argument("--stop", default=".", help='a token that ends the answer; "": none')
-    p.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: the likeliest")
-    p.add_argument("--top_k", type=number(int, 0), default=0, help="of the k likeliest; 0: of all")
-    p.add_argument("--top_p", type=share, default=1.0, help="of the likeliest with this share")
+    p.add_argument(
+        "--temperature", type=number(float, 0), default=0.0, help="0: the likeliest token"
+    )
+    p.add_argument(
+        "--top_k", type=number(int, 0), default=0, help="sample from the k likeliest; 0: all"
+    )
+    p.add_argument("--top_p", type=share, default=1.0, help="sample from this share of p")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the sampling")
-    p.add_argument("--memory", default="bank", choices=["off", "random", "bank"], help="recalled")
+    p.add_argument(
+        "--memory", default="bank", choices=["off", "random", "bank"], help="what is recalled"
+    )
     p.add_argument("--rag", action="store_true", help="put the references' text before the prompt")
     p.add_argument("--plain", action="store_true", help="no header (--rag has none)")
     p.add_argument("--remember", action="append", default=[], help="a text to write down first")
-    p.add_argument("--cold_start", action="store_true", help="begin a bank where there is none")
+    p.add_argument(
+        "--cold_start", action="store_true", help="no bank yet: write memories when first recalled"
+    )
     p.add_argument("--explain", action="store_true", help="what was recalled, kept, attended to")
     p.add_argument("--html", help="a file: --explain, and the same as a page, token by token")
-    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    p.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="weights"
+    )
     model_flags(p)
     return p
 
@@ -72,6 +82,7 @@ def stop_token(tokenizer, text):
 
 
 def main(argv=None):
+    """Answers one prompt and prints what it took; returns the answer."""
     a = parser().parse_args(argv)
     check_flags(a)
     model, tokenizer = open_model(a.checkpoint, a.data, a.device, a.dtype, a.n_recall)
@@ -80,7 +91,7 @@ def main(argv=None):
     prompt = tokenizer.encode(a.prompt)
     stop = stop_token(tokenizer, a.stop)
     check_fits(1 + len(prompt), a.tokens, cfg)
-    plain = a.rag or a.plain
+    plain = a.rag or a.plain  # the format without header: it reads text, and no memories
     reads = a.memory != "off" and not plain
     retriever = bank = None
     if reads or a.rag or a.remember:
@@ -91,7 +102,7 @@ def main(argv=None):
     if a.rag:
         query = [tokenizer.bos, *prompt][-cfg.chunk_len :]  # as a chunk of the prompt recalls
         ids, scores = retriever.search([query], cfg.n_recall)  # (1, R)
-        texts = []
+        texts = []  # token lists, the best first
         for i, score in zip(ids[0], scores[0], strict=True):
             if i >= 0:
                 texts.append(references[int(i)].tolist())
@@ -99,7 +110,7 @@ def main(argv=None):
                 print(visible(f"in context: score {score:.2f}  {text}"))
         prompt = in_context(texts, prompt, cfg.max_context - a.tokens - 1)
     if not reads:
-        retriever = bank = None
+        retriever = bank = None  # they served --rag or --remember only
     elif a.memory == "random":
         retriever = Random(len(references), a.seed)
 
