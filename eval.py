@@ -17,8 +17,9 @@ lines of JSON, DATA/questions.jsonl, with these keys; a fact needs the first two
     city        the name with which every answer begins: it is put after the question
     relation    facts of one relation get a column of their own
 
-Without such a file the items are made from the references: sentences cut off before their last
-number or name that no training text has (see `cloze`). So any text can be asked about.
+Without such a file the items are made from references that are held out of training: sentences
+cut off before their last number or name that no training text has (see `cloze`). So any text can
+be asked about.
 
 experiments/ has more: text.py and leak.py (loss on text), choices.py, drift.py, heads.py.
 """
@@ -102,21 +103,20 @@ def every_wording(rows):
 
 WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")  # a number, or a word
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+TRAINING = ("train", "explicit")  # the splits that models are trained on
 SHORTEST = 5  # letters of an item's question
 LONGEST = 40  # letters of its answer: more is a clause of a script without spaces
 
 
-def cloze(references, tokenizer, n, is_new, seed=0):
-    """Up to n items from references: a sentence cut off before what no training text has.
+def cloze(texts, is_new, n):
+    """Up to n items from texts {reference: text}: sentences cut off before what is new.
 
-    That is the last number or name of the sentence that is new (`is_new`: words in lower case) and
-    has something before it. One item a reference, in random order.
+    That is the last number or name of a sentence that is in `is_new` (words in lower case) and has
+    something before it. One item a reference.
     """
     rows = []
-    order = np.random.default_rng(seed).permutation(len(references))
-    for i in order.tolist():
-        text = tokenizer.decode(references[i]).strip()
-        for sentence in SENTENCE_END.split(text):
+    for i, text in texts.items():
+        for sentence in SENTENCE_END.split(text.strip()):
             at = last_new(sentence, is_new)
             if at is None:
                 continue
@@ -147,22 +147,34 @@ def last_new(sentence, is_new):
     return found
 
 
-def new_words(references, tokenizer, data, progress=True):
-    """The words of references (in lower case) that no training text of the data set has."""
+def new_words(texts, tokenizer, data, progress=True):
+    """The words of texts (in lower case) that no training text of the data set has."""
     words = set()
-    for i in range(len(references)):
-        words.update(w.casefold() for w in WORD.findall(tokenizer.decode(references[i])))
+    for text in texts:
+        words.update(word.casefold() for word in WORD.findall(text))
+    splits = [split for split in TRAINING if Path(data, f"{split}.bin").exists()]
+    if not splits:
+        print(f"{data} has no training text here: what it says cannot be left out of the items")
     block, margin = 1 << 18, 32  # tokens; the margin is read twice, for words cut by a block's end
-    for split in ("train", "explicit"):
-        if not Path(data, f"{split}.bin").exists():
-            print(f"{data} has no {split}.bin here: its words cannot be left out of the items")
-            continue
+    for split in splits:
         tokens = corpus.open_tokens(data, split)
         starts = range(0, len(tokens), block)
         for start in tqdm(starts, f"words of {split}", disable=not progress, leave=False):
-            text = tokenizer.decode(tokens[start : start + block + margin])
-            words.difference_update(w.casefold() for w in WORD.findall(text))
+            said = tokenizer.decode(tokens[start : start + block + margin])
+            words.difference_update(word.casefold() for word in WORD.findall(said))
     return words
+
+
+def make_rows(a, references, tokenizer, seed=0):
+    """Items from the references that are held out of training, in random order (see cloze)."""
+    heldout = len(references)
+    if a.references == "kb":  # the manifest says how many of the first references are held out
+        heldout = min(heldout, corpus.manifest(a.data).get("heldout") or heldout)
+    order = np.random.default_rng(seed).permutation(heldout)
+    some = order[: 20 * a.questions].tolist()  # enough, and no more than that
+    texts = {i: tokenizer.decode(references[i]) for i in some}
+    is_new = new_words(texts.values(), tokenizer, a.data)
+    return cloze(texts, is_new, a.questions)
 
 
 def find_rows(a, references, tokenizer):
@@ -172,8 +184,7 @@ def find_rows(a, references, tokenizer):
         rows = load_questions(path, a.questions)
     else:
         print(f"{path} is not there: the items are sentences of references, cut off")
-        new = new_words(references, tokenizer, a.data)
-        rows = cloze(references, tokenizer, a.questions, new)
+        rows = make_rows(a, references, tokenizer)
         line = f"{a.data}/{a.references}: no sentence with a number or name that training lacks"
         check(rows, f"{line}; give --questions_file FILE")
     for row in rows:

@@ -190,24 +190,23 @@ class Heads:
         return score(self.parts, logits_of, len(self.rows))
 
 
-def best_first(heads, half, most):
-    """The heads that help most, one by one: each lowers the nats of this half the most."""
+def best_first(heads, most):
+    """The heads that help most, one by one: each lowers the nats of these questions the most."""
     chosen = []
     left = list(heads.all)
     for _ in tqdm(range(most), "choosing heads", leave=False):
-        nats = [heads.ask([*chosen, head])[1][half].mean() for head in left]
+        nats = [heads.ask([*chosen, head])[1].mean() for head in left]
         chosen.append(left.pop(int(np.argmin(nats))))
     return chosen
 
 
-def by_distance(asker, rows, half, window):
+def by_distance(asker, rows, window):
     """Remark 3.3: the heads, first the one whose loss of the distant tokens costs most nats.
 
-    Measured with the references as text in the context, on one half of the rows."""
+    Measured with the references as text in the context."""
     model = asker.model
     cfg = model.config
-    some = [row for row, chosen in zip(rows, half, strict=True) if chosen]
-    parts = batches(asker, some, "rag", size=16)
+    parts = batches(asker, rows, "rag", size=16)
     cost = {}
     for i in tqdm(range(cfg.n_memory_layer), "masking heads", leave=False):
         for head in range(cfg.n_kv_head):
@@ -216,8 +215,16 @@ def by_distance(asker, rows, half, window):
             def logits_of(batch, layer=layer, head=head):
                 return near_forward(model, batch.tokens.to(model.device), layer, head, window)
 
-            cost[i, head] = score(parts, logits_of, len(some))[1].mean()
+            cost[i, head] = score(parts, logits_of, len(rows))[1].mean()
     return sorted(cost, key=cost.get, reverse=True)
+
+
+def halves(rows, seed):
+    """Two halves of the facts, each with all its wordings."""
+    facts = sorted({row["fact"] for row in rows})
+    order = np.random.default_rng(seed).permutation(facts).tolist()
+    first = set(order[: len(order) // 2])
+    return [r for r in rows if r["fact"] in first], [r for r in rows if r["fact"] not in first]
 
 
 def names(heads, cfg):
@@ -250,49 +257,46 @@ def main(argv=None):
     references, retriever, bank = open_memory(a, model)
     rows = every_wording(find_rows(a, references, tokenizer))
     asker = Asker(model, tokenizer, references, retriever, bank)
-    heads = Heads(asker, rows)
+    to_choose, to_judge = halves(rows, a.seed)
+    check(to_choose, "--questions: give two or more, to choose by and to judge by")
+    print(f"{len(rows)} questions: {len(to_choose)} to choose by, {len(to_judge)} to judge by")
     cfg = model.config
-    n_heads = len(heads.all)
+    judges = Heads(asker, to_judge)
+    n_heads = len(judges.all)
     shares = sorted({n for n in a.shares if n < n_heads})
     check(shares, f"--shares: there are {n_heads} heads in the memory layers; keep fewer")
+    best = best_first(Heads(asker, to_choose), max(shares))
+    distant = by_distance(asker, to_choose, a.window)
     rng = np.random.default_rng(a.seed)
-    facts = np.array([row["fact"] for row in rows])
-    first = rng.permutation(facts.max() + 1) < (facts.max() + 1) / 2  # by fact, not by wording
-    chosen_on = first[facts]
-    judged_on = ~chosen_on
-    print(f"{len(rows)} questions: {chosen_on.sum()} to choose by, {judged_on.sum()} to judge by")
-
-    greedy = best_first(heads, chosen_on, max(shares))
-    distant = by_distance(asker, rows, chosen_on, a.window)
     record = bank.record_bytes // n_heads  # bytes a head
     table = []
 
     def judge(name, kept):
-        exact, nats = heads.ask(kept)
+        exact, nats = judges.ask(kept)
         row = dict(choice=name, heads=names(kept, cfg), bytes=record * len(kept))
-        row["exact"] = float(exact[judged_on].mean())
-        row["nats"] = float(nats[judged_on].mean())
+        row["exact"] = float(exact.mean())
+        row["nats"] = float(nats.mean())
         table.append(row)
 
-    judge(f"all {n_heads}", heads.all)
+    judge(f"all {n_heads}", judges.all)
     for n in shares:
-        judge(f"best {n}", greedy[:n])
+        judge(f"best {n}", best[:n])
         judge(f"{n} by distant tokens (Remark 3.3)", distant[:n])
         for _ in range(a.random):
             some = rng.choice(n_heads, n, replace=False)
-            judge(f"{n} at random", [heads.all[i] for i in some])
+            judge(f"{n} at random", [judges.all[i] for i in some])
     judge("none", [])
 
     single = {}
-    for head in heads.all:
-        without = [other for other in heads.all if other != head]
-        exact, nats = heads.ask(without)
-        alone_exact, alone_nats = heads.ask([head])
+    for head in judges.all:
+        without = [other for other in judges.all if other != head]
+        exact, nats = judges.ask(without)
+        alone_exact, alone_nats = judges.ask([head])
         single[names([head], cfg)] = dict(
-            nats_without=float(nats[judged_on].mean()),
-            exact_without=float(exact[judged_on].mean()),
-            nats_alone=float(alone_nats[judged_on].mean()),
-            exact_alone=float(alone_exact[judged_on].mean()),
+            nats_without=float(nats.mean()),
+            exact_without=float(exact.mean()),
+            nats_alone=float(alone_nats.mean()),
+            exact_alone=float(alone_exact.mean()),
         )
     lines = [["memories for", "exact", "nats per answer", "bytes per reference", "layer.head"]]
     for row in table:

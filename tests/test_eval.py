@@ -445,7 +445,7 @@ def test_free_answers_without_room(numbers):
         check_lengths(asker, [dict(row, questions=[" ".join(["5"] * 89)])])
 
 
-def test_cloze_items(tok):
+def test_cloze_items():
     """An item about what training has read, cut before its first number, or asked of nothing."""
     texts = [
         "Oulu has 20 people. Oulu lies in the north of Finland, at 65 degrees.",
@@ -454,31 +454,47 @@ def test_cloze_items(tok):
         "In 1913 the mayor was Zebulon Quux of Oulu.",
         "東京の人口は4242人です。つぎ",
     ]
-    references = [np.array(tok.encode(text)) for text in texts]
+    texts = dict(enumerate(texts))
     new = {"20", "65", "1913", "1234", "quux", "zebulon", "4242"}
-    rows = {row["reference"]: row for row in cloze(references, tok, 9, new)}
-    assert set(rows) == {0, 3, 4}
+    rows = {row["reference"]: row for row in cloze(texts, new, 9)}
+    assert list(rows) == [0, 3, 4]
     assert rows[0]["question"] == "Oulu has" and rows[0]["sentences"] == [" 20"]
     assert rows[3]["question"] == "In 1913 the mayor was Zebulon" and rows[3]["answer"] == "Quux"
     assert rows[4]["question"] == "東京の人口は" and rows[4]["sentences"] == ["4242"]
     assert (rows[0]["relation"], rows[3]["relation"]) == ("number", "word")
     assert sorted(row["fact"] for row in rows.values()) == [0, 1, 2]
-    assert len(cloze(references, tok, 2, new)) == 2 and cloze(references, tok, 9, set()) == []
+    assert len(cloze(texts, new, 2)) == 2 and cloze(texts, set(), 9) == []
 
 
 def test_new_words_are_in_no_training_text(world, tok, capsys):
     """A word counted as new that stands where one block of the text ends and the next begins."""
-    references = [np.array(tok.encode(text_of(i))) for i in range(17)]
-    every = new_words(references, tok, world.data)
+    texts = [text_of(i) for i in range(17)]
+    every = new_words(texts, tok, world.data)
     assert {"abaholm", "3039", "people"} <= every
-    assert "has no train.bin here" in capsys.readouterr().out
+    assert "has no training text here" in capsys.readouterr().out
     said = tok.encode("Other words. ") * 30_000 + tok.encode("The people of Abaholm: 3039,") * 9_000
     assert len(said) > 1 << 18
-    corpus.write_tokens(world.data / "train.bin", said, tok.n_vocab)
-    left = new_words(references, tok, world.data, progress=False)
-    (world.data / "train.bin").unlink()
+    corpus.write_tokens(world.data / "explicit.bin", said, tok.n_vocab)
+    left = new_words(texts, tok, world.data, progress=False)
+    (world.data / "explicit.bin").unlink()
     assert every - left == {"abaholm", "3039", "people", "of"} & every
-    assert "has no train.bin here" not in capsys.readouterr().out
+    assert "has no training text here" not in capsys.readouterr().out
+
+
+def test_items_are_made_from_what_is_held_out(world, tok, monkeypatch):
+    """An item about a reference that is training text, too; the same items in another order."""
+    references = corpus.References.open(world.data / "kb")
+    a = evaluation.parser().parse_args(["--data", str(world.data), "--questions", "6"])
+    rows = evaluation.make_rows(a, references, tok)
+    assert len(rows) == 6 and rows == evaluation.make_rows(a, references, tok)
+    for row in rows:
+        text = text_of(row["reference"])
+        assert f"{row['question']}{row['sentences'][0]}" in text
+    manifest = corpus.manifest(world.data)
+    monkeypatch.setattr(corpus, "manifest", lambda data: dict(manifest, heldout=5))
+    a.questions = 9
+    rows = evaluation.make_rows(a, references, tok)
+    assert sorted(row["reference"] for row in rows) == [0, 1, 2, 3, 4]
 
 
 # ---------------------------------------------------------------------------------------------
