@@ -242,30 +242,56 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 NAMES = "out q k v mem_k mem_v".split()
 
 
+def apart(q, k, v, mem_k, mem_v):
+    """The same numbers, in the strides that the model's own tensors have: the heads of a token are
+    neighbours, with other heads behind them, and memories have other layers between them."""
+    rows = []
+    for x in (q, k, v):
+        wide = torch.cat([x, x.flip(1)], 1).transpose(1, 2).contiguous()  # (B, n, 2 H, dh)
+        rows.append(wide.transpose(1, 2)[:, : x.shape[1]])
+    return *rows, *(torch.stack([x, x], 1)[:, 0] for x in (mem_k, mem_v))
+
+
+def half_against_float64(heads, path, device, strided):
+    """The relative errors of one path in bfloat16: the output's and each gradient's."""
+    H, Hkv, dh = heads
+    tensors, count, recall, weight = reading_case(H, Hkv, dh, dtype=torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    oracle = partial(concatenate_and_mask, count=count, recall=recall)
+    want = with_gradients(oracle, exact, weight.double())
+    there = [x.detach().to(device).requires_grad_() for x in tensors]
+    table = count.to(device), recall.to(device)
+
+    def ours(*x):
+        return chunk_attention(*(apart(*x) if strided else x), *table, C, P, path=path)
+
+    got = with_gradients(ours, there, weight.to(device))
+    errors = {}
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        errors[name] = float((a.double().cpu() - b).norm() / b.norm())
+    return errors
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("path", ["flash", "cudnn", "kernel"])
 @pytest.mark.parametrize("heads", [(6, 3, 80), (8, 1, 64), (5, 5, 32)])
-def test_chunk_attention_on_a_gpu(heads, path):
+@pytest.mark.parametrize("strided", [False, True])
+def test_chunk_attention_on_a_gpu(heads, path, strided):
     """Catches a fused attention whose lse is not the natural logarithm or lies otherwise, or whose
     backward does not take the merged one: each path in bfloat16 against float64 on the CPU."""
     if path == "cudnn" and memory.fused_on_cuda(torch.device("cuda")) != "cudnn":
         pytest.skip("cuDNN's attention is for Hopper and later")
     if path == "kernel" and not kernels.available("cuda")[0]:
         pytest.skip(kernels.available("cuda")[1])
-    H, Hkv, dh = heads
-    tensors, count, recall, weight = reading_case(H, Hkv, dh, dtype=torch.bfloat16)
-    exact = [x.detach().double().requires_grad_() for x in tensors]
-    oracle = partial(concatenate_and_mask, count=count, recall=recall)
-    want = with_gradients(oracle, exact, weight.double())
-    there = [x.detach().cuda().requires_grad_() for x in tensors]
+    errors = half_against_float64(heads, path, "cuda", strided)
+    assert max(errors.values()) < 1e-2, errors
 
-    def ours(*x):
-        return chunk_attention(*x, count.cuda(), recall.cuda(), C, P, path=path)
 
-    got = with_gradients(ours, there, weight.cuda())
-    for name, a, b in zip(NAMES, got, want, strict=True):
-        error = float((a.double().cpu() - b).norm() / b.norm())
-        assert error < 1e-2, (name, error)
+@pytest.mark.parametrize("strided", [False, True])
+def test_chunk_attention_through_the_kernels(emulator, strided):
+    """Catches kernels that are given rows elsewhere than they lie, or gradients of others."""
+    errors = half_against_float64((6, 3, 16), "kernel", "cpu", strided)
+    assert max(errors.values()) < 1e-2, errors
 
 
 @pytest.mark.parametrize("path", ["math", "cpu-flash"])

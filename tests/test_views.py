@@ -42,12 +42,13 @@ def bank(build, references):
         return Bank(build().write(references([1 + (5 * i) % 13 for i in range(19)], 13)))
 
 
-@pytest.mark.parametrize("memory_from", [0, 1])
-def test_attention_shares(build, bank, memory_from):
-    """Shares of the first layers where others have the memories, or of another network than the one
-    that answers: every layer is recomputed here by a loop over tokens, from the hidden states of
-    model.forward itself."""
-    model, tokens = build(memory_from=memory_from), some_tokens(2, 17)
+@pytest.mark.parametrize("memory_from, heads", [(0, "all"), (1, "all"), (0, "0.1,1.0,2.0,2.1")])
+def test_attention_shares(build, bank, memory_from, heads):
+    """Shares of the first layers where others have the memories, of heads that keep none, or of
+    another network than the one that answers: every layer is recomputed here by a loop over tokens,
+    from the hidden states of model.forward itself."""
+    model = build(memory_from=memory_from, memory_heads=heads)
+    tokens = some_tokens(2, 17)
     c, T, P = model.config, 17, 3
     table = torch.tensor(
         [
@@ -81,12 +82,13 @@ def test_attention_shares(build, bank, memory_from):
                     own = (k[b, h // 3, : P + t + 1] @ mine).exp().sum()
                     each = torch.zeros(4, dtype=torch.float64)
                     for r, i in enumerate(table[b, t // 7].tolist()):
-                        if i >= 0:
+                        if i >= 0 and (heads == "all" or f"{l}.{h // 3}" in heads):
                             each[r] = (kv[i, l, 0, h // 3, : count[i]] @ mine).exp().sum()
                     want[l, b, h, t] = each / (own + each.sum())  # with the rest they sum to 1
     torch.testing.assert_close(shares, want, atol=1e-9, rtol=0)
     read = table[:, torch.arange(T) // 7] >= 0  # (B, T, R)
-    assert torch.equal((shares > 0).all(2).all(0), read)
+    if heads == "all":
+        assert torch.equal((shares > 0).all(2).all(0), read)
     assert (shares.sum(-1) < 1).all()
     nothing = attention_shares(model, tokens, Memories.empty(c), torch.full_like(table, -1))
     assert torch.equal(nothing, torch.zeros_like(nothing)) and nothing.shape == shares.shape

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from common import replace_file
 from generate import pool_of
-from memory import causal_attention
+from memory import causal_attention, filled_slots
 from model import apply_rope, rope_table
 
 
@@ -49,10 +49,11 @@ def attention_shares(model, tokens, pool, table):
     rows = table[:, chunk]  # (B, T, R)
     some = rows.clamp(min=0)  # -1 reads any row, and is masked
     slots = torch.arange(cfg.memory_tokens, device=tokens.device)
-    filled = slots < pool.count[some, None]  # (B, T, R, S)
-    valid = (filled & (rows >= 0).unsqueeze(-1)).flatten(2)  # (B, T, R*S)
-    header_reads = valid.new_zeros(batch, n_header, n_memory)  # nothing
-    valid = torch.cat([header_reads, valid], 1)[:, None]  # (B, 1, P+T, R*S)
+    counts = filled_slots(pool.count, cfg)  # (Lm, M, Hkv)
+    counts = counts[:, some].masked_fill(rows.unsqueeze(-1) < 0, 0)  # (Lm, B, T, R, Hkv)
+    counts = counts.movedim(-1, 2).repeat_interleave(group, 2)  # (Lm, B, H, T, R)
+    valid = (slots < counts.unsqueeze(-1)).flatten(4)  # (Lm, B, H, T, R*S)
+    valid = F.pad(valid, (0, 0, n_header, 0))  # (Lm, B, H, P+T, R*S): the header reads nothing
 
     x = model.embed(tokens)  # (B, P+T, d)
     shares = []
@@ -66,12 +67,13 @@ def attention_shares(model, tokens, pool, table):
             continue
         k = k.repeat_interleave(group, 1)  # (B, H, P+T, dh)
         v = v.repeat_interleave(group, 1)  # (B, H, P+T, dh)
-        kv = pool.kv[:, cfg.memory_layers.index(l)].to(q.dtype)[some]  # (B, T, R, 2, Hkv, S, dh)
+        i = cfg.memory_layers.index(l)
+        kv = pool.kv[:, i].to(q.dtype)[some]  # (B, T, R, 2, Hkv, S, dh)
         kv = kv.permute(3, 0, 4, 1, 2, 5, 6)  # (2, B, Hkv, T, R, S, dh)
         kv = kv.repeat_interleave(group, 2).flatten(4, 5)  # (2, B, H, T, R*S, dh)
         kv = F.pad(kv, (0, 0, 0, 0, n_header, 0))  # (2, B, H, P+T, R*S, dh)
         to_memory = torch.einsum("bhtd,bhtsd->bhts", q, kv[0])  # (B, H, P+T, R*S)
-        to_memory = to_memory.masked_fill(~valid, -math.inf)
+        to_memory = to_memory.masked_fill(~valid[i], -math.inf)
         to_context = (q @ k.mT).masked_fill(future, -math.inf)  # (B, H, P+T, P+T)
         scores = torch.cat([to_memory, to_context], -1) / math.sqrt(cfg.head_dim)
         p = scores.softmax(-1)  # (B, H, P+T, R*S + P+T)
