@@ -2,11 +2,12 @@
 # make test     set up, run the tests but the slow ones
 # make kernels  compile the CUDA kernels (needs nvcc, no GPU)
 # make toy      train the shipped toy again, both stages, into out/
+# make own      train on your own text and ask it: make own TEXT=folder MINUTES=30
 
 PY := .venv/bin/python
 DATA := data/cities
 
-.PHONY: setup demo test kernels toy
+.PHONY: setup demo test kernels toy own
 
 setup: .venv/ready
 
@@ -43,3 +44,7 @@ toy: .venv/ready
 	$(PY) train.py --preset toy --stage implicit --out out/implicit --steps 2500 --lr 3e-3 --compile
 	$(PY) train.py --init out/implicit --stage explicit --out out/toy --steps 2500 --decay 0.4 \
 		--compile
+
+# Your own text (own.sh): make own TEXT=folder MINUTES=30 MODEL=
+own: .venv/ready
+	bash own.sh "$(TEXT)" "$(or $(MINUTES),30)" "$(MODEL)"

@@ -442,10 +442,34 @@ def prepare(options, out, processes, command):
     (out / "meta.json").unlink(missing_ok=True)  # until the end the directory is no data set
     join(out, stems, tokens)
     tokenizer.save(out / "tokenizer.json")
+    write_prompts(out, tokenizer, meta)
     write_json(out / "meta.json", meta)
+    remove_derived(out)
     shutil.rmtree(work)
     report(meta)
     return meta
+
+
+def write_prompts(out, tokenizer, meta, n=3):
+    """Beginnings of held-out references, to ask the model with: prompts.txt, a line each."""
+    kb = corpus.References.open(out / "kb", meta["n_vocab"])
+    held_out = meta["heldout"] or len(kb)
+    prompts = []
+    for i in np.linspace(0, held_out - 1, n).astype(int):
+        words = tokenizer.decode(kb[i]).split()
+        prompts.append(" ".join(words[: min(8, max(1, len(words) // 2))]))
+    text = "\n".join(dict.fromkeys(prompts)) + "\n"
+    replace_file(out / "prompts.txt", lambda file: file.write(text.encode()))
+
+
+def remove_derived(out):
+    """Removes what was made of an older text in the same directory: indices and neighbours."""
+    for path in [*out.glob("*.index"), *out.glob("*.neighbors.*"), *out.glob("shape.txt")]:
+        print(f"{path} was of the text before, and is removed")
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def start_work(out, fingerprint):
