@@ -1,17 +1,36 @@
-"""The bank: the memories of a whole knowledge base, on disk (sec. 3.1, 3.3).
+"""The bank: a knowledge base on disk, its texts and their explicit memories (sec. 3.1, 3.3).
 
-Fixed-size records with checksums, written before any question (warm start) or at the first
-retrieval (cold start), and a cache in RAM. Shapes are named as at the top of model.py.
+A knowledge base is one directory:
+
+    texts.sqlite      the truth: of each reference its tokens, its source, when it changed last
+    memories.bin      their memories, records of one size; record i is that of reference i
+    codes/            the same in fewer bytes (sec. 3.3), where write.py --quantize made them
+    index/            what finds references by text (retrieval.py)
+    meta.json, tokenizer.json     the tokenizer of the texts
+
+SQLite's transactions and locks are the only ones here. All but the texts is derived from them, and
+each record vouches for what it is: its checksum covers its numbers, the text it was made of and the
+model that wrote it. A record that does not fit counts as missing; missing records are encoded at
+their first retrieval (cold start) or by `write` (warm start). Shapes are named as in model.py.
+
+Not here: finding references (retrieval.py), and words (corpus.py): a text is a row of token ids.
 """
 
+import hashlib
 import json
 import math
 import os
-import shutil
+import sqlite3
+import struct
 import sys
+import threading
+import uuid
 import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,169 +41,688 @@ from common import UserError, check, write_json
 from memory import Memories
 from quantize import Codec
 
-FORMAT = ["memory3 bank", 2]  # and its version
-DELETED = 255  # in count.bin
+FORMAT = ["memory3 knowledge base", 3]  # and its version
+WAIT = 30  # seconds to wait for another process that is changing the same base
 THREADS = 8  # an SSD answers many reads at a time
 WINDOW = 64 << 20  # bytes that are read at a time where the whole bank is
 
+# -- The texts ---------------------------------------------------------------------------------
 
-class MemoryBank:
-    """The memories of a whole knowledge base, on disk: row i is that of reference i (sec. 3.1).
+# The one row of `base` says what this base is, with its checksum.
+BASE = "CREATE TABLE base (meta TEXT, seal INTEGER)"
+TEXTS = """CREATE TABLE texts (
+    id      INTEGER PRIMARY KEY,  -- 0, 1, 2, ...: never given twice
+    version INTEGER,              -- number of the transaction that changed this row last
+    live    INTEGER,              -- 0: deleted; its tokens and its source are gone then
+    hash    INTEGER,              -- of the tokens: finds exact copies
+    tokens  BLOB,                 -- uint16 (uint32 for a vocabulary beyond 65,536)
+    source  TEXT,                 -- JSON: file, line, time, and whatever else is known of it
+    seal    INTEGER               -- checksum of all of the above
+)"""
+INDICES = [
+    "CREATE INDEX by_version ON texts (version)",
+    "CREATE INDEX by_hash ON texts (hash)",
+    "CREATE INDEX deleted ON texts (id) WHERE live = 0",
+]
+INSERT = "INSERT INTO texts VALUES (?, ?, ?, ?, ?, ?, ?)"
 
-        meta.json       shape, dtype, codec, references, and whose memories these are
-        memories.bin    n records of one size, (Lm, 2, Hkv, S, dh) numbers or (Lm, 2, Hkv, S) codes
-        count.bin       uint8 each: filled slots; 255 = deleted
-        crc.bin         uint32 each: checksum of the record and its count; 0 = not written
-        codec.*         where quantized (sec. 3.3)
 
-    A record is on disk before its checksum is, so a writer may die at any moment: what it left half
-    done counts as missing. With a model, `write` makes all missing records (warm start), `recall`
-    those that it needs (cold start); without one the bank is read-only. Only the model that wrote
-    memories can read them (Remark A.1): meta.json has its fingerprint. One process writes at once,
-    and one thread recalls.
+class Text(NamedTuple):
+    """A row of the table `texts`."""
 
-        bank = MemoryBank.create("out/kb.bank", model, corpus.References.open("data/cities/kb"))
-        bank.write()
-        logits, _ = model(tokens, None, bank.recall([17, 4, 17]), recall)   # a pool of 3
+    id: int
+    version: int
+    live: int
+    hash: int
+    tokens: bytes
+    source: str
+    seal: int
+
+
+def make_text(id, version, live, tokens, source):
+    """A Text from its parts; tokens: bytes, source: a dict."""
+    digest = hashlib.blake2b(tokens, digest_size=8).digest()
+    hash = int.from_bytes(digest, "little", signed=True) if live else 0
+    text = Text(id, version, live, hash, tokens, json.dumps(source, ensure_ascii=False), 0)
+    return text._replace(seal=seal_of(text))
+
+
+def seal_of(text):
+    """CRC-32 over all fields of a Text but its seal."""
+    numbers = struct.pack("<qqqq", text.id, text.version, text.live, text.hash)
+    crc = zlib.crc32(numbers)
+    crc = zlib.crc32(text.tokens, crc)
+    return zlib.crc32(text.source.encode(), crc)
+
+
+def dtype_of(meta):
+    return np.dtype(corpus.dtype_for(meta["n_vocab"])).newbyteorder("<")
+
+
+def pack(tokens, meta, path):
+    """Token ids as the table keeps them; UserError for what is no reference of this base."""
+    x = np.atleast_1d(np.asarray(tokens))
+    fits = x.ndim == 1 and 1 <= len(x) <= meta["ref_len"] and x.dtype.kind in "iu"
+    fits = fits and 0 <= x.min() and x.max() < meta["n_vocab"]
+    bounds = f"1 to {meta['ref_len']} tokens (ref_len), each 0 to {meta['n_vocab'] - 1}"
+    check(fits, f"{path}: a reference is {bounds}")
+    return x.astype(dtype_of(meta)).tobytes()
+
+
+class Texts:
+    """The references of a knowledge base, in `<path>/texts.sqlite`.
+
+    Like corpus.References: len(), [i] -> token ids, iteration, batch, live, hash, n_vocab. Besides,
+    they change, one transaction a change; `version` counts the transactions. A handle keeps no rows
+    and so is never out of date, in whatever process and after whatever fork.
+
+    >>> import tempfile
+    >>> meta = dict(n_vocab=50, ref_len=4)
+    >>> texts = Texts.create(tempfile.mkdtemp(), meta, [[7, 8], [9]])
+    >>> texts.add([[7, 8], [5, 6]]), texts.version         # the first is there already
+    ([0, 2], 2)
+    >>> texts.delete([1])
+    >>> len(texts), texts.live().tolist(), texts[2].tolist(), texts[1].tolist()
+    (3, [0, 2], [5, 6], [])
     """
 
-    def __init__(self, path, meta, references, model, codec, cache):
-        self.path, self.meta, self.references, self.model = path, meta, references, model
-        self.shape, self.dtype = tuple(meta["shape"]), getattr(torch, meta["dtype"])
-        self.record_bytes = meta["record_bytes"]
-        self.vector = self.record_bytes // math.prod(self.shape[:-1])  # bytes of a key, of a value
-        self.window = max(1, WINDOW // self.record_bytes)
-        self.device = model.device if model else torch.device("cpu")
-        self.codec = codec and codec.to(self.device)
-        self.cache, self.cache_size = {}, cache  # id -> its record, last used last
-        self.hits = self.misses = self.encoded = 0
-        self.file = open(path / "memories.bin", "r+b" if model else "rb", buffering=0)
-        self.threads, self.room = ThreadPoolExecutor(THREADS), ()
-        self._map()
+    def __init__(self, path):
+        self.path = Path(path)
+        self.file = self.path / "texts.sqlite"
+        self.connection = None
+        self.connected_by = None  # the process whose connection it is
+        self.inherited = []  # connections of a parent process: neither used nor closed
+        self.lock = None  # of this process's threads: one transaction at a time
+        cure = f"python write.py --out {path}"
+        check(
+            self.file.exists(), f"{self.file} is missing: no knowledge base here; make one: {cure}"
+        )
+        may_write = os.access(self.file, os.W_OK) and os.access(self.path, os.W_OK)
+        self.writable = may_write
+        self.meta = self._read_meta()
+        self.n_vocab = self.meta["n_vocab"]
+        self.ref_len = self.meta["ref_len"]
+        self.dtype = dtype_of(self.meta)
 
-    def _map(self):
-        mode, n = "r+" if self.model else "r", len(self.references)
-        self.count = np.memmap(self.path / "count.bin", np.uint8, mode, shape=n)
-        self.crc = np.memmap(self.path / "crc.bin", np.dtype("<u4"), mode, shape=n)
+    @staticmethod
+    def create(path, meta, sequences, sources=None):
+        """A new base of these token sequences, in one transaction; an empty one is a deleted row.
+        meta: what the base is, n_vocab and ref_len at least. sources: a dict for each sequence."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(path / "texts.sqlite", timeout=WAIT, isolation_level=None)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("BEGIN IMMEDIATE")
+        made = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'base'").fetchall()
+        if not made:  # else another process was quicker
+            for statement in [BASE, TEXTS, *INDICES]:
+                db.execute(statement)
+            line = json.dumps(dict(format=FORMAT, id=uuid.uuid4().hex, **meta))
+            db.execute("INSERT INTO base VALUES (?, ?)", (line, zlib.crc32(line.encode())))
+            sources = sources or [{}] * len(sequences)
+            for i, (tokens, source) in enumerate(zip(sequences, sources, strict=True)):
+                live = int(len(tokens) > 0)
+                packed = pack(tokens, meta, path) if live else b""
+                db.execute(INSERT, make_text(i, 1, live, packed, source))
+        db.execute("COMMIT")
+        db.close()
+        return Texts(path)
+
+    @staticmethod
+    def exists(path):
+        """Whether a base is at `path`. A kill during `create` leaves a file without tables."""
+        file = Path(path) / "texts.sqlite"
+        if not file.exists():
+            return False
+        db = sqlite3.connect(file)
+        try:
+            return bool(db.execute("SELECT 1 FROM sqlite_master WHERE name = 'base'").fetchall())
+        except sqlite3.DatabaseError:
+            return True  # opening it will say what is wrong
+        finally:
+            db.close()
+
+    def _read_meta(self):
+        tables = self.run("SELECT 1 FROM sqlite_master WHERE name = 'base'")
+        cure = f"python write.py --out {self.path}"
+        check(tables, f"{self.file} holds no base, its creation was cut short; make it: {cure}")
+        rows = self.run("SELECT meta, seal FROM base")
+        whole = len(rows) == 1 and zlib.crc32(str(rows[0][0]).encode()) == rows[0][1]
+        check(whole, f"{self.file} is damaged: {RESTORE}")
+        meta = json.loads(rows[0][0])
+        other = f"{self.file} is not a knowledge base of version {FORMAT[1]}: give another path"
+        check(meta["format"] == FORMAT, other)
+        return meta
+
+    # -- the connection
+
+    @property
+    def db(self):
+        """This process's connection: SQLite forbids to carry one over a fork."""
+        if self.connected_by != os.getpid():
+            self.inherited.append(self.connection)
+            self.connection = self._connect()
+            self.lock = threading.RLock()
+            self.connected_by = os.getpid()
+        return self.connection
+
+    def _connect(self):
+        mode = "rw"
+        if not self.writable:
+            # On a medium that nobody writes to, SQLite needs no locks ("immutable"). Where another
+            # user's process is at work its log is there, and is read, too.
+            log = self.path / "texts.sqlite-wal"
+            quiet = not log.exists() or log.stat().st_size == 0
+            mode = "ro&immutable=1" if quiet else "ro"
+        with self._refusals():
+            uri = f"{self.file.resolve().as_uri()}?mode={mode}"
+            options = dict(uri=True, timeout=1, isolation_level=None, check_same_thread=False)
+            db = sqlite3.connect(uri, **options)
+            db.execute("PRAGMA synchronous = FULL")  # acknowledged means: it survives a power cut
+            db.execute("PRAGMA secure_delete = ON")  # deleted bytes are overwritten
+        return db
+
+    @contextmanager
+    def _refusals(self):
+        """What SQLite cannot do, as one line with the cure. (Its ProgrammingError is a bug.)"""
+        try:
+            yield
+        except sqlite3.ProgrammingError:
+            raise
+        except sqlite3.DatabaseError as error:
+            why = str(error)
+            if "locked" in why:
+                cure = f"another process has been changing it for {WAIT} s: end it, or try later"
+            elif "full" in why:
+                cure = "the disk is full; nothing was changed: free some space and try again"
+            elif "readonly" in why or "unable to open" in why:
+                cure = f"it cannot be opened ({why}): copy {self.path} to where you may write"
+            else:
+                cure = f"it is damaged ({why}): {RESTORE}"
+            raise UserError(f"{self.file}: {cure}") from None
+
+    def run(self, statement, *values):
+        """The rows that a statement gives, all of them."""
+        with self._refusals():
+            return self.db.execute(statement, values).fetchall()
+
+    @contextmanager
+    def transaction(self, wait=WAIT):
+        """Holds the base's only write lock; what was executed is committed at the end, or nothing.
+        Yields (db, the number of this transaction). UserError after `wait` seconds in vain."""
+        check(self.writable, f"{self.path} can only be read: copy it to where you may write")
+        db = self.db
+        with self.lock, self._refusals():
+            self._begin(db, wait)
+            try:
+                yield db, self.version + 1
+                db.execute("COMMIT")
+            finally:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+
+    def _begin(self, db, wait):
+        first = min(wait, 1)
+        try:
+            db.execute(f"PRAGMA busy_timeout = {int(1000 * first)}")
+            db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or wait <= first:
+                raise
+            line = f"{self.path}: another process is changing it; waiting for up to {wait} s"
+            print(line, file=sys.stderr, flush=True)
+            db.execute(f"PRAGMA busy_timeout = {int(1000 * (wait - first))}")
+            db.execute("BEGIN IMMEDIATE")
+
+    # -- reading
+
+    def __len__(self):
+        return self.run("SELECT coalesce(max(id) + 1, 0) FROM texts")[0][0]
+
+    @property
+    def version(self):
+        """How many transactions have changed the texts: it grows with every change."""
+        return self.run("SELECT coalesce(max(version), 0) FROM texts")[0][0]
+
+    @property
+    def hash(self):
+        """Names the texts exactly: which base it is, and its version."""
+        return f"{self.meta['id']}:{self.version}"
+
+    def rows(self, ids):
+        """The Texts of `ids`, in this order. UserError for ids that are not there, or damaged."""
+        wanted = [int(i) for i in ids]
+        statement = "SELECT * FROM texts WHERE id IN (SELECT value FROM json_each(?))"
+        found = {}
+        for row in self.run(statement, json.dumps(wanted)):
+            found[row[0]] = self._sealed(row)
+        for i in wanted:
+            if i not in found:
+                n = len(self)
+                check(0 <= i < n, f"{self.path} has references 0 to {n - 1}, and no {i}")
+                raise UserError(f"{self.file} is damaged: reference {i} is gone: {RESTORE}")
+        return [found[i] for i in wanted]
+
+    def _sealed(self, row):
+        """A Text from a row of the table that is as it was written."""
+        try:
+            text = Text(*row)
+            whole = seal_of(text) == text.seal
+        except (TypeError, AttributeError, struct.error):  # of another type than we write
+            whole = False
+        check(whole, f"{self.file} is damaged at reference {row[0]}: {RESTORE}")
+        return text
+
+    def changed_since(self, version):
+        """The Texts that a later transaction than number `version` changed, deleted ones too."""
+        found = self.run("SELECT * FROM texts WHERE version > ? ORDER BY id", version)
+        return [self._sealed(row) for row in found]
+
+    def tokens(self, text):
+        """The token ids of a Text, (n,) int64."""
+        return np.frombuffer(text.tokens, self.dtype).astype(np.int64)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"reference {i}; {self.path} has {len(self)}")
+        return self.tokens(self.rows([i])[0])
+
+    def __iter__(self):
+        n = len(self)
+        for start in range(0, n, 1024):
+            for text in self.rows(range(start, min(n, start + 1024))):
+                yield self.tokens(text)
+
+    def batch(self, ids, width=None):
+        """(n, width) int64 on the CPU, -1 = padding on the right; width: the longest of them."""
+        rows = [torch.from_numpy(self.tokens(text)) for text in self.rows(ids)]
+        width = max([width or 0, *map(len, rows)])
+        out = torch.full((len(rows), width), -1)  # (n, width)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = row
+        return out
+
+    def live(self):
+        """The ids that are not deleted, (n,) int64."""
+        deleted = [row[0] for row in self.run("SELECT id FROM texts WHERE live = 0")]
+        return np.setdiff1d(np.arange(len(self)), np.array(deleted, np.int64))
+
+    def count_live(self):
+        return len(self) - self.run("SELECT count(*) FROM texts WHERE live = 0")[0][0]
+
+    def sources(self):
+        """The source of every reference, a list of dicts."""
+        return [json.loads(line) for (line,) in self.run("SELECT source FROM texts ORDER BY id")]
+
+    def source(self, i):
+        """What is known of where reference i comes from: a dict."""
+        return json.loads(self.rows([i])[0].source)
+
+    def find(self, tokens):
+        """The id of the live reference that is exactly these tokens, or None."""
+        tokens = pack(tokens, self.meta, self.path)
+        return self._find(tokens, make_text(0, 0, 1, tokens, {}).hash)
+
+    def _find(self, tokens, hash):
+        for row in self.run("SELECT * FROM texts WHERE hash = ? ORDER BY id", hash):
+            text = self._sealed(row)
+            if text.live and text.tokens == tokens:
+                return text.id
+        return None
+
+    # -- changing
+
+    def insert(self, sequences, sources=None):
+        """Adds references in one transaction, copies of known ones too; their ids."""
+        return self.add(sequences, sources, copies=True)
+
+    def add(self, sequences, sources=None, copies=False):
+        """Adds references in one transaction; -> their ids. Without `copies`, a text that is there
+        already is not added: its id is given."""
+        sources = sources or [{}] * len(sequences)
+        texts = [pack(tokens, self.meta, self.path) for tokens in sequences]
+        ids = []
+        with self.transaction() as (db, version):
+            n = len(self)
+            for tokens, source in zip(texts, sources, strict=True):
+                text = make_text(n, version, 1, tokens, source)
+                known = None if copies else self._find(tokens, text.hash)
+                if known is None:
+                    db.execute(INSERT, text)
+                    known = n
+                    n += 1
+                ids.append(known)
+        return ids
+
+    def replace(self, i, tokens, source=None, erase=None):
+        """Gives reference i another text (a deleted one lives again). erase(ids): overwrites what
+        was derived from the old text, before the new one counts."""
+        tokens = pack(tokens, self.meta, self.path)
+        with self.transaction() as (db, version):
+            self.rows([i])  # it is there
+            if erase:
+                erase([i])
+            self._put(db, make_text(int(i), version, 1, tokens, source or {}))
+
+    def delete(self, ids, erase=None):
+        """Deletes references: their rows stay, empty, so that all other ids stay, too."""
+        with self.transaction() as (db, version):
+            texts = self.rows(ids)
+            if erase:
+                erase(ids)
+            for text in texts:
+                if text.live:
+                    self._put(db, make_text(text.id, version, 0, b"", {}))
+
+    def _put(self, db, text):
+        db.execute("REPLACE INTO texts VALUES (?, ?, ?, ?, ?, ?, ?)", text)
+
+    def compact(self):
+        """Rewrites the file without its free pages and empties the log: what was deleted is in
+        neither. UserError where another process still reads an older state."""
+        check(self.writable, f"{self.path} can only be read: copy it to where you may write")
+        self.run("VACUUM")
+        busy = self.run("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
+        check(not busy, f"{self.path}: another process is reading it: end it and compact again")
+
+    def verify(self):
+        """UserError for the first thing that is wrong with the file; reads all of it."""
+        said = self.run("PRAGMA integrity_check(1)")[0][0]
+        check(said == "ok", f"{self.file} is damaged ({said}): {RESTORE}")
+        for start in range(0, len(self), 1024):
+            self.rows(range(start, min(len(self), start + 1024)))
+
+
+RESTORE = "bring it back from a copy, or save what is whole with the sqlite3 command .recover"
+
+
+# -- Records -----------------------------------------------------------------------------------
+
+
+class Records:
+    """A file of fixed-size records, record i derived from reference i.
+
+        record_bytes of numbers | how many slots are filled, uint32 | CRC-32, uint32
+
+    The checksum covers the numbers, the filled slots, the seal of the text (and so its id, its
+    tokens and its version) and the writer. A hole in the file, a cut, a text that has changed
+    since, another model: whatever does not fit is missing, and a record is never wrong otherwise.
+    """
+
+    def __init__(self, file, record_bytes, slots, writer, writable, codec=None):
+        self.file, self.record_bytes, self.slots, self.codec = file, record_bytes, slots, codec
+        self.stride = record_bytes + 8
+        self.writer = zlib.crc32(writer.encode())
+        self.writable = writable
+        self.pool = None
+        self.pool_of = None  # the process whose threads they are: a fork has none
+        flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
+        try:
+            self.fd = os.open(file, flags, 0o644)
+        except FileNotFoundError:
+            self.fd = None  # on a medium that can only be read: all records are missing
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}: see its permissions") from None
+
+    @property
+    def threads(self):
+        if self.pool_of != os.getpid():
+            self.pool = ThreadPoolExecutor(THREADS)
+            self.pool_of = os.getpid()
+        return self.pool
+
+    def checksum(self, text, record, filled):
+        claim = struct.pack("<qqII", text.id, text.version, text.seal, filled)
+        return zlib.crc32(record, zlib.crc32(claim, self.writer))
+
+    def read(self, texts, rows):
+        """Reads the records of Texts into rows, a list of (record_bytes,) uint8 arrays.
+        -> filled slots (n,) int64, 0 where the record is missing or damaged."""
+        filled = np.zeros(len(texts), np.int64)
+        tails = np.zeros((len(texts), 2), "<u4")
+
+        def read_some(share):
+            for j in share:
+                size = os.preadv(self.fd, [rows[j], tails[j]], texts[j].id * self.stride)
+                n, crc = tails[j].tolist()
+                # found while the record is in the processor's cache
+                if size == self.stride and 1 <= n <= self.slots:
+                    if self.checksum(texts[j], rows[j], n) == crc:
+                        filled[j] = n
+
+        if self.fd is not None and len(texts):
+            shares = np.array_split(np.arange(len(texts)), min(THREADS, len(texts)))
+            list(self.threads.map(read_some, shares))  # list: raises what a thread raised
+        return filled
+
+    def write(self, text, record, filled):
+        """Writes the record of a Text. Whoever writes holds the lock of the base's texts."""
+        crc = self.checksum(text, record, filled)
+        self._pwrite([record, struct.pack("<II", filled, crc)], text.id * self.stride)
+
+    def erase(self, ids):
+        """Overwrites the records `ids` with zeros, on the disk when this returns."""
+        end = os.fstat(self.fd).st_size
+        for i in ids:
+            if i * self.stride < end:
+                self._pwrite([bytes(self.stride)], i * self.stride)
+        os.fdatasync(self.fd)
+
+    def _pwrite(self, parts, at):
+        try:
+            size = os.pwritev(self.fd, parts, at)
+        except OSError as error:
+            raise UserError(f"{self.file}: {error.strerror}; no memory was changed") from None
+        full = f"{self.file}: the disk is full: free some space and try again"
+        check(size == self.stride, full)
+
+
+# -- The bank ----------------------------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """A record in RAM, and of which text."""
+
+    seal: int
+    record: np.ndarray
+    filled: int
+
+
+class MemoryBank:
+    """The memories of a knowledge base: texts on disk, what a model made of them beside (sec. 3.1).
+
+    With a model it encodes what is missing; without one it reads what is there. Only the model that
+    wrote memories can read them (Remark A.1). Any number of processes may read and change a base at
+    once; recall() is not thread-safe. The same text gives the same memory to rounding: in another
+    batch, or on another machine, sums come in another order. Who only asks changes nothing but
+    missing records.
+
+        bank = MemoryBank.create("out/kb.bank", model, corpus.References.open("data/cities/kb"))
+        bank.write()                                                       # warm start
+        logits, _ = model(tokens, None, bank.recall([17, 4, 17]), recall)   # a pool of 3
+        bank.append(tokenizer.encode("Zubrowka City has 4242 people."))
+    """
+
+    def __init__(self, path, references, model, codes, cache):
+        self.path = Path(path)
+        self.references = references
+        self.model = model
+        self.meta = references.meta
+        self.shape = tuple(self.meta["shape"])  # (Lm, 2, Hkv, S, dh)
+        self.dtype = getattr(torch, self.meta["dtype"])
+        self.device = model.device if model else torch.device("cpu")
+        self.window = max(1, WINDOW // (math.prod(self.shape) * self.dtype.itemsize))
+
+        # every file of records: what is encoded goes into all of them, what is deleted leaves all
+        self.stores = [self._store("memories.bin", self.shape[-1] * self.dtype.itemsize)]
+        if (self.path / "codes" / "codec.npz").exists():
+            codec = load_codec(self.path).to(self.device)
+            self.stores.append(self._store("codes/codes.bin", codec.bytes, codec))
+        cure = f"make them with: python write.py --out {path} --quantize"
+        check(not codes or self.quantized, f"{path} has no quantized memories; {cure}")
+        self.store = self.stores[1 if codes else 0]  # the one that recall reads
+        self.codec = self.store.codec
+        self.record_bytes = self.store.record_bytes
+
+        self.cache = {}  # id -> Kept, the least recently used first
+        self.cache_size = cache
+        self.hits = self.misses = self.encoded = 0
+        self.room = ()
+
+    def _store(self, name, vector_bytes, codec=None):
+        """vector_bytes: of a key, of a value; their number comes from the shape."""
+        writer = f"{self.meta['fingerprint']} {self.meta['tokenizer_id']} {self.meta['dtype']}"
+        if codec:
+            writer += f" {codec.spec} {zlib.crc32(codec.table.cpu().numpy())}"
+        record_bytes = math.prod(self.shape[:-1]) * vector_bytes
+        slots = self.shape[3]
+        writable = self.references.writable
+        return Records(self.path / name, record_bytes, slots, writer, writable, codec)
 
     def __len__(self):
         return len(self.references)
 
+    @property
+    def quantized(self):
+        """Whether there are quantized memories beside the others."""
+        return len(self.stores) == 2
+
     @staticmethod
-    def create(path, model, references, dtype="bfloat16", codec=None):
-        """An empty bank for the memories of corpus.References, or the bank that is there already.
-        dtype: bfloat16 or float32. codec: a quantize.Codec; the records are then its codes.
-        ValueError where `path` holds something else, or a reference is longer than ref_len."""
-        path, c, longest = Path(path), model.config, int(np.diff(references.offsets).max())
+    def create(path, model, references, dtype="bfloat16"):
+        """A base of these references (corpus.References, or another base's), its memories missing;
+        or the base that is there already, if it was made of the same.
+        dtype: bfloat16 or float32, of the memories. UserError where `path` holds something else, or
+        a reference is longer than ref_len."""
+        path = Path(path)
+        c = model.config
         check(dtype in ("bfloat16", "float32"), f"dtype {dtype}: a bank is in bfloat16 or float32")
+        made_of = f"{Path(references.path).name} {references.hash}"
+        if Texts.exists(path):
+            bank = MemoryBank.open(path, model)
+            has = bank.meta["dtype"]
+            check(has == dtype, f"{path} is a bank of {has}, not of {dtype}: give another --out")
+            line = f"{path} was made of other references than {references.path} as it is now"
+            cure = "the base itself is whole; for the new ones give another --out"
+            check(bank.meta["made_of"] == made_of, f"{line}: {cure}")
+            return bank
+        longest = max([0, *(len(row) for row in references)])
         fits = longest <= c.ref_len and references.n_vocab <= c.vocab_size
         has = f"{references.path}: {longest} tokens, vocabulary of {references.n_vocab}"
         check(fits, f"{has}; the model takes ref_len {c.ref_len} and {c.vocab_size}")
-        if not (path / "meta.json").exists():
-            ours = {*files(0), "meta.json.tmp", "codec.faiss", "codec.npz", "codec.new"}
-            free = not path.exists() or path.is_dir() and {f.name for f in path.iterdir()} <= ours
-            check(free, f"{path} holds something else than a bank: give another path")
-            path.mkdir(parents=True, exist_ok=True)
-            if codec:
-                codec.save(path)
-            vector = codec.bytes if codec else c.head_dim * getattr(torch, dtype).itemsize
-            record_bytes = math.prod(c.memory_shape[:-1]) * vector
-            for file, size in files(record_bytes).items():
-                with open(path / file, "wb") as f:
-                    f.truncate(len(references) * size)  # sparse: takes no room until written
-            meta = dict(
-                format=FORMAT,
-                shape=c.memory_shape,
-                dtype=dtype,
-                codec=codec_name(codec),
-                record_bytes=record_bytes,
-                n=len(references),
-                references=str(references.path),
-                references_hash=[references.hash],
-                fingerprint=model.fingerprint(),
-                tokenizer=corpus.manifest(Path(references.path).parent).get("tokenizer_id"),
-            )
-            write_json(path / "meta.json", meta)  # the last: without it there is no bank
-        bank = MemoryBank.open(path, model, references)
-        has, wanted = bank.meta["codec"] or bank.meta["dtype"], codec_name(codec) or dtype
-        check(has == wanted, f"{path} is a bank of {has}, not of {wanted}: give another")
-        return bank
+        check_free(path)
+        path.mkdir(parents=True, exist_ok=True)
+        if isinstance(references, Texts):
+            data = references.path
+            sources = references.sources()
+        else:
+            data = Path(references.path).parent
+            name = Path(references.path).name
+            sources = [dict(file=name, row=i) for i in range(len(references))]
+        meta = dict(
+            n_vocab=references.n_vocab,
+            ref_len=c.ref_len,
+            tokenizer_id=copy_tokenizer(data, path, references.n_vocab),
+            shape=c.memory_shape,
+            dtype=dtype,
+            fingerprint=model.fingerprint(),
+            made_of=made_of,
+        )
+        Texts.create(path, meta, references, sources)
+        return MemoryBank.open(path, model)
 
     @staticmethod
-    def open(path, model=None, references=None, cache=1024):
-        """The bank at `path`. model: its writer, None: read-only. references: those it was made of,
-        None: from their file. cache: memories that are kept in RAM.
+    def open(path, model=None, codes=False, cache=1024):
+        """The base at `path`. model: its writer; None: only what is there can be read. codes:
+        recall the quantized memories. cache: memories that are kept in RAM.
         UserError, one line with the cure, for what must not be read."""
-        path, anew = Path(path), "remove the bank and run write.py again"
-        file, cure = path / "meta.json", f"first python write.py --out {path}"
-        check(file.exists(), f"{file} is missing: {cure}")
-        try:
-            meta = json.loads(file.read_text())
-            known = meta["format"] == FORMAT
-        except (ValueError, KeyError, TypeError):
-            known = False
-        line = f"{file} is not of a memory bank of version {FORMAT[1]}: give another path"
-        check(known, f"{line}, or remove an older bank")
-        references = references or corpus.References.open(meta["references"])
-        now, then, writer = references.hash, meta["references_hash"], meta["fingerprint"]
-        line = f"{references.path} is not the text that {path} was written from"
-        check(now in then, f"{line}: bring that back, or {anew}")
-        reader = model.fingerprint() if model else writer
-        line = f"{path} is of model {writer}: {reader} cannot read those memories (Remark A.1)"
-        check(reader == writer, f"{line}; {anew}")
-        for name, row in files(meta["record_bytes"]).items():
-            whole = (path / name).exists() and (path / name).stat().st_size >= len(references) * row
-            check(whole, f"{path / name} is missing or cut off: copy it again, or {anew}")
-        codec = Codec.load(path) if meta["codec"] else None
-        check(codec_name(codec) == meta["codec"], f"{path} is not of its codec.npz: {anew}")
-        bank = MemoryBank(path, meta, references, model, codec, cache)
-        if model and then != [now]:  # a live change was cut short: before it or after it, now known
-            bank._save(n=len(bank), references_hash=[now])
-        return bank
+        references = Texts(path)
+        meta = references.meta
+        shape = meta["shape"]
+        whole = len(shape) == 5 and all(isinstance(n, int) and 0 < n < 1 << 20 for n in shape)
+        whole = whole and math.prod(shape) < 1 << 32 and meta["dtype"] in ("bfloat16", "float32")
+        check(whole, f"{references.file}: memories of shape {shape} are none of ours: {RESTORE}")
+        if model:
+            writer = meta["fingerprint"]
+            reader = model.fingerprint()
+            checkpoint = getattr(model, "path", "checkpoints/toy")
+            line = f"{path} is of model {writer}: {reader} cannot read those memories (Remark A.1)"
+            cure = f"--checkpoint {checkpoint} --references {path} --out {path}.{reader[:4]}"
+            cure = f"write its texts for this model into another base: python write.py {cure}"
+            check(reader == writer, f"{line}; {cure}")
+            line = f"{references.file}: memories of {tuple(shape)}, the model's are of"
+            check(tuple(shape) == tuple(model.config.memory_shape), f"{line} another shape")
+        return MemoryBank(path, references, model, codes, cache)
 
-    def _save(self, **changes):
-        self.meta |= changes
-        write_json(self.path / "meta.json", self.meta)
+    # -- reading
 
     def recall(self, ids, decode=True):
         """The memories of references `ids` (1-D, any order, repeats allowed), as a pool.
         Row m is that of ids[m], on the model's device, in the dtype of the bank (float32 from
-        codes; with decode=False the codes). What the cache in RAM (sec. 3.1) lacks is read, once.
-        UserError for ids that are deleted or out of range or, without a model, missing."""
+        codes; with decode=False the codes); that of a deleted reference is empty, count 0. What the
+        cache in RAM (sec. 3.1) lacks is read, once, and what is missing is encoded.
+        UserError for ids out of range or, without a model, a missing memory."""
         ids = torch.as_tensor(ids).cpu().numpy()
         row = ids.ndim == 1 and (not ids.size or ids.dtype.kind in "iu")
         check(row, f"recall takes a row of integers, not {ids.dtype} of {ids.shape}")
         ids, order = np.unique(ids.astype(np.int64), return_inverse=True)
-        self._check(*ids[:1], *ids[-1:])
-        for i in ids[self._deleted(ids)]:
-            raise UserError(f"{self.path}: {i} was deleted; take it out of the index, too")
-        buffer, new = self._buffer(len(ids)), []
-        rows = buffer.numpy()
-        for j, i in enumerate(ids.tolist()):
-            if i in self.cache:
-                rows[j] = self.cache[i] = self.cache.pop(i)
-            else:
-                new.append(j)
-        self.hits, self.misses = self.hits + len(ids) - len(new), self.misses + len(new)
-        while not (good := self._read(ids[new], [rows[j] for j in new])).all():
-            bad = ids[new][~good]
-            self._need_model(f"the memory of reference {bad[0]} is missing or damaged")
-            if not self.encoded:
-                print(f"{self.path}: cold start, memories are encoded at their first retrieval")
-            self.encoded += len(bad)
-            self._fill(bad)
-        for j in new if self.cache_size else []:
-            self.cache[int(ids[j])] = rows[j].copy()
-            if len(self.cache) > self.cache_size:
-                del self.cache[next(iter(self.cache))]  # the least recently used
-        kv = buffer.to(self.device, non_blocking=True).view(-1, *self.shape[:-1], self.vector)
+        texts = self.references.rows(ids)  # as they are now: what is read must fit them
+        buffer = self._buffer(len(texts))
+        filled = self._load(texts, buffer.numpy())  # (n,)
+        kv = buffer.to(self.device, non_blocking=True)
+        kv = kv.view(len(texts), *self.shape[:-1], -1)  # bytes
         if not self.codec:
             kv = kv.view(self.dtype)  # (n, Lm, 2, Hkv, S, dh)
         elif decode:  # only the codes crossed the bus
-            kv = self.codec.decode(kv)
-        pool = Memories(kv, torch.from_numpy(self.count[ids].astype(np.int64)).to(self.device))
-        same = np.array_equal(order, np.arange(len(ids)))  # as asked for: no copy
-        return pool if same else pool[torch.from_numpy(order).to(self.device)]
+            kv = self.codec.decode(kv)  # (n, Lm, 2, Hkv, S, dh)
+        pool = Memories(kv, torch.from_numpy(filled).to(self.device))
+        if np.array_equal(order, np.arange(len(ids))):
+            return pool  # as asked for: no copy
+        return pool[torch.from_numpy(order).to(self.device)]
+
+    def _load(self, texts, rows):
+        """Records of Texts -> rows (n, record_bytes) uint8: from RAM, from the disk, or encoded.
+        Returns the filled slots (n,)."""
+        filled = np.zeros(len(texts), np.int64)
+        new = []
+        for j, text in enumerate(texts):
+            kept = self.cache.pop(text.id, None)
+            if not text.live:
+                rows[j] = 0
+            elif kept and kept.seal == text.seal:
+                self.cache[text.id] = kept  # now the most recently used
+                rows[j] = kept.record
+                filled[j] = kept.filled
+            else:
+                new.append(j)
+        self.hits += len(texts) - len(new)
+        self.misses += len(new)
+        filled[new] = self.store.read([texts[j] for j in new], [rows[j] for j in new])
+        missing = [j for j in new if filled[j] == 0]
+        if missing:
+            self._cold_start(texts, missing, rows, filled)
+        for j in new if self.cache_size else []:
+            self.cache[texts[j].id] = Kept(texts[j].seal, rows[j].copy(), int(filled[j]))
+            if len(self.cache) > self.cache_size:
+                del self.cache[next(iter(self.cache))]
+        return filled
+
+    def _cold_start(self, texts, missing, rows, filled):
+        """Encodes the texts that have no record, once, and keeps the records where that may be."""
+        line = f"{self.path}: the memory of reference {texts[missing[0]].id} is missing or damaged"
+        self._need_model(line)
+        if not self.encoded:
+            print(f"{self.path}: cold start, memories are encoded at their first retrieval")
+        self.encoded += len(missing)
+        row_of = {texts[j].id: j for j in missing}
+        for part, kv, count in self._make([texts[j] for j in missing]):
+            for text, record, n in zip(part, as_records(self.store, kv), count, strict=True):
+                rows[row_of[text.id]] = record
+                filled[row_of[text.id]] = n
+            if self.references.writable:
+                try:
+                    self._keep(part, kv, count, wait=1)
+                except UserError:  # another process changes the base: it is encoded again next time
+                    pass
 
     def _buffer(self, n):
         """Room for n records, used again each time: new pages take longer to get than to read full.
@@ -195,167 +733,202 @@ class MemoryBank:
             self.room = np.empty((n, self.record_bytes), np.uint8)
         return torch.from_numpy(self.room[:n])
 
-    def _read(self, ids, rows):
-        """Records -> rows (n, record_bytes) uint8, and good (n,): whose checksum fits. It is found
-        while the record is in the processor's cache. (A memmap would wait fault by fault.)"""
-        count, crc, good = self.count[ids], self.crc[ids], np.zeros(len(ids), bool)
-
-        def read(share):
-            for j in share:
-                if crc[j]:  # else nothing was written
-                    os.preadv(self.file.fileno(), [rows[j]], int(ids[j]) * self.record_bytes)
-                    good[j] = checksum(rows[j], count[j]) == crc[j]
-
-        list(self.threads.map(read, np.array_split(np.arange(len(ids)), THREADS)))  # list: raises
-        return good & (crc == self.crc[ids])  # nor did another process begin to change it
-
-    def _deleted(self, ids):
-        return (self.count[ids] == DELETED) & (self.crc[ids] == 0)
-
-    def _check(self, *ids):
-        for i in ids:
-            check(
-                0 <= i < len(self), f"{self.path} has references 0 to {len(self) - 1}, and no {i}"
-            )
-
     def live(self):
         """The ids that are not deleted (n,)."""
-        return np.flatnonzero(~self._deleted(slice(None)))
-
-    def _windows(self):
-        live = self.live()
-        return np.split(live, range(self.window, len(live), self.window))
+        return self.references.live()
 
     def verify(self):
         """The ids whose record is missing or damaged. Reads the whole bank; changes nothing."""
-        rows = np.empty((self.window, self.record_bytes), np.uint8)
-        bad = [ids[~self._read(ids, rows)] for ids in self._windows()]
-        return np.concatenate(bad).tolist()
+        room = np.empty((self.window, self.record_bytes), np.uint8)
+        bad = []
+        for texts in self._windows():
+            filled = self.store.read(texts, list(room[: len(texts)]))
+            bad += [text.id for text, n in zip(texts, filled, strict=True) if n == 0]
+        return bad
+
+    def _windows(self, ids=None):
+        """The live Texts (of `ids`), so many at a time as one reads at once."""
+        ids = self.live() if ids is None else np.asarray(ids, np.int64)
+        for start in range(0, len(ids), self.window):
+            texts = self.references.rows(ids[start : start + self.window])
+            yield [text for text in texts if text.live]
 
     def stats(self):
         """One line about the cache."""
+        asked = self.hits + self.misses
+        rate = self.hits / asked if asked else 0.0
         counts = f"{self.hits:,} hits, {self.misses:,} misses, {self.encoded:,} of them encoded at"
-        return f"cache of {self.cache_size:,} memories: {counts} their first retrieval"
+        line = f"cache of {self.cache_size:,} memories: hit rate {rate:.3f} ({counts} their first"
+        return f"{line} retrieval)"
+
+    # -- writing
 
     def write(self, batch=64, progress=True):
         """Warm start: writes every memory that is missing or damaged, and returns how many there
-        were. Stopped at any moment and called again, it goes on where it was."""
-        self._need_model()
-        todo, n = self.verify(), len(self.live())
+        were. Stopped at any moment and called again, it goes on where it was: each record says by
+        itself whether it is the memory of its text."""
+        self._need_model(f"{self.path}: it is open for reading only")
+        todo = self.verify()
+        n = self.references.count_live()
         with tqdm(total=n, initial=n - len(todo), unit=" memories", disable=not progress) as bar:
-            self._fill(np.array(todo, int), batch, bar.update)
+            for texts in self._windows(todo):
+                for part, kv, count in self._make(texts, batch):
+                    self._keep(part, kv, count)
+                    bar.update(len(part))
         return len(todo)
 
-    def _fill(self, ids, batch=64, done=lambda n: None):
-        """Encodes references in batches of ONE length, the longest first: beside padding, sums come
-        in another order, and rounding decides which of two equal words is kept. So a reference
-        gives the same bytes in any batch (measured on a CPU); else a quarter differ."""
-        length = self.references.offsets[ids + 1] - self.references.offsets[ids]
-        for n in np.unique(length)[::-1]:
-            same = ids[length == n]
-            for part in np.split(same, range(batch, len(same), batch)):
+    def _make(self, texts, batch=64):
+        """Yields (Texts, kv (n, Lm, 2, Hkv, S, dh) on the CPU, count (n,) list), all of `texts`.
+        For codes, what memories.bin has is not encoded again."""
+        if self.codec:
+            memories = self.stores[0]
+            rows = np.empty((len(texts), memories.record_bytes), np.uint8)
+            filled = memories.read(texts, list(rows))
+            there = np.flatnonzero(filled)
+            if len(there):
+                kv = torch.from_numpy(rows[there]).view(len(there), *self.shape[:-1], -1)
+                yield [texts[j] for j in there], kv.view(self.dtype), filled[there].tolist()
+            texts = [text for text, n in zip(texts, filled, strict=True) if n == 0]
+        # Batches of one length, the longest first: no padding to compute, and what does not fit
+        # into the device's memory fails at once.
+        by_length = defaultdict(list)
+        for text in texts:
+            by_length[len(text.tokens)].append(text)
+        for length in sorted(by_length, reverse=True):
+            same = by_length[length]
+            for start in range(0, len(same), batch):
+                part = same[start : start + batch]
+                tokens = np.stack([self.references.tokens(text) for text in part])
                 with torch.inference_mode():
-                    made = self.model.write(self.references.batch(part))
-                    kv = made.kv.to("cpu", self.dtype)
-                self._put(part, self.codec.encode(kv) if self.codec else kv, made.count)
-                done(len(part))
+                    made = self.model.write(torch.from_numpy(tokens))
+                kv = made.kv.to("cpu", self.dtype)
+                line = f"{self.path}: the memory of reference {part[0].id} or a neighbour has NaN"
+                check(kv.isfinite().all(), f"{line} or infinity: the model's weights are damaged")
+                yield part, kv, made.count.tolist()
 
-    def _put(self, ids, kv, count):
-        """Records of `ids`: first the bytes, then the count, then what vouches for them."""
-        rows = kv.contiguous().view(torch.uint8).view(len(ids), -1).numpy()  # (n, record_bytes)
-        for i, row, n in zip(ids.tolist(), rows, count.tolist(), strict=True):
-            size = os.pwrite(self.file.fileno(), row, i * self.record_bytes)
-            check(size == len(row), f"{self.path}/memories.bin: the disk is full")
-            self.count[i] = n
-            self.crc[i] = checksum(row, n)
+    def _keep(self, texts, kv, count, wait=WAIT):
+        """Stores memories in all files, under the lock and only of texts that have not changed."""
+        records = [as_records(store, kv) for store in self.stores]
+        with self.references.transaction(wait):
+            now = self.references.rows([text.id for text in texts])
+            for j, text in enumerate(texts):
+                if now[j] == text:
+                    for store, rows in zip(self.stores, records, strict=True):
+                        store.write(text, rows[j], count[j])
 
-    def _need_model(self, why="it is open for reading only"):
-        check(self.model, f"{self.path}: {why}; open it with its model")
+    def _need_model(self, why):
+        cure = f"with its model: python write.py --out {self.path}"
+        check(self.model, f"{why}; write it {cure}")
 
-    def append(self, tokens):
-        """Adds a reference (1 to ref_len token ids, without header) and its memory; its id."""
-        return self.replace(len(self), tokens)
+    # -- changing
 
-    def replace(self, i, tokens):
-        """Gives reference i another text and, with it, memory (i = N: a new one; deleted: revived).
-        While the text changes, meta.json names it as it was and as it will be, and no checksum
-        vouches for row i: a kill leaves one of the two texts, its memory missing or right."""
-        self._need_model()
-        if i != len(self):
-            self._check(i)
-        most, v = self.model.config.ref_len, self.references.n_vocab
-        tokens = np.atleast_1d(tokens).tolist()
-        fits = 1 <= len(tokens) <= most and all(t in range(v) for t in tokens)
-        check(fits, f"a reference is 1 to {most} tokens (ref_len), each 0 to {v - 1}")
-        rows = [*self.references]
-        rows[i : i + 1] = [tokens]
-        text = np.concatenate(rows).astype(self.references.tokens.dtype)
-        after = corpus.References(None, text, np.cumsum([0, *map(len, rows)]), v).hash
-        self._save(references_hash=[self.references.hash, after])
-        for name, size in files(self.record_bytes).items():
-            os.truncate(self.path / name, max(len(self), i + 1) * size)
-        self.crc[i : i + 1] = 0  # a new row has 0 already
-        self.crc.flush()
-        self.references.replace(i, tokens)
-        self._map()
-        self.cache.pop(i, None)
-        self._fill(np.array([i]))
-        self._save(n=len(self), references_hash=[after])
+    def append(self, tokens, source=None):
+        """Adds a reference (1 to ref_len token ids, without header) and its memory; its id.
+        source: a dict, where it comes from."""
+        (i,) = self.references.insert([tokens], [source or {}])
+        self._fill([i])
         return i
 
-    def delete(self, i):
-        """Forgets the memory of reference i: its numbers leave the disk, recalling it is an error.
-        The row stays, and the text in the references' file, so that all other ids stay as well."""
-        self._need_model()
-        self._check(i)
-        self.crc[i] = 0  # from here on missing, from the last line on deleted
-        self.cache.pop(i, None)
-        os.pwrite(self.file.fileno(), bytes(self.record_bytes), i * self.record_bytes)
-        self.count[i] = DELETED
+    def add(self, sequences, sources=None):
+        """Adds many in one transaction, with their memories; -> ids. A text that is there already
+        is not added: its id is given."""
+        ids = self.references.add(sequences, sources)
+        self._fill(ids)
+        return ids
 
-    def quantize(self, path, spec=None, progress=True):
-        """Writes the same memories as codes (sec. 3.3) into another directory; returns that bank.
-        The codec, of `spec` (None: chosen by size), is trained on vectors uniform over the filled
-        slots of references drawn uniformly (App. B): 65,536, or 640,000 for the paper's own."""
-        path, new, another = Path(path), Path(f"{path}.new"), "give another directory"
-        check(not self.codec, f"{self.path} is quantized already: {another}")
-        check(not path.exists(), f"{path} exists: {another}")
-        self._need_model()  # recall makes what is missing
+    def replace(self, i, tokens, source=None):
+        """Gives reference i another text (a deleted one lives again) and, with it, memory. A kill
+        leaves one of the two texts, its memory missing or right."""
+        self.references.replace(i, tokens, source, self._erase)
+        self._fill([i])
+        return i
+
+    def delete(self, ids):
+        """Forgets references (one id, or many): their numbers and tokens are overwritten before
+        this returns. Their ids are not given again; recalling one gives an empty memory."""
+        self.references.delete(np.atleast_1d(ids).tolist(), self._erase)
+
+    def _erase(self, ids):
+        for i in ids:
+            self.cache.pop(int(i), None)
+        for store in self.stores:
+            store.erase(ids)
+
+    def _fill(self, ids):
+        """Encodes what is missing of `ids`; without a model it stays missing."""
+        if not self.model:
+            return
+        room = np.empty((self.window, self.record_bytes), np.uint8)
+        for texts in self._windows(ids):
+            filled = self.store.read(texts, list(room[: len(texts)]))
+            missing = [text for text, n in zip(texts, filled, strict=True) if n == 0]
+            for part, kv, count in self._make(missing):
+                self._keep(part, kv, count)
+
+    def quantize(self, spec=None, progress=True):
+        """Makes the quantized memories (sec. 3.3) beside the others, or completes them; returns the
+        bank that recalls them. The codec, of `spec` (None: chosen by size), is trained on vectors
+        uniform over the filled slots of references drawn uniformly (App. B): 65,536, or 640,000 for
+        the paper's own."""
+        check(not self.codec, f"{self.path}: these are the quantized memories already")
+        if not self.quantized:
+            self._train_codec(spec)
+        bank = MemoryBank.open(self.path, self.model, codes=True, cache=self.cache_size)
+        has = bank.codec.spec
+        line = f"{self.path} has codec {has}: drop --codec, or quantize another base"
+        check(spec in (None, has), line)
+        bank.write(progress=progress)
+        return bank
+
+    def _train_codec(self, spec):
         rng = np.random.default_rng(0)
         some = self.recall(rng.permutation(self.live())[: 4 * self.window])
-        filled = torch.arange(self.shape[3], device=self.device) < some.count[:, None]
-        vectors = some.kv.transpose(1, 4)[filled].flatten(0, -2)  # (slots * 2 * Hkv * Lm, dh)
+        filled = torch.arange(self.shape[3], device=self.device) < some.count[:, None]  # (n, S)
+        vectors = some.kv.transpose(1, 4)[filled]  # (filled, 2, Hkv, Lm, dh)
+        vectors = vectors.flatten(0, -2)  # (filled * 2 * Hkv * Lm, dh)
         sample = 65_536 if self.shape[4] < 64 else 640_000  # see quantize.default_spec
         codec = Codec.train(vectors[rng.permutation(len(vectors))[:sample]], spec)
-        shutil.rmtree(new, ignore_errors=True)  # what a kill left of an earlier try
-        bank = MemoryBank.create(new, self.model, self.references, self.meta["dtype"], codec)
-        bank.count[:] = DELETED  # those that get no codes stay so
-        for ids in tqdm(self._windows(), "quantizing", disable=not progress):
-            pool = self.recall(ids)
-            bank._put(ids, codec.encode(pool.kv), pool.count)
-        os.rename(new, path)
-        return MemoryBank.open(path, self.model, self.references)
+        codec.save(self.path / "codes")
+
+    def compact(self):
+        """Gives back what deletions left behind: after it no file of texts holds a deleted one."""
+        self.references.compact()
 
 
-def files(record_bytes):  # that have a row a reference, and the bytes of a row
-    return {"memories.bin": record_bytes, "count.bin": 1, "crc.bin": 4}
+def as_records(store, kv):
+    """kv (n, Lm, 2, Hkv, S, dh) -> (n, record_bytes) uint8: as numbers, or as the store's codes."""
+    rows = store.codec.encode(kv) if store.codec else kv
+    return rows.contiguous().view(torch.uint8).view(len(kv), -1).numpy()
 
 
-COLUMNS = 1021  # a prime: pages that change places fall into other columns
-POWERS = np.cumprod(np.full(2 * COLUMNS, 0x9E3779B97F4A7C15, np.uint64))  # odd: none vanishes
+OURS = {"texts.sqlite", "texts.sqlite-wal", "texts.sqlite-shm", "memories.bin", "codes", "index"}
+OURS |= {"index.new", "index.old", "tokenizer.json", "meta.json"}
 
 
-def checksum(record, count):
-    """32 bits that vouch for a record (bytes,) uint8 and its count; never 0. Its 64-bit words are
-    added up in columns, and these and what is left over are weighed by powers of one number, modulo
-    2^64. Like a CRC-32 it misses one damage in 2^32, but it takes less time than to read."""
-    words = record.view(f"<u{math.gcd(len(record), 8)}")
-    whole = len(words) // COLUMNS * COLUMNS
-    columns = np.add.reduce(words[:whole].reshape(-1, COLUMNS), 0, np.uint64)
-    terms = np.concatenate([np.array([count], np.uint64), columns, words[whole:]])
-    total = int(terms @ POWERS[: len(terms)])
-    return max(1, (total ^ total >> 32) & 0xFFFFFFFF)
+def check_free(path):
+    """UserError where `path` is anything else than free, or a base whose creation was cut short."""
+    if not path.exists():
+        return
+    free = path.is_dir() and {f.name.removesuffix(".tmp") for f in path.iterdir()} <= OURS
+    check(free, f"{path} holds something else than a knowledge base: give another path")
 
 
-def codec_name(codec):
-    return codec and f"{codec.spec}:{zlib.crc32(codec.table.cpu().numpy()):08x}"
+def copy_tokenizer(data, path, n_vocab):
+    """Puts the tokenizer of a data directory into a base; returns its id (None: it has none)."""
+    tokenizer_id = None
+    named = (data / "meta.json").exists() and "tokenizer" in corpus.manifest(data)
+    if named or (data / "tokenizer.json").exists():
+        tokenizer = corpus.tokenizer(data)
+        tokenizer.save(path / "tokenizer.json")
+        tokenizer_id = tokenizer.id
+    meta = dict(name=path.name, tokenizer=".", tokenizer_id=tokenizer_id, n_vocab=n_vocab)
+    write_json(path / "meta.json", meta)
+    return tokenizer_id
+
+
+def load_codec(path):
+    try:
+        return Codec.load(path / "codes")
+    except UserError as error:
+        cure = f"make the codes anew: rm -r {path}/codes (texts and memories stay), then"
+        raise UserError(f"{error}; {cure} python write.py --out {path} --quantize") from None

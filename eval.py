@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 import corpus
 from bank import MemoryBank
-from common import UserError, check, number, numbered_rows, run, visible, write_json
-from generate import CODES, generate, in_context, model_flags, open_memory, open_model, place
+from common import check, number, numbered_rows, run, visible, write_json
+from generate import generate, in_context, model_flags, open_memory, open_model
 from retrieval import Given, Random
 from views.explain import explain
 
@@ -421,7 +421,6 @@ def parser():
     form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
     model_flags(p)
-    p.add_argument("--codes", default=CODES, help="the same memories, vector-quantized")
     p.add_argument("--questions_file", help="other questions than DATA/questions.jsonl")
     p.add_argument(
         "--questions", type=number(int, 1), default=600, help="how many facts to ask for"
@@ -448,25 +447,13 @@ def write_result(a, result):
         print(f"\nwritten to {a.json}")
 
 
-def open_codes(a, model, references):
-    """The vector-quantized bank; None, and a word on it, where none was asked for or there."""
-    path = place(a.codes, a.data, a.references)
-    if a.codes == CODES:
-        bank = place(a.bank, a.data, a.references)
-        made = f"python write.py --checkpoint {a.checkpoint} --data {a.data}"
-        made += f" --references {a.references} --out {bank} --quantize {path}"
-        if not Path(path, "meta.json").exists():
-            print(f"vector-quantized memories are left out: there are none; first {made}")
-            return None
-    try:
-        codes = MemoryBank.open(path, model, references)
-    except UserError as error:
-        if a.codes != CODES:
-            raise
-        print(f"vector-quantized memories are left out: {error}")
+def open_codes(a, bank):
+    """The vector-quantized memories; None, and a word on it, where there are none."""
+    if not bank.quantized:
+        made = f"python write.py --checkpoint {a.checkpoint} --out {bank.path} --quantize"
+        print(f"vector-quantized memories are left out: there are none; first {made}")
         return None
-    check(codes.codec, f"--codes {path} is a bank of numbers, not of codes: give another")
-    return codes
+    return MemoryBank.open(bank.path, bank.model, codes=True)
 
 
 def show_examples(rows, asker):
@@ -489,7 +476,7 @@ def main(argv=None):
     started = time.time()
     model, tokenizer = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
     references, retriever, bank = open_memory(a, model)
-    codes = open_codes(a, model, references)
+    codes = open_codes(a, bank)
     rows = find_rows(a, references, tokenizer)
     asker = Asker(model, tokenizer, references, retriever, bank, codes)
     check_lengths(asker, rows)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 import corpus
-from bank import MemoryBank
+from bank import MemoryBank, Texts
 from common import check, find_device, number
 from memory import Memories, attention_path
 from model import Cache, load_checkpoint
-from retrieval import Retriever
+from retrieval import Live
 
 # -- Generation -------------------------------------------------------------------------------
 
@@ -379,28 +379,17 @@ def remember(text, tokenizer, config, retriever, bank):
     """Writes a text into the knowledge base, the bank and the index, now. Returns reference ids.
 
     A text beyond ref_len tokens becomes several references, as in sec. 4.4. What is known already,
-    word for word, is not written again. UserError for a text without a letter or digit."""
+    word for word, is not written again. UserError for a text without a letter or digit.
+    retriever finds it at its next search, as it takes in whatever has changed."""
     check(any(letter.isalnum() for letter in text), f"--remember {text!r}: there is no word in it")
     tokens = tokenizer.encode(text)
-    ids = []
-    for i in range(0, len(tokens), config.ref_len):
-        piece = tokens[i : i + config.ref_len]
-        near = retriever.search([piece], min(8, len(retriever)))[0][0]  # other orders score alike
-        known = [int(j) for j in near if j >= 0 and bank.references[int(j)].tolist() == piece]
-        if known:
-            ids.append(known[0])  # remembered before
-            continue
-        new = bank.append(piece)
-        retriever.add([new], [tokenizer.decode(piece)])
-        retriever.save(bank.references)
-        ids.append(new)
-    return ids
+    pieces = [tokens[i : i + config.ref_len] for i in range(0, len(tokens), config.ref_len)]
+    return bank.add(pieces, [dict(source="--remember")] * len(pieces))
 
 
 # -- Opening a model with its memory ----------------------------------------------------------
 
-BANK = "out/{data}/{references}.bank"  # where the memories of a knowledge base are kept
-CODES = "out/{data}/{references}.codes"  # the same, vector-quantized
+BANK = "out/{data}/{references}.bank"  # where a data set's knowledge base is kept
 
 
 def model_flags(parser, bank=True):
@@ -412,11 +401,11 @@ def model_flags(parser, bank=True):
     add("--n_recall", type=number(int, 0), default=0, help="R; 0: that of the checkpoint")
     if bank:
         add("--references", default="kb", help="its knowledge base")
-        add("--bank", default=BANK, help="directory of the memories of the knowledge base")
+        add("--bank", default=BANK, help="directory of the knowledge base and its memories")
 
 
 def place(template, data, references):
-    """The path that --bank or --codes names: the default follows --data and --references.
+    """The path that --bank names: the default follows --data and --references.
 
     >>> place(BANK, "data/cities", "kb")
     'out/cities/kb.bank'
@@ -460,12 +449,13 @@ def open_memory(a, model, cold_start=False):
 
     cold_start: where there is no bank, one that is empty; memories are then encoded at their first
     retrieval (sec. 3.1)."""
-    references = corpus.References.open(Path(a.data, a.references))
-    retriever = Retriever.open(f"{a.data}/{a.references}.index", references=references)
     path = Path(place(a.bank, a.data, a.references))
-    if (path / "meta.json").exists():
-        return references, retriever, MemoryBank.open(path, model, references)
+    if Texts.exists(path):
+        bank = MemoryBank.open(path, model)
+        return bank.references, Live.open(bank.references), bank
     made = f"python write.py --checkpoint {a.checkpoint} --data {a.data}"
     made += f" --references {a.references} --out {path}"
-    check(cold_start, f"{path}: no memories here; first {made}")
-    return references, retriever, MemoryBank.create(path, model, references)
+    check(cold_start, f"{path}: no knowledge base here; first {made}")
+    texts = corpus.References.open(Path(a.data, a.references))
+    bank = MemoryBank.create(path, model, texts)
+    return bank.references, Live.open(bank.references), bank

@@ -59,6 +59,8 @@ KINDS += ["IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"]
 def cure_for(path, name=None):
     """What makes an index that is missing or wrong: a command with all its flags."""
     path = Path(path)
+    if (path.parent / "texts.sqlite").exists():  # the index of a knowledge base
+        return f"make it anew with: python kb.py index {shlex.join(['--kb', str(path.parent)])}"
     flags = ["--data", str(path.parent), "--references", path.stem]
     if name:
         flags += ["--embedder", name]

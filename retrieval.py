@@ -12,6 +12,8 @@ means that nothing was found; such a place recalls no memory.
 import argparse
 import re
 import shlex
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import corpus
 from common import UserError, check, optional, read_array, read_json, replace_file, run, write_json
 from embed import HashEmbedder, digest, embedder, normalize
 from index import (
+    BATCH,
     FORMAT,
     META,
     cure_for,
@@ -391,6 +394,118 @@ class Retriever:
         self.meta["least"] = self.least
         write_json(path, stored | dict(least=self.least))
         return self.least, float((bad <= self.least).mean())
+
+
+# -- The index of a knowledge base that changes -------------------------------------------------
+
+
+class Frozen:
+    """The texts of a knowledge base under the name that they have now, whatever changes then."""
+
+    def __init__(self, references):
+        self.references = references
+        self.path = references.path
+        self.hash = references.hash  # before anything is read
+        self.n = len(references)
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return self.references[i]
+
+
+class Live:
+    """Finds the references of a knowledge base (bank.Texts) as they are, whoever changes them.
+
+    A Retriever in the base's directory `index`, which takes in what has changed since whenever this
+    opens or searches: a change costs one embedding, whatever N is. A deleted reference is found no
+    more; its vector leaves the disk when the index is made anew.
+    """
+
+    def __init__(self, retriever, references):
+        self.retriever = retriever
+        self.references = references
+        self.path = retriever.path
+        self.meta = retriever.meta
+        self.embedder = retriever.embedder
+        self.tokenizer = retriever.tokenizer
+        # "id of the base:version of the texts that are in here"
+        self.base, _, version = retriever.meta["references"].rpartition(":")
+        self.version = int(version) if version.isdigit() else 0
+
+    def __len__(self):
+        return self.references.count_live()
+
+    @staticmethod
+    def build(references, encoder="hash", factory=None, progress=True):
+        """Indexes a knowledge base anew. The old index serves until the new one is whole."""
+        path = Path(references.path, "index")
+        new = path.with_name("index.new")
+        old = path.with_name("index.old")
+        name = str(references.path)
+        made = Retriever.build(new, Frozen(references), name, encoder, factory, progress)
+        with references.transaction():  # one process at a time
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        made.path = path
+        return Live(made, references)
+
+    @staticmethod
+    def open(references):
+        """The index of a knowledge base; where there is none, it is made. UserError where it is of
+        other texts, or damaged."""
+        path = Path(references.path, "index")
+        if not (path / "meta.json").exists():
+            print(f"{path}: there is no index yet; it is made of {len(references):,} texts")
+            if references.writable:
+                return Live.build(references)
+            with tempfile.TemporaryDirectory() as folder:  # a medium that can only be read
+                name = str(references.path)
+                return Live(Retriever.build(folder, Frozen(references), name), references)
+        live = Live(Retriever.open(path), references)
+        of_these = references.hash.startswith(f"{live.base}:")
+        of_these = of_these and live.version <= references.version
+        check(of_these, f"{path} is of other texts than those beside it; {cure_for(path)}")
+        live.refresh()
+        return live
+
+    def refresh(self):
+        """Takes in what any process has changed since the last time."""
+        if self.references.version == self.version:
+            return
+        changed = self.references.changed_since(self.version)
+        self.retriever.remove([text.id for text in changed if self.retriever._has(text.id)])
+        alive = [text for text in changed if text.live]
+        for start in range(0, len(alive), BATCH):
+            part = alive[start : start + BATCH]
+            texts = [self.tokenizer.decode(self.references.tokens(text)) for text in part]
+            self.retriever.add([text.id for text in part], texts)
+        self.version = max(text.version for text in changed)
+
+    def search(self, queries, k):
+        """As Retriever.search, in the texts as they are now."""
+        self.refresh()
+        return self.retriever.search(queries, k)
+
+    def save(self):
+        """Keeps the vectors of what has changed, so that the next to open need not embed it. Where
+        that is half of all, the index is made anew: an embedder learns from its texts. Returns the
+        Live to go on with."""
+        self.refresh()
+        retriever = self.retriever
+        changed = len(retriever.hidden) + len(self) - retriever.index.ntotal
+        if changed > max(1000, len(self) // 2):
+            return Live.build(self.references, self.meta["embedder"])
+        retriever.meta["references"] = f"{self.base}:{self.version}"
+        try:
+            retriever.save()
+        except UserError:  # another process has saved: what it lacks will be embedded at opening
+            pass
+        return self
 
 
 # -- Other sources ----------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """Warm start: writes a knowledge base into explicit memories before any question (sec. 3.1).
 
     python write.py --data data/cities --references kb
-    python write.py --quantize out/cities/kb.codes    the same, and as codes of few bytes (sec. 3.3)
+    python write.py --quantize      the same memories in fewer bytes, besides (sec. 3.3)
 
-Stopped and called again it goes on where it was; where all is written it says so.
+The texts are copied into --out, which is from then on the knowledge base: kb.py changes it. Stopped
+and called again, write.py goes on where it was; where all is written it says so.
 """
 
 import argparse
-import json
 import shutil
 import time
 from pathlib import Path
@@ -15,79 +15,108 @@ from pathlib import Path
 import numpy as np
 
 import corpus
-from bank import MemoryBank
+from bank import MemoryBank, Texts
 from common import check, find_device, run
 from generate import BANK, place
 from memory import attention_path
 from model import load_checkpoint
 from quantize import layout
+from retrieval import Live
 
 
 def main(args):
-    """Writes the bank, and with args.quantize its quantized twin; returns the bank (of --out)."""
-    args.out = place(args.out, args.data, args.references)
+    """Writes the memories, the index, and with args.quantize the codes; returns the bank."""
+    args.out = place(args.out, args.data, Path(args.references or "kb").name)
     check(args.batch > 0, f"--batch {args.batch}: at least 1")
     if args.codec:
         layout(args.codec)  # a string that is no codec is refused before the work
     model = load_checkpoint(args.checkpoint)[0].to(find_device(args.device)).eval()
-    same = tuple(corpus.tokenizer(args.data).header) == model.config.header
-    check(same, f"--data {args.data} has another tokenizer than {args.checkpoint} wants")
-    references = corpus.References.open(Path(args.data) / args.references)
-    bank = MemoryBank.create(args.out, model, references, args.dtype)
-    total = len(bank) * bank.record_bytes
-    dtype, longest = model.embed.weight.dtype, model.config.ref_len + len(model.config.header)
-    path, why = attention_path(model.device, dtype, longest, model.config.head_dim)
-    print(f"device: {model.device}, {dtype}; attention: {path} ({why})")
-    print(
-        f"bank: {args.out}, {len(bank):,} memories of {bank.record_bytes:,} bytes ({args.dtype} "
-        f"{bank.shape}), {total:,} bytes in all"
-    )
-    left = total - (bank.path / "memories.bin").stat().st_blocks * 512  # the file is sparse
-    free = shutil.disk_usage(bank.path).free
-    check(free >= left, f"--out {args.out}: {left:,} bytes to write, {free:,} are free")
+    bank = open_base(args, model)
+    report(args, bank)
+    check_space(args, bank)
     fill(bank, args.batch)
-    if args.quantize:
-        quantize(args.quantize, bank, args.codec, args.batch)
+    write_index(bank.references, args.embedder, args.factory)
+    if args.quantize or args.codec:
+        quantize(bank, args.codec)
     return bank
 
 
-def quantize(path, bank, spec, batch):
-    """The quantized twin of this bank at `path` (sec. 3.3): completed, made, or made anew."""
-    file = Path(path) / "meta.json"
-    old = json.loads(file.read_text()) if file.exists() else {}
-    ours = all(old.get(key) == bank.meta[key] for key in ("format", "fingerprint", "references"))
-    if ours and old["codec"] and old["references_hash"] != bank.meta["references_hash"]:
-        print(f"{path}: the references have changed since, so it is made anew")
-        spec = spec or old["codec"].rsplit(":", 1)[0]
-        shutil.rmtree(path)
-    if file.exists():
-        codes = MemoryBank.open(path, bank.model, bank.references)
-        check(codes.codec, f"--quantize {path} holds a bank that is not quantized")
-        its = codes.codec.spec
-        check(spec in (None, its), f"{path} has codec {its}; remove it, or drop --codec")
-        fill(codes, batch)
+def open_base(args, model):
+    """The base at --out: as it is there, or made of --data and --references."""
+    if Texts.exists(args.out) and not args.references:
+        return MemoryBank.open(args.out, model)
+    name = args.references or "kb"
+    if Texts.exists(name):  # the texts of another base, to be written by another model
+        source = Texts(name)
+        data = name
     else:
-        began, codes = time.time(), bank.quantize(path, spec=spec)
-        print(f"quantized in {time.time() - began:.1f} s, training the codec included")
-    error = "of keys {:.3f}, of values {:.3f}".format(*relative_error(bank, codes))
-    print(
-        f"codes: {path}, {codes.codec.spec}, {codes.record_bytes:,} bytes a memory, "
-        f"{bank.record_bytes / codes.record_bytes:.1f} times fewer; relative error {error}"
-    )
+        source = corpus.References.open(Path(args.data) / name)
+        data = args.data
+    same = tuple(corpus.tokenizer(data).header) == model.config.header
+    check(same, f"{data} has another tokenizer than {args.checkpoint} wants")
+    return MemoryBank.create(args.out, model, source, args.dtype)
+
+
+def report(args, bank):
+    """Says what runs, and how many bytes it will write."""
+    config = bank.model.config
+    dtype = bank.model.embed.weight.dtype
+    longest = config.ref_len + len(config.header)
+    path, why = attention_path(bank.device, dtype, longest, config.head_dim)
+    print(f"device: {bank.device}, {dtype}; attention: {path} ({why})")
+    n = bank.references.count_live()
+    size = f"{bank.record_bytes:,} bytes ({bank.meta['dtype']} {bank.shape})"
+    total = n * bank.record_bytes
+    print(f"bank: {args.out}, {n:,} memories of {size}, {total:,} bytes in all")
+
+
+def check_space(args, bank):
+    """UserError if the disk has no room for the memories that are not written yet."""
+    there = (bank.path / "memories.bin").stat().st_blocks * 512  # the file is sparse
+    left = bank.references.count_live() * bank.store.stride - there
+    free = shutil.disk_usage(bank.path).free
+    check(free >= left, f"--out {args.out}: {left:,} bytes to write, {free:,} are free")
 
 
 def fill(bank, batch):
     """Encodes the references whose memories are missing, `batch` at a time, and says how fast."""
-    began, n = time.time(), bank.write(batch)
-    rate = f"{n:,} written, {n / (time.time() - began):,.0f} memories/s"
-    print(f"{bank.path}: {rate if n else 'complete, nothing to write'}")
+    began = time.time()
+    n = bank.write(batch)
+    rate = n / (time.time() - began)
+    done = f"{n:,} written, {rate:,.0f} memories/s" if n else "complete, nothing to write"
+    print(f"{bank.path}: {done}")
+
+
+def write_index(references, encoder="hash", factory=None):
+    """Makes what finds references by text, or brings it up to date."""
+    if (references.path / "index" / "meta.json").exists():
+        live = Live.open(references).save()
+    else:
+        live = Live.build(references, encoder, factory)
+    print(f"{live.path}: {len(live):,} references, {live.embedder.id}, {live.meta['factory']}")
+
+
+def quantize(bank, spec):
+    """Makes or completes the quantized memories (sec. 3.3), and says how far they are off."""
+    began = time.time()
+    codes = bank.quantize(spec)
+    print(f"quantized in {time.time() - began:.1f} s, training the codec included")
+    keys, values = relative_error(bank, codes)
+    fewer = bank.record_bytes / codes.record_bytes
+    print(
+        f"codes: {codes.path}/codes, {codes.codec.spec}, {codes.record_bytes:,} bytes a memory, "
+        f"{fewer:.1f} times fewer; relative error of keys {keys:.3f}, of values {values:.3f}"
+    )
 
 
 def relative_error(bank, codes, n=256):
-    """|codes - bank| / |bank| over the keys and over the values of n memories."""
+    """|codes - bank| / |bank| over the keys and over the values of n memories: two numbers."""
     ids = np.random.default_rng(0).permutation(bank.live())[:n]
-    x, y = bank.recall(ids).kv.float(), codes.recall(ids).kv  # (n, Lm, 2, Hkv, S, dh)
-    return [float((y - x)[:, :, j].norm() / x[:, :, j].norm()) for j in (0, 1)]
+    x = bank.recall(ids).kv.float()  # (n, Lm, 2, Hkv, S, dh)
+    y = codes.recall(ids).kv  # (n, Lm, 2, Hkv, S, dh)
+    keys = (y - x)[:, :, 0].norm() / x[:, :, 0].norm()
+    values = (y - x)[:, :, 1].norm() / x[:, :, 1].norm()
+    return float(keys), float(values)
 
 
 def command_line(argv=None):
@@ -95,11 +124,13 @@ def command_line(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
     p.add_argument("--checkpoint", default="checkpoints/toy", help="the model that writes")
     p.add_argument("--data", default="data/cities", help="a prepared data directory")
-    p.add_argument("--references", default="kb", help="which of its reference files")
-    p.add_argument("--out", default=BANK, help="directory of the bank")
-    p.add_argument("--dtype", default="bfloat16", help="of the bank: bfloat16 or float32")
-    p.add_argument("--quantize", help="directory of a quantized bank, made besides")
-    p.add_argument("--codec", help="FAISS string of its codec (None: chosen by size)")
+    p.add_argument("--references", help="its reference file (None: kb), or another knowledge base")
+    p.add_argument("--out", default=BANK, help="directory of the knowledge base")
+    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    p.add_argument("--quantize", action="store_true", help="make the quantized memories, too")
+    p.add_argument("--codec", help="FAISS string of their codec (None: chosen by size)")
+    p.add_argument("--embedder", default="hash", help="hash, hash:DIM, bge-m3 or hf:NAME")
+    p.add_argument("--factory", help="FAISS factory string of the index (None: chosen by size)")
     p.add_argument("--batch", type=int, default=64, help="references at a time")
     p.add_argument("--device", default="auto", help="cuda, cpu, or auto: cuda where there is one")
     return p.parse_args(argv)

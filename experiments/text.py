@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bank import MemoryBank
 from common import UserError, number, run
 from eval import CONDITIONS, columns, json_flag, prepare_json, write_result
-from generate import CODES, likelihood, model_flags, open_model, place
+from generate import BANK, likelihood, model_flags, open_model, place
 from memory import Memories
 from train import TrainConfig, Windows
 
@@ -102,10 +102,10 @@ def rag_nats(model, tokens, references, recall, batch):
 
 
 def open_codec(a, windows, model):
-    """The codec of the vector-quantized bank; None, and a word on it, where there is none."""
-    path = place(a.codes, a.data, Path(windows.references.path).name)
+    """The codec of the vector-quantized memories; None, and a word on it, where there is none."""
+    path = place(a.bank, a.data, Path(windows.references.path).name)
     try:
-        return MemoryBank.open(path, model).codec
+        return MemoryBank.open(path, model, codes=True).codec
     except UserError as error:
         print(f"quantized memories: left out, for {error}")
         return None
@@ -116,7 +116,7 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
     model_flags(p, bank=False)
     text_flags(p)
-    p.add_argument("--codes", default=CODES, help="a vector-quantized bank, for its codec")
+    p.add_argument("--bank", default=BANK, help="a knowledge base, for the codec of its memories")
     json_flag(p)
     return p
 
