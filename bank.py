@@ -714,13 +714,13 @@ class MemoryBank:
             print(f"{self.path}: cold start, memories are encoded at their first retrieval")
         self.encoded += len(missing)
         row_of = {texts[j].id: j for j in missing}
-        for part, kv, count in self._make([texts[j] for j in missing]):
+        for part, kv, count, stores in self._make([texts[j] for j in missing]):
             for text, record, n in zip(part, as_records(self.store, kv), count, strict=True):
                 rows[row_of[text.id]] = record
                 filled[row_of[text.id]] = n
             if self.references.writable:
                 try:
-                    self._keep(part, kv, count, wait=1)
+                    self._keep(part, kv, count, stores, wait=1)
                 except UserError:  # another process changes the base: it is encoded again next time
                     pass
 
@@ -772,14 +772,14 @@ class MemoryBank:
         n = self.references.count_live()
         with tqdm(total=n, initial=n - len(todo), unit=" memories", disable=not progress) as bar:
             for texts in self._windows(todo):
-                for part, kv, count in self._make(texts, batch):
-                    self._keep(part, kv, count)
+                for part, *made in self._make(texts, batch):
+                    self._keep(part, *made)
                     bar.update(len(part))
         return len(todo)
 
     def _make(self, texts, batch=64):
-        """Yields (Texts, kv (n, Lm, 2, Hkv, S, dh) on the CPU, count (n,) list), all of `texts`.
-        For codes, what memories.bin has is not encoded again."""
+        """Yields (Texts, kv (n, Lm, 2, Hkv, S, dh) on the CPU, count (n,) list, stores to put them
+        into), until all of `texts` came. For codes, what memories.bin has is not encoded again."""
         if self.codec:
             memories = self.stores[0]
             rows = np.empty((len(texts), memories.record_bytes), np.uint8)
@@ -787,7 +787,8 @@ class MemoryBank:
             there = np.flatnonzero(filled)
             if len(there):
                 kv = torch.from_numpy(rows[there]).view(len(there), *self.shape[:-1], -1)
-                yield [texts[j] for j in there], kv.view(self.dtype), filled[there].tolist()
+                part = [texts[j] for j in there]
+                yield part, kv.view(self.dtype), filled[there].tolist(), [self.store]
             texts = [text for text, n in zip(texts, filled, strict=True) if n == 0]
         # Batches of one length, the longest first: no padding to compute, and what does not fit
         # into the device's memory fails at once.
@@ -804,16 +805,21 @@ class MemoryBank:
                 kv = made.kv.to("cpu", self.dtype)
                 line = f"{self.path}: the memory of reference {part[0].id} or a neighbour has NaN"
                 check(kv.isfinite().all(), f"{line} or infinity: the model's weights are damaged")
-                yield part, kv, made.count.tolist()
+                yield part, kv, made.count.tolist(), self.stores
 
-    def _keep(self, texts, kv, count, wait=WAIT):
-        """Stores memories in all files, under the lock and only of texts that have not changed."""
-        records = [as_records(store, kv) for store in self.stores]
+    def _keep(self, texts, kv, count, stores, wait=WAIT):
+        """Stores memories: as numbers or codes, as each store has them."""
+        records = [(store, as_records(store, kv)) for store in stores]
+        self._put(texts, records, count, wait)
+
+    def _put(self, texts, records, count, wait=WAIT):
+        """Stores records [(store, rows (n, record_bytes) uint8), ...] of Texts, under the lock and
+        only of texts that are still what they were."""
         with self.references.transaction(wait):
             now = self.references.rows([text.id for text in texts])
             for j, text in enumerate(texts):
                 if now[j] == text:
-                    for store, rows in zip(self.stores, records, strict=True):
+                    for store, rows in records:
                         store.write(text, rows[j], count[j])
 
     def _need_model(self, why):
@@ -862,8 +868,8 @@ class MemoryBank:
         for texts in self._windows(ids):
             filled = self.store.read(texts, list(room[: len(texts)]))
             missing = [text for text, n in zip(texts, filled, strict=True) if n == 0]
-            for part, kv, count in self._make(missing):
-                self._keep(part, kv, count)
+            for part, *made in self._make(missing):
+                self._keep(part, *made)
 
     def quantize(self, spec=None, progress=True):
         """Makes the quantized memories (sec. 3.3) beside the others, or completes them; returns the

@@ -226,24 +226,28 @@ def random_bank(b, folder, queries, codec=None):
     texts = np.random.default_rng(0).integers(0, config.vocab_size, (n, config.ref_len))
     references = corpus.References.create(f"{path}.refs", texts, config.vocab_size)
     writer = SimpleNamespace(config=config, device=b.device, fingerprint=lambda: "random")
-    bank = MemoryBank.create(path, writer, references, codec=codec)
+    MemoryBank.create(path, writer, references)
     if codec:
+        (path / "codes").mkdir()
+        codec.save(path / "codes")
         some = random_codes(config, codec, 64)
     else:
         some = torch.randn(64, *config.memory_shape).bfloat16()
+    bank = MemoryBank.open(path, writer, codes=codec is not None, cache=0)
+    rows = some.view(torch.uint8).view(64, record).numpy()
     for ids in np.array_split(np.arange(n), -(-n // 64)):
-        count = torch.full((len(ids),), config.memory_tokens)
-        bank._put(ids, some[: len(ids)], count)
-    return MemoryBank.open(path, writer, references, cache=0)
+        texts = bank.references.rows(ids)
+        bank._put(texts, [(bank.store, rows)], [config.memory_tokens] * len(ids))
+    return bank
 
 
 def drop(bank):
     """Takes a bank's records out of the page cache. Were they gone? None: no telling."""
-    fd = bank.file.fileno()
+    fd = bank.store.fd
     try:
         os.fsync(fd)  # what is not on the drive yet would stay
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.preadv(fd, [bytearray(1)], len(bank) // 2 * bank.record_bytes, os.RWF_NOWAIT)
+        os.preadv(fd, [bytearray(1)], len(bank) // 2 * bank.store.stride, os.RWF_NOWAIT)
         return False  # it came without waiting for the drive
     except BlockingIOError:
         return True
@@ -255,6 +259,7 @@ def readers(bank, k):
     """{name: function}: k random records, others each time, by three ways. The bank's recall
     also verifies checksums, and brings them to the device."""
     size = bank.record_bytes
+    stride = bank.store.stride
     file = bank.path / "memories.bin"
     worst_case = WorstCase(len(bank))
     fd = os.open(file, os.O_RDONLY)
@@ -269,14 +274,14 @@ def readers(bank, k):
         ids = some_ids()
 
         def read(j):
-            os.preadv(fd, [rows[j]], int(ids[j]) * size)
+            os.preadv(fd, [rows[j]], int(ids[j]) * stride)
 
         for _ in threads.map(read, range(k)):
             pass
         return rows
 
     def memmap():  # a new map each time: pages stay in the page cache as long as they are mapped
-        return np.memmap(file, np.uint8, "r").reshape(-1, size)[some_ids()]
+        return np.memmap(file, np.uint8, "r").reshape(-1, stride)[some_ids(), :size]
 
     def ours():
         return bank.recall(some_ids())

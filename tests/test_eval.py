@@ -58,15 +58,14 @@ def world(tmp_path_factory, tok):
     w = World(tmp_path_factory.mktemp("eval") / "world", tok)
     lines = [json.dumps(row) + "\n" for row in questions()]
     (w.data / "questions.jsonl").write_text("".join(lines))
-    w.codes = w.bank.with_name("kb.codes")
-    w.open()[1].quantize(str(w.codes))
+    w.open()[1].quantize(progress=False)
     return w
 
 
 @pytest.fixture
 def asker(world):
     retriever, bank = world.open()
-    codes = MemoryBank.open(str(world.codes), world.model, bank.references)
+    codes = MemoryBank.open(world.bank, world.model, codes=True)
     return Asker(world.model, world.tok, bank.references, retriever, bank, codes)
 
 
@@ -503,7 +502,7 @@ def test_items_are_made_from_what_is_held_out(world, tok, monkeypatch):
 
 def args(world, *more, **changes):
     flags = dict(checkpoint=world.checkpoint, data=world.data, bank=world.bank, device="cpu")
-    flags |= dict(codes=world.codes, questions=6, examples=1) | changes
+    flags |= dict(questions=6, examples=1) | changes
     return [*(str(x) for k, v in flags.items() for x in (f"--{k}", v)), *more]
 
 
@@ -542,11 +541,14 @@ def test_main_without_questions(world, tmp_path, capsys):
     lines = [dict(question=row["question"], answer=row["answer"]) for row in questions()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = args(world, examples=0, questions_file=path)
-    flags = flags[: flags.index("--codes")] + flags[flags.index("--codes") + 2 :]
-    result = evaluation.main(flags)
+    (world.bank / "codes").rename(tmp_path / "codes")
+    try:
+        result = evaluation.main(flags)
+    finally:
+        (tmp_path / "codes").rename(world.bank / "codes")
     out = capsys.readouterr().out
-    assert "the right reference: left out" in out and "hit rate" not in out
-    assert f"--out {world.bank} --quantize out/data/kb.codes" in out
+    assert "the right reference: left out" in out and "hit rate:" not in out
+    assert f"--out {world.bank} --quantize" in out
     assert result["hit_rate"] is None and set(result["conditions"]["rag"]["exact"]) == {"all"}
     assert set(result["conditions"]) == set(CONDITIONS) - {"oracle", "quantized"}
     (world.data / "questions.jsonl").rename(tmp_path / "hidden")
@@ -572,15 +574,12 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch):
         (dict(checkpoint="nowhere.pt"), "nowhere.pt: no checkpoint there"),
         (dict(checkpoint="other.pt"), "kb.bank"),
         (dict(checkpoint="foreign.pt"), "trained with tokenizer gpt2:12345678"),
-        (dict(codes="nowhere.codes"), "nowhere.codes"),
-        (dict(bank="no.bank"), f"no.bank: no memories here; .*{world.data} --references kb --out"),
+        (dict(bank="no.bank"), f"no.bank: no knowledge base here; .*{world.data} --references"),
         (dict(data=tmp_path / "nodata"), "nodata/meta.json is missing"),
-        (dict(references="nokb"), "nokb.bin is missing"),
         (dict(questions_file="nowhere.jsonl"), "nowhere.jsonl is missing"),
         (dict(questions_file=long), "are more than max_context = 190"),
         (dict(questions_file=beyond), "names reference 17, and .* has 17"),
         (dict(checkpoint="nowhere.pt", json=tmp_path), "is a directory"),  # before the work
-        (dict(codes=world.bank), "is a bank of numbers, not of codes"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=line) as e:
             evaluation.main(args(world, **changes))

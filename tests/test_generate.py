@@ -502,7 +502,7 @@ def test_a_tiny_temperature_is_the_likeliest_token():
 def test_the_bank_follows_the_data(world, capsys):
     """Memories of the demo read for another knowledge base; a cure that writes a wrong bank."""
     assert generation.place(generation.BANK, "data/cities/", "kb") == "out/cities/kb.bank"
-    assert generation.place(generation.CODES, "/x/y", "other") == "out/y/other.codes"
+    assert generation.place(generation.BANK, "/x/y", "other") == "out/y/other.bank"
     assert generation.place("mine {0}", "/x/y", "other") == "mine {0}"
     a = argparse.Namespace(checkpoint="c.pt", data=str(world.data), references="kb")
     a.bank = str(world.bank.with_name("none.bank"))

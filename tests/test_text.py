@@ -46,8 +46,7 @@ def world(tmp_path_factory):
         context=T,
         progress=False,
     )
-    w.codes = w.bank.with_name("kb.codes")
-    w.open()[1].quantize(str(w.codes))
+    w.open()[1].quantize(progress=False)
     return w
 
 
@@ -78,7 +77,7 @@ def test_text_losses_are_those_of_the_windows(world, opened):
     left out, random memories that are the recalled ones."""
     windows, n = opened
     conditions = ["plain", "none", "random", "recalled", "quantized", "rag"]
-    codec = MemoryBank.open(str(world.codes), world.model).codec
+    codec = MemoryBank.open(world.bank, world.model, codes=True).codec
     losses = text_losses(world.model, windows, n, conditions, codec, batch=3)
     ids = windows.neighbors[: n * 3, 0].reshape(n, 3)
     for name, kind in (("plain", dict(plain=True)), ("none", {})):
@@ -150,12 +149,12 @@ def test_main_text_and_leak(world, tmp_path, capsys):
     """A table without a condition, or one that says "quantized" and has no codes; --n_recall that
     is not heard; a flag of another command that is accepted and dropped."""
     path = tmp_path / "new/text.json"
-    result = text.main(args(world, "--codes", world.codes, "--json", path))
+    result = text.main(args(world, "--bank", world.bank, "--json", path))
     assert json.loads(path.read_text()) == result
     assert set(result["losses"]) == set(evaluation.CONDITIONS) - {"oracle"}
     out = capsys.readouterr().out
     assert "| recalled: by chunks c-2..c, as in training |" in out and "not applicable" in out
-    fewer = text.main(args(world, "--codes", "nowhere", "--n_recall", "1"))
+    fewer = text.main(args(world, "--bank", "nowhere", "--n_recall", "1"))
     assert "quantized memories: left out, for nowhere" in capsys.readouterr().out
     assert "quantized" not in fewer["losses"]
     assert fewer["losses"]["recalled"] != result["losses"]["recalled"]
@@ -169,7 +168,7 @@ def test_main_text_and_leak(world, tmp_path, capsys):
                 command.main(args(world, *wrong))
             assert e.value.code == 2
     with pytest.raises(SystemExit):
-        leaking.main(args(world, "--codes", world.codes))  # it reads none
+        leaking.main(args(world, "--bank", world.bank))  # it reads none
     with pytest.raises(UserError, match="unsaid.bin is missing"):
         text.main(args(world, "--split", "unsaid"))
     with pytest.raises(UserError, match="is a directory: give a file"):

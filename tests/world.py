@@ -13,7 +13,7 @@ import corpus
 from bank import MemoryBank
 from memory import Memories
 from model import Config, Memory3, save_checkpoint
-from retrieval import Retriever
+from retrieval import Live, Retriever
 
 
 class Bank:
@@ -83,7 +83,9 @@ class World:
         Retriever.build(f"{self.data}/kb.index", refs, str(self.data), progress=False)
         self.checkpoint, self.bank = root / "model.pt", root / "kb.bank"
         self.model = self.save(self.checkpoint, seed=1)
-        MemoryBank.create(str(self.bank), self.model, refs).write()
+        bank = MemoryBank.create(self.bank, self.model, refs)
+        bank.write()
+        Live.build(bank.references, progress=False)
 
     def save(self, path, seed, tokenizer=None, **changes):
         torch.manual_seed(seed)
@@ -116,10 +118,8 @@ class World:
         return model.eval()
 
     def open(self):
-        refs = corpus.References.open(f"{self.data}/kb")
-        return Retriever.open(f"{self.data}/kb.index"), MemoryBank.open(
-            str(self.bank), self.model, refs
-        )
+        bank = MemoryBank.open(self.bank, self.model)
+        return Live.open(bank.references), bank
 
     def args(self, *more, **changes):
         flags = dict(checkpoint=self.checkpoint, data=self.data, bank=self.bank, device="cpu")
@@ -128,7 +128,9 @@ class World:
 
 
 def bytes_of(folder):
-    return {p: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    """The files of a folder; SQLite's log and its index are there while a process reads."""
+    found = {p: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {p: data for p, data in found.items() if not p.name.endswith(("-wal", "-shm"))}
 
 
 def prompt_of(world, text):
