@@ -19,12 +19,8 @@ setup: .venv/ready
 $(DATA)/meta.json: $(DATA)/prepare.py $(DATA)/wordings.py $(DATA)/tokenizer.json | .venv/ready
 	$(PY) $(DATA)/prepare.py
 
-$(DATA)/kb.index/meta.json: $(DATA)/meta.json
-	$(PY) retrieval.py index --data $(DATA) --references kb
-
-demo: .venv/ready $(DATA)/kb.index/meta.json
-	$(PY) write.py --checkpoint checkpoints/toy --quantize out/cities/kb.codes \
-		--codec Residual2x10,PQ16x8
+demo: .venv/ready $(DATA)/meta.json
+	$(PY) write.py --checkpoint checkpoints/toy --codec Residual2x10,PQ16x8
 	$(PY) eval.py --json out/demo.json
 
 test: .venv/ready

@@ -64,6 +64,7 @@ INDICES = [
     "CREATE INDEX by_hash ON texts (hash)",
     "CREATE INDEX deleted ON texts (id) WHERE live = 0",
 ]
+HAS_BASE = "SELECT 1 FROM sqlite_master WHERE name = 'base'"
 INSERT = "INSERT INTO texts VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -151,22 +152,26 @@ class Texts:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(path / "texts.sqlite", timeout=WAIT, isolation_level=None)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("BEGIN IMMEDIATE")
-        made = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'base'").fetchall()
-        if not made:  # else another process was quicker
-            for statement in [BASE, TEXTS, *INDICES]:
-                db.execute(statement)
-            line = json.dumps(dict(format=FORMAT, id=uuid.uuid4().hex, **meta))
-            db.execute("INSERT INTO base VALUES (?, ?)", (line, zlib.crc32(line.encode())))
-            sources = sources or [{}] * len(sequences)
-            for i, (tokens, source) in enumerate(zip(sequences, sources, strict=True)):
-                live = int(len(tokens) > 0)
-                packed = pack(tokens, meta, path) if live else b""
-                db.execute(INSERT, make_text(i, 1, live, packed, source))
-        db.execute("COMMIT")
-        db.close()
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("BEGIN IMMEDIATE")
+            if not db.execute(HAS_BASE).fetchall():  # else another process was quicker
+                Texts._fill(db, path, meta, sequences, sources or [{}] * len(sequences))
+            db.execute("COMMIT")
+        finally:
+            db.close()
         return Texts(path)
+
+    @staticmethod
+    def _fill(db, path, meta, sequences, sources):
+        for statement in [BASE, TEXTS, *INDICES]:
+            db.execute(statement)
+        line = json.dumps(dict(format=FORMAT, id=uuid.uuid4().hex, **meta))
+        db.execute("INSERT INTO base VALUES (?, ?)", (line, zlib.crc32(line.encode())))
+        for i, (tokens, source) in enumerate(zip(sequences, sources, strict=True)):
+            live = int(len(tokens) > 0)
+            packed = pack(tokens, meta, path) if live else b""
+            db.execute(INSERT, make_text(i, 1, live, packed, source))
 
     @staticmethod
     def exists(path):
@@ -176,16 +181,18 @@ class Texts:
             return False
         db = sqlite3.connect(file)
         try:
-            return bool(db.execute("SELECT 1 FROM sqlite_master WHERE name = 'base'").fetchall())
+            return bool(db.execute(HAS_BASE).fetchall())
         except sqlite3.DatabaseError:
             return True  # opening it will say what is wrong
         finally:
             db.close()
 
     def _read_meta(self):
-        tables = self.run("SELECT 1 FROM sqlite_master WHERE name = 'base'")
         cure = f"python write.py --out {self.path}"
-        check(tables, f"{self.file} holds no base, its creation was cut short; make it: {cure}")
+        check(
+            self.run(HAS_BASE),
+            f"{self.file} holds no base, its creation was cut short; make it: {cure}",
+        )
         rows = self.run("SELECT meta, seal FROM base")
         whole = len(rows) == 1 and zlib.crc32(str(rows[0][0]).encode()) == rows[0][1]
         check(whole, f"{self.file} is damaged: {RESTORE}")
@@ -230,7 +237,7 @@ class Texts:
         except sqlite3.ProgrammingError:
             raise
         except sqlite3.DatabaseError as error:
-            why = str(error)
+            why = str(error).splitlines()[0]
             if "locked" in why:
                 cure = f"another process has been changing it for {WAIT} s: end it, or try later"
             elif "full" in why:
@@ -553,16 +560,16 @@ class MemoryBank:
         self.device = model.device if model else torch.device("cpu")
         self.window = max(1, WINDOW // (math.prod(self.shape) * self.dtype.itemsize))
 
-        # every file of records: what is encoded goes into all of them, what is deleted leaves all
-        self.stores = [self._store("memories.bin", self.shape[-1] * self.dtype.itemsize)]
-        if (self.path / "codes" / "codec.npz").exists():
-            codec = load_codec(self.path).to(self.device)
-            self.stores.append(self._store("codes/codes.bin", codec.bytes, codec))
+        self.memories = self._store("memories.bin", self.shape[-1] * self.dtype.itemsize)
+        self.codes = None
+        self.codes_made = None  # when their codec was written
+        self._look_for_codes()
         cure = f"make them with: python write.py --out {path} --quantize"
         check(not codes or self.quantized, f"{path} has no quantized memories; {cure}")
-        self.store = self.stores[1 if codes else 0]  # the one that recall reads
+        self.store = self.codes if codes else self.memories  # what recall reads
         self.codec = self.store.codec
         self.record_bytes = self.store.record_bytes
+        self.vector = self.record_bytes // math.prod(self.shape[:-1])  # bytes of a key, of a value
 
         self.cache = {}  # id -> Kept, the least recently used first
         self.cache_size = cache
@@ -585,7 +592,24 @@ class MemoryBank:
     @property
     def quantized(self):
         """Whether there are quantized memories beside the others."""
-        return len(self.stores) == 2
+        return self.codes is not None
+
+    @property
+    def stores(self):
+        """Every file of records: what is encoded goes into all, what is deleted leaves all."""
+        self._look_for_codes()
+        return [self.memories, self.codes] if self.quantized else [self.memories]
+
+    def _look_for_codes(self):
+        """Opens the codes; whatever process has made them since, a deleted fact must leave them."""
+        file = self.path / "codes" / "codec.npz"
+        made = file.stat().st_mtime_ns if file.exists() else None
+        if made != self.codes_made:
+            self.codes_made = made
+            self.codes = None
+            if made:
+                codec = load_codec(self.path).to(self.device)
+                self.codes = self._store("codes/codes.bin", codec.bytes, codec)
 
     @staticmethod
     def create(path, model, references, dtype="bfloat16"):
@@ -669,7 +693,7 @@ class MemoryBank:
         buffer = self._buffer(len(texts))
         filled = self._load(texts, buffer.numpy())  # (n,)
         kv = buffer.to(self.device, non_blocking=True)
-        kv = kv.view(len(texts), *self.shape[:-1], -1)  # bytes
+        kv = kv.view(len(texts), *self.shape[:-1], self.vector)  # bytes
         if not self.codec:
             kv = kv.view(self.dtype)  # (n, Lm, 2, Hkv, S, dh)
         elif decode:  # only the codes crossed the bus
@@ -781,9 +805,8 @@ class MemoryBank:
         """Yields (Texts, kv (n, Lm, 2, Hkv, S, dh) on the CPU, count (n,) list, stores to put them
         into), until all of `texts` came. For codes, what memories.bin has is not encoded again."""
         if self.codec:
-            memories = self.stores[0]
-            rows = np.empty((len(texts), memories.record_bytes), np.uint8)
-            filled = memories.read(texts, list(rows))
+            rows = np.empty((len(texts), self.memories.record_bytes), np.uint8)
+            filled = self.memories.read(texts, list(rows))
             there = np.flatnonzero(filled)
             if len(there):
                 kv = torch.from_numpy(rows[there]).view(len(there), *self.shape[:-1], -1)
@@ -927,7 +950,9 @@ def copy_tokenizer(data, path, n_vocab):
         tokenizer = corpus.tokenizer(data)
         tokenizer.save(path / "tokenizer.json")
         tokenizer_id = tokenizer.id
-    meta = dict(name=path.name, tokenizer=".", tokenizer_id=tokenizer_id, n_vocab=n_vocab)
+    meta = dict(name=path.name, n_vocab=n_vocab)
+    if tokenizer_id:
+        meta |= dict(tokenizer=".", tokenizer_id=tokenizer_id)
     write_json(path / "meta.json", meta)
     return tokenizer_id
 
