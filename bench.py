@@ -94,7 +94,7 @@ def throughput(b):
     with torch.device(b.device):
         model = Memory3(b.config).to(b.dtype).eval()  # random weights
     model.fingerprint = lambda: "random"  # nobody is to hash all these weights
-    model.fuse = b.device.type == "cuda"  # as generate.open_model does on request
+    model.fuse(b.device.type == "cuda")
     search, how = baselines.searching(b)
     out = {}
     with tempfile.TemporaryDirectory(dir=b.tmp) as folder:
@@ -380,7 +380,7 @@ def decode_beside(b, batch):
     with torch.device(b.device):
         model = Memory3(config).to(b.dtype).eval()
     model.fingerprint = lambda: "random"
-    model.fuse = b.device.type == "cuda"
+    model.fuse(b.device.type == "cuda")
     tokens = torch.randint(config.vocab_size, (batch, C), device=b.device)
     n_memories = batch * config.n_recall
     pool = Memories(

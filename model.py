@@ -18,7 +18,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pickle
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -290,6 +289,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
+        self.fuse = False
 
     def forward(self, x, attend, cos=None, sin=None):
         """x (B, n, d) -> x after this layer, and what `attend` made besides (else None).
@@ -299,11 +299,12 @@ class Block(nn.Module):
         (B, H, n, dh) and what it made. y None: nobody needs x any more, and None comes back.
         (All that leaves a layer is returned by it: recomputation and FSDP look at nothing else.)
         """
-        q, k, v = self.begin(x, cos, sin)
+        begin, finish = self.parts()
+        q, k, v = begin(self, x, cos, sin)
         y, made = attend(q, k, v)
         if y is None:
             return None, made
-        return self.finish(x, y), made
+        return finish(self, x, y), made
 
     def begin(self, x, cos=None, sin=None):
         """What precedes the attention: the norm and the projections, as Attention.project."""
@@ -313,6 +314,10 @@ class Block(nn.Module):
         """What follows the attention: W_O, the residual, the MLP. y (B, H, n, dh)."""
         x = x + self.attn.merge(y)
         return x + self.mlp(self.norm2(x))
+
+    def parts(self):
+        """Block.begin and Block.finish, or the same compiled (see Memory3.fuse)."""
+        return fused_parts() if self.fuse else (Block.begin, Block.finish)
 
 
 @functools.cache
@@ -363,8 +368,6 @@ class Memory3(nn.Module):
     recompute (False): with True the backward computes each layer's activations again instead of
     keeping them, in forward and in write: the memory of one layer instead of all, for a third more
     time. The gradients are the same, to the last bit on a CPU.
-    fuse (False, or True where the environment has MEMORY3_FUSE=1): `decode` runs through
-    torch.compile. The first steps then wait for the compiler; the later ones start fewer kernels.
     """
 
     def __init__(self, config):
@@ -377,7 +380,6 @@ class Memory3(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         self.recompute = False
-        self.fuse = os.environ.get("MEMORY3_FUSE") == "1"
         self.known_hash = None  # of the weights, from a checkpoint or before they were rounded
         self.apply(self._init)
         for name, p in self.named_parameters():  # GPT-2's: keep the residual's size over depth
@@ -429,6 +431,14 @@ class Memory3(nn.Module):
         self.to(dtype)
         self.keep_hash(digest)
         return self
+
+    def fuse(self, yes=True):
+        """Runs what lies between the matrix products of a layer through torch.compile, or not.
+
+        The first steps then wait for the compiler, the later ones start fewer kernels.
+        """
+        for block in self.blocks:
+            block.fuse = yes
 
     def _header(self, batch):
         return torch.tensor(self.config.header, device=self.device).expand(batch, -1)  # (B, P)
@@ -506,7 +516,7 @@ class Memory3(nn.Module):
         A memory layer's buffer is [header | memory slots | context]: with the memories in place,
         eq. (3.1) is ordinary attention over one buffer.
         """
-        begin, finish = fused_parts() if self.fuse else (Block.begin, Block.finish)
+        begin, finish = self.blocks[0].parts()
         x = self.embed(tokens).unsqueeze(1)  # (B, 1, d)
         cos, sin = cache.grow()  # (1, dh)
         for l, block in enumerate(self.blocks):

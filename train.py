@@ -290,8 +290,8 @@ def check_tokenizer(cfg, config, meta):
     return tokenizer.id
 
 
-def compiled(function, device):
-    """torch.compile, or the function as it is where there is no compiler."""
+def can_compile(device):
+    """Whether torch.compile works here; says so where it does not."""
 
     def double(x):
         return 2 * x
@@ -301,8 +301,8 @@ def compiled(function, device):
     except (RuntimeError, ImportError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         print(f"--compile: runs on without, as nothing can be compiled here ({reason})")
-        return function
-    return torch.compile(function)
+        return False
+    return True
 
 
 def fit_micro_batch(cfg, windows, model, step_loss, cast, device, size):
@@ -527,7 +527,7 @@ def main(cfg, config=None):
     if state:
         parallel.scatter(model, optimizer, state)
     if cfg.compile:
-        step_loss = compiled(step_loss, device)
+        model.fuse(can_compile(device))
     micro = fit_micro_batch(cfg, train, model, step_loss, cast, device, size)
     cfg = replace(cfg, micro_batch=micro)
     peak = peak_flops(device)

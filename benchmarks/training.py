@@ -23,7 +23,8 @@ class TrainingStep:
         with torch.device(b.device):
             self.model = Memory3(config)
         self.optimizer = make_optimizer(self.model, cfg)
-        self.loss_on = torch.compile(loss_on) if b.compile else loss_on
+        self.model.fuse(b.compile)
+        self.loss_on = loss_on
 
     def batch(self, micro, explicit):
         """-> tokens (micro, T), targets, references (micro*n_chunks, ref_len) and the table."""

@@ -26,6 +26,7 @@ from conftest import ROOT, TINY
 import common
 import corpus
 import cost
+import model as model_module
 import retrieval
 import train
 from common import UserError
@@ -620,7 +621,10 @@ def test_compile_changes_no_loss_and_no_name_in_files(data, tmp_path, monkeypatc
     explicit stage has the same losses, and its checkpoint names weights as always."""
     plain = run(data, tmp_path / "a", "explicit", steps=3, lr=1e-3)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model_module.fused_parts.cache_clear()
     traced = run(data, tmp_path / "b", "explicit", steps=3, lr=1e-3, compile=True)
+    assert model_module.fused_parts.cache_info().hits > 0
+    model_module.fused_parts.cache_clear()
     assert np.allclose(plain["losses"], traced["losses"], rtol=1e-5)
     a, b = (torch.load(tmp_path / d / "last.pt", weights_only=True) for d in "ab")
     assert a["model"].keys() == b["model"].keys()
