@@ -184,6 +184,8 @@ DIGITS_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 )
 KINDS = "give a byte-level BPE tokenizer.json, as those of GPT-2, Llama 3, Qwen or SmolLM"
+# a space before the first word, as convert.py writes it
+FIRST_SPACE = dict(type="Metaspace", replacement=" ", prepend_scheme="first", split=False)
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|endoftext|>", "<bos>", "[BOS]", "<|im_start|>")
 
 
@@ -250,9 +252,11 @@ def _pattern_of(made, path):
     )
     step = made.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", []) if step.get("type") == "Sequence" else [step]
+    prefix_space = FIRST_SPACE in steps
+    steps = [step for step in steps if step != FIRST_SPACE]
     kinds = [step.get("type") for step in steps]
     check(kinds and kinds[-1] == "ByteLevel", f"{path}: not byte-level: {KINDS}")
-    prefix_space = bool(steps[-1].get("add_prefix_space"))
+    prefix_space = prefix_space or bool(steps[-1].get("add_prefix_space"))
     by_gpt2 = steps[-1].get("use_regex", True)
     if kinds == ["ByteLevel"] and by_gpt2:
         return GPT2_PATTERN, prefix_space
