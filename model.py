@@ -340,23 +340,48 @@ def cross_entropy(head, x, targets):
     return F.cross_entropy(head(x).float(), targets, ignore_index=-1)
 
 
-def loss_in_parts(head, x, targets):
-    """As cross_entropy, without the logits of all tokens at once.
+class _LossInParts(torch.autograd.Function):
+    """The loss and its gradients, part by part: a part's logits are gone when the next one's come.
 
-    A part of the tokens at a time; the backward computes its logits once more. A few logits are one
-    part, and then nothing is done twice.
+    A loss is one number, so its gradient is known up to a factor before the backward begins. Each
+    part computes its own at once, and no logits are kept or made twice.
     """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, size):
+        training = any(ctx.needs_input_grad)
+        n_targets = (targets >= 0).sum()
+        loss = torch.zeros((), device=x.device)
+        dx = torch.empty_like(x) if training else None  # (n, d)
+        dweight = torch.zeros_like(weight) if training else None  # (V, d)
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            with torch.set_grad_enabled(training):
+                part = x[rows].detach().requires_grad_(training)  # (size, d)
+                head = weight.detach().requires_grad_(training)
+                logits = F.linear(part, head).float()  # (size, V)
+                total = F.cross_entropy(logits, targets[rows], ignore_index=-1, reduction="sum")
+                part_loss = total / n_targets  # its share of the mean
+            loss += part_loss.detach()
+            if training:
+                dpart, dhead = torch.autograd.grad(part_loss, [part, head])
+                dx[rows] = dpart
+                dweight += dhead
+        ctx.save_for_backward(dx, dweight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dweight = ctx.saved_tensors
+        return dx * dloss, dweight * dloss, None, None
+
+
+def loss_in_parts(head, x, targets):
+    """As cross_entropy, without the logits of all tokens at once (and with a few, in one part)."""
     size = max(1, MOST_LOGITS // head.out_features)
     if len(x) <= size:
         return cross_entropy(head, x, targets)
-    n_targets = (targets >= 0).sum()
-    loss = 0.0
-    for part, part_targets in zip(x.split(size), targets.split(size), strict=True):
-        args = (head, part, part_targets)
-        mean = checkpoint(cross_entropy, *args, use_reentrant=False, preserve_rng_state=False)
-        n = (part_targets >= 0).sum()
-        loss = loss + torch.where(n > 0, mean, 0) * (n / n_targets)  # the mean of nothing is nan
-    return loss
+    return _LossInParts.apply(x, head.weight, targets, size)
 
 
 # -- The decoder ------------------------------------------------------------------------------
