@@ -1,0 +1,181 @@
+"""What fits on my card: the most memory that a training step of a shape holds at once.
+
+    python benchmarks/fits.py --preset 2.4b --context 2048
+    python benchmarks/fits.py --preset 2.4b --context 2048 --measure      and runs it, on this GPU
+
+Counted, not estimated: a whole step of train.py runs on tensors that have shapes and no numbers
+(PyTorch's FakeTensor), and every storage is counted from its making to its end: weights, gradients,
+AdamW's states, activations, and what lies between. Not counted: the CUDA context and the libraries'
+workspaces (about 1 GB together), and what the allocator loses between blocks.
+"""
+
+import argparse
+import math
+import sys
+import weakref
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train  # noqa: E402
+from common import check, run  # noqa: E402
+from model import PRESETS, Config, Memory3  # noqa: E402
+
+# what each row of the table changes, and its flags
+CASES = {
+    "as it is": {},
+    "--recompute": dict(recompute=True),
+    "--param_dtype bfloat16": dict(param_dtype="bfloat16"),
+    "--param_dtype bfloat16 --recompute": dict(param_dtype="bfloat16", recompute=True),
+}
+CARDS = (16, 24, 40, 80, 141)  # GB
+
+
+class Counted(TorchDispatchMode):
+    """Bytes of the storages that are alive, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = {}  # bytes of each storage
+        self.now = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.count(x.untyped_storage())
+        return out
+
+    def count(self, storage):
+        key = storage._cdata
+        if key in self.alive:
+            return  # a view, or changed in place
+        self.alive[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key):
+        self.now -= self.alive.pop(key)
+
+
+def step(config, cfg, device):
+    """One step of cfg.batch windows, all at a time, as train.py's: the second of a run, for AdamW's
+    states are there from the first on."""
+    dtype = getattr(torch, cfg.param_dtype)
+    with torch.device(device):
+        torch.set_default_dtype(dtype)  # of the weights that are made now
+        model = Memory3(config)
+        torch.set_default_dtype(torch.float32)
+        model.recompute = cfg.recompute
+        optimizer = train.make_optimizer(model, cfg)
+        for p in model.parameters():
+            states = (
+                torch.zeros_like(p, dtype=torch.float32),
+                torch.zeros_like(p, dtype=torch.float32),
+            )
+            optimizer.state[p] = dict(exp_avg=states[0], exp_avg_sq=states[1])
+            optimizer.state[p]["step"] = 1 if cfg.param_dtype == "bfloat16" else torch.tensor(1.0)
+        tokens = torch.zeros((cfg.batch, cfg.context), dtype=torch.int64)
+        references = recall = None
+        if cfg.stage == "explicit":
+            n_chunks = cfg.context // config.chunk_len
+            n = cfg.batch * n_chunks
+            references = torch.zeros((n, config.ref_len), dtype=torch.int64)
+            recall = torch.zeros((cfg.batch, n_chunks, config.n_recall), dtype=torch.int64)
+    bf16 = cfg.dtype == "bfloat16"
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+        loss = train.loss_on(model, (tokens, tokens, references, recall), device)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    optimizer.step()
+
+
+def counted(config, cfg):
+    """The most bytes of a step, with the fused attention of a GPU, whose tensors are the CPU's."""
+    counter = Counted()
+    fused = mock.patch("memory.attention_path", lambda *rest: ("cpu-flash", "counted"))
+    # tokens without numbers cannot be checked
+    unchecked = mock.patch("torch.compiler.is_compiling", lambda: True)
+    with FakeTensorMode(), fused, unchecked, counter:
+        step(config, cfg, "cpu")
+    return counter.peak
+
+
+def measured(config, cfg):
+    """The most bytes that PyTorch's allocator held in a step on this GPU, or None: too few."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        step(config, cfg, "cuda")
+    except torch.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated()
+
+
+def windows_that_fit(one, eight, sixteen):
+    """Peaks of 1, 8, 16 windows -> bytes of one, of each more, and how many fit each of CARDS.
+
+    With few windows the peak may be in the optimizer's step, which no window makes higher; with
+    many it is at the end of the forward pass, and every window adds the same.
+    >>> windows_that_fit(10e9, 12e9, 20e9)
+    (10000000000.0, 1000000000.0, [12, 20, 36, 76, 137])
+    """
+    each = (sixteen - eight) / 8
+    most = []
+    for size in CARDS:
+        n = 8 + math.floor((1e9 * size - eight) / each)
+        most.append(max(n, 0) if one <= 1e9 * size else 0)
+    return one, each, most
+
+
+def settings(stage, context, windows, dtype, changes):
+    return train.TrainConfig(stage=stage, context=context, batch=windows, dtype=dtype, **changes)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--preset", choices=list(PRESETS), default="2.4b", help="(default 2.4b)")
+    p.add_argument("--context", type=int, help="tokens of a window (default: the preset's most)")
+    p.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of products"
+    )
+    p.add_argument("--measure", action="store_true", help="also runs each step on this GPU")
+    args = p.parse_args(argv)
+    config = Config.preset(args.preset)
+    context = args.context or config.max_context
+    check(1 <= context <= config.max_context, f"--context {context}: 1 to {config.max_context}")
+    whole = context % config.chunk_len == 0
+    check(whole, f"--context {context}: no multiple of chunk_len {config.chunk_len}")
+    check(torch.cuda.is_available() or not args.measure, "--measure: there is no CUDA here")
+
+    print(f"{args.preset}, windows of {context} tokens, products in {args.dtype}")
+    cards = "".join(f"{size:>5}" for size in CARDS)
+    print(f"{'GB at the peak of a step':47}1 window  each more  windows on a card of{cards} GB")
+    rows = {}
+    for stage in ("implicit", "explicit"):
+        for flags, changes in CASES.items():
+            counts = [
+                counted(config, settings(stage, context, n, args.dtype, changes))
+                for n in (1, 8, 16)
+            ]
+            one, each, most = windows_that_fit(*counts)
+            fits = "".join(f"{n:>5}" for n in most)
+            line = f"{stage} {flags:36}{one / 1e9:9.2f}{each / 1e9:11.3f}{fits:>47}"
+            if args.measure:
+                here = measured(config, settings(stage, context, 1, args.dtype, changes))
+                line += f"  measured {here / 1e9:.2f}" if here else "  too large here"
+            print(line, flush=True)
+            rows[stage, flags] = one, each, most
+    return rows
+
+
+if __name__ == "__main__":
+    run(main)

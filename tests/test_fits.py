@@ -1,0 +1,70 @@
+"""benchmarks/fits.py: bytes counted on tensors without numbers."""
+
+import doctest
+
+import pytest
+import torch
+from conftest import TINY
+
+from benchmarks import fits
+from common import UserError
+from model import Config
+
+
+def test_storages_are_counted_once_and_until_their_end():
+    """Catches views and changes in place that count twice, and tensors that never leave."""
+    with fits.FakeTensorMode(), fits.Counted() as counter:
+        x = torch.zeros(50, 20)  # 4,000 bytes
+        y = x.view(-1)[3:]
+        y.add_(1)
+        assert counter.now == 4000
+        z = torch.cat([x, x])
+        assert counter.now == counter.peak == 12000
+        del z
+        assert counter.now == 4000
+        del x
+        assert counter.now == 4000  # y is still there
+        del y
+        assert counter.now == 0 and counter.peak == 12000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["implicit", "explicit"])
+def test_peak_of_a_step_has_all_its_parts(stage):
+    """Catches a peak without gradients, states or activations, of another number of windows, and
+    flags that do nothing."""
+    config = Config(**TINY | dict(n_layer=9))
+
+    def peak(windows, config=config, **changes):
+        cfg = fits.settings(stage, 84, windows, "bfloat16", changes)
+        return fits.counted(config, cfg)
+
+    n = config.n_params + 2 * 97 * 60  # weights, norms aside
+    one = peak(1)
+    assert one > 16 * n  # weights, gradients, two states
+    assert 12 * n < peak(1, param_dtype="bfloat16") < one
+    many = peak(40)
+    assert peak(40, recompute=True) < 0.6 * many
+    # what is kept for the backward grows with the layers: of each at least the inputs of its four
+    # products and of the activation, in bfloat16
+    deeper = peak(40, Config(**TINY | dict(n_layer=18)))
+    assert deeper - many > 9 * 40 * 84 * 2 * (60 + 60 + 60 + 34 + 2 * 34)
+
+
+@pytest.mark.slow
+def test_command_and_worked_example(capsys, monkeypatch):
+    """Catches a table without a row, and a window that the model cannot take."""
+    monkeypatch.setattr(fits, "CASES", {"--recompute": dict(recompute=True)})
+    monkeypatch.setitem(fits.PRESETS, "toy", dict(fits.PRESETS["toy"], n_layer=2, n_memory_layer=1))
+    rows = fits.main(["--preset", "toy", "--context", "64"])
+    assert list(rows) == [("implicit", "--recompute"), ("explicit", "--recompute")]
+    for one, each, most in rows.values():
+        assert 0 < each < one and most == sorted(most) and most[0] > 100
+    assert capsys.readouterr().out.count("--recompute") == 2
+    for context, line in (
+        ("513", "--context 513: 1 to 512"),
+        ("40", "no multiple of chunk_len 32"),
+    ):
+        with pytest.raises(UserError, match=line):
+            fits.main(["--preset", "toy", "--context", context])
+    assert doctest.testmod(fits).failed == 0
