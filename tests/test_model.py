@@ -1,5 +1,6 @@
 """The decoder: the plain model, the format with memories, writing, gradients, configs, files."""
 
+import doctest
 import math
 import shutil
 from dataclasses import asdict
@@ -592,6 +593,7 @@ def test_tied_embeddings_are_one_matrix(build):
         (dict(n_kv_head=4), "n_head 6 is not a multiple of n_kv_head 4"),
         (dict(head_dim=11), "head_dim 11 is odd"),
         (dict(header=()), "header is empty"),
+        (dict(n_layer=1000, mlp_width=2**20, n_head=1024), r"sizes of .* weights in all"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused_in_one_line(config, changes, line):
@@ -844,6 +846,12 @@ def test_a_loaded_model_that_changes_gets_another_fingerprint(build, tmp_path, m
         else:
             twin.load_state_dict(build(torch.float32, seed=4).state_dict())
         assert twin.fingerprint() != first
+
+
+def test_worked_examples():
+    """Catches a docstring that shows what the code no longer does."""
+    result = doctest.testmod(model_module)
+    assert result.attempted > 0 and result.failed == 0
 
 
 def test_legend_names_what_the_config_holds():
