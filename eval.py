@@ -29,6 +29,8 @@ import math
 import re
 import time
 from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,7 @@ CONDITIONS = dict(
     oracle="the right reference given",
     rag="text in context (RAG: the same {R} references)",
 )
+HEADS = "recalled, memories of {K} of {N} heads"  # with --memory_heads: the condition `heads`
 
 # -- Questions --------------------------------------------------------------------------------
 
@@ -200,8 +203,9 @@ def find_rows(a, references, tokenizer):
 class Asker:
     """Asks questions under a condition: exactness, nats and time of each answer."""
 
-    def __init__(self, model, tokenizer, references, retriever, bank, codes=None):
+    def __init__(self, model, tokenizer, references, retriever, bank, codes=None, heads=None):
         self.model = model
+        self.heads = heads  # the only ones with memories under the condition of this name
         self.tokenizer = tokenizer
         self.references = references
         self.retriever = retriever
@@ -260,13 +264,25 @@ class Asker:
                 groups[len(prompt), len(answer)].append((i, prompt, answer))
             if not row["sentences"]:
                 free[len(prompt)].append((i, prompt))
-        for group in tqdm(groups.values(), condition, leave=False):
-            for part in parts_of(group, batch):
-                self.follow(part, rows, condition, results)
-        for group in free.values():
-            for part in parts_of(group, batch):
-                self.freely(part, rows, condition, results)
+        with self.some_heads(condition):
+            for group in tqdm(groups.values(), condition, leave=False):
+                for part in parts_of(group, batch):
+                    self.follow(part, rows, condition, results)
+            for group in free.values():
+                for part in parts_of(group, batch):
+                    self.freely(part, rows, condition, results)
         return results
+
+    @contextmanager
+    def some_heads(self, condition):
+        """Under the condition `heads` only some heads of the model have memories."""
+        config = self.model.config
+        if condition == "heads":
+            self.model.config = replace(config, memory_heads=self.heads)
+        try:
+            yield
+        finally:
+            self.model.config = config
 
     def follow(self, part, rows, condition, results):
         """One batch of ask. part: (row number, prompt, answer), of one length each."""
@@ -308,13 +324,14 @@ class Asker:
         n_tokens = 0
         plain = condition in ("plain", "rag")
         for row in rows:
-            start = time.perf_counter()
-            prompt = self.prompt(row, condition)  # for RAG this searches
             answer = self.tokenizer.encode((row["sentences"] or [row["answer"]])[0])
-            retriever, bank = self.sources([row], condition)
-            tokens = torch.tensor([prompt])  # (1, T)
-            generate(self.model, tokens, len(answer), retriever, bank, plain=plain)
-            seconds += time.perf_counter() - start  # with what precedes the first token
+            with self.some_heads(condition):
+                start = time.perf_counter()
+                prompt = self.prompt(row, condition)  # for RAG this searches
+                retriever, bank = self.sources([row], condition)
+                tokens = torch.tensor([prompt])  # (1, T)
+                generate(self.model, tokens, len(answer), retriever, bank, plain=plain)
+                seconds += time.perf_counter() - start  # with what precedes the first token
             n_tokens += len(answer)
         return 1e3 * seconds / n_tokens
 
@@ -324,12 +341,23 @@ class Asker:
             return 0  # nothing is kept
         if condition == "quantized":
             return self.codes.record_bytes
+        if condition == "heads":  # what a bank of such a model would have
+            config = self.model.config
+            some = n_heads(replace(config, memory_heads=self.heads))
+            return self.bank.record_bytes * some // n_heads(config)
         if condition != "rag":
             return self.bank.record_bytes
         known = [row["reference"] for row in rows if row["reference"] >= 0]
         known = known or range(min(100, len(self.references)))
         texts = [self.tokenizer.decode(self.references[i]) for i in known]
         return float(np.mean([len(text.encode()) for text in texts]))
+
+
+def n_heads(config):
+    """How many key-value heads have memories."""
+    if config.kept_heads is not None:
+        return len(config.kept_heads)
+    return config.n_memory_layer * config.n_kv_head
 
 
 def parts_of(group, batch):
@@ -421,6 +449,7 @@ def parser():
     form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
     model_flags(p)
+    p.add_argument("--memory_heads", help="also ask with these alone: 3.0,3.1 (layer.head)")
     p.add_argument("--questions_file", help="other questions than DATA/questions.jsonl")
     p.add_argument(
         "--questions", type=number(int, 1), default=600, help="how many facts to ask for"
@@ -478,9 +507,15 @@ def main(argv=None):
     references, retriever, bank = open_memory(a, model)
     codes = open_codes(a, bank)
     rows = find_rows(a, references, tokenizer)
-    asker = Asker(model, tokenizer, references, retriever, bank, codes)
+    asker = Asker(model, tokenizer, references, retriever, bank, codes, a.memory_heads)
     check_lengths(asker, rows)
     conditions = list(CONDITIONS)
+    words = dict(R=model.config.n_recall, embedder=retriever.meta["embedder"])
+    names = {condition: text.format(**words) for condition, text in CONDITIONS.items()}
+    if a.memory_heads:
+        some = replace(model.config, memory_heads=a.memory_heads)  # refuses what is no head
+        names["heads"] = HEADS.format(K=n_heads(some), N=n_heads(model.config))
+        conditions.insert(conditions.index("quantized"), "heads")
     if codes is None:
         conditions.remove("quantized")
     known = all(row["reference"] >= 0 for row in rows)
@@ -490,8 +525,6 @@ def main(argv=None):
     n_asked = len(every_wording(rows))
     print(f"{len(rows):,} facts, {n_asked:,} wordings, {len(references):,} references")
     table = measure(asker, rows, conditions)
-    words = dict(R=model.config.n_recall, embedder=retriever.meta["embedder"])
-    names = {condition: text.format(**words) for condition, text in CONDITIONS.items()}
     print(f"\n{markdown(table, names)}\n")
     found = {condition: row.pop("found") for condition, row in table.items()}
     hit_rate = found["recalled"] if known else None

@@ -192,7 +192,8 @@ def steps_for(model, batch, n, plain, forced, temperature, top_k, top_p):
         return Steps(model, batch, n, *how)
     n = min(model.config.max_context, 1 << (n - 1).bit_length())
     places = tuple(p.data_ptr() for p in model.parameters())  # where a graph reads weights
-    key = (batch, n, how, model.config.n_recall, model.blocks[0].fuse, weights.dtype, places)
+    reading = (model.config.n_recall, model.config.memory_heads)
+    key = (batch, n, how, reading, model.blocks[0].fuse, weights.dtype, places)
     kept = vars(model).setdefault("steps", {})
     steps = kept.pop(key, None)
     if steps is None:

@@ -3,19 +3,19 @@
     python experiments/heads.py --shares 1 2 4 8
 
 All key-value heads of the memory layers keep tokens and read memories (the paper's choice). Here
-the questions of eval.py are asked again with the memories hidden from some of these heads, which
-then attend to header and context alone. The heads to keep are chosen one by one on one half of the
-facts, each time the one that lowers the nats most, and judged on the other half, beside as many at
-random. A second way to choose is the paper's (Remark 3.3): with the references as text in the
-context, one head at a time sees only the --window tokens before it and the BOS; the heads whose
-loss hurts most come first.
+the questions of eval.py are asked again with memories for some of these heads; the others attend to
+header and context alone (Config.memory_heads: the bank of such a model has fewer bytes). The
+heads to keep are chosen one by one on one half of the facts, each time the one that lowers the nats
+most, and judged on the other half, beside as many at random. A second way to choose is the paper's
+(Remark 3.3): with the references as text in the context, one head at a time sees only the --window
+tokens before it and the BOS; the heads whose loss hurts most come first.
 
 All chunks of an answer read the memories that its question recalled.
 """
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,45 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import check, number, run
 from eval import Asker, columns, every_wording, find_rows, json_flag, prepare_json, write_result
 from generate import model_flags, open_memory, open_model, pool_of
-from memory import Memories, causal_attention, chunk_attention
+from memory import Memories, causal_attention
 from model import rope_table
 
-# -- A forward whose heads can be kept from memories, or from what is far away --------------------
-
-
-def forward(model, tokens, pool, table, reads):
-    """Logits (B, T, V) as of model.forward, where only some heads read memories.
-
-    tokens (B, T); pool, table (B, c, R); reads (Lm, Hkv) bool: which key-value heads read."""
-    cfg = model.config
-    n_header = len(cfg.header)
-    group = cfg.n_head // cfg.n_kv_head
-    batch, n_context = tokens.shape
-    tokens = torch.cat([model._header(batch), tokens], 1)  # (B, P+T)
-    positions = torch.arange(n_header + n_context, device=tokens.device)
-    positions = torch.where(positions < n_header, positions, positions + cfg.ref_len)
-    cos, sin = rope_table(positions, cfg)
-
-    def attend(l, q, k, v):
-        y = causal_attention(q, k, v)  # (B, H, P+T, dh)
-        if l not in cfg.memory_layers:
-            return y, None
-        i = cfg.memory_layers.index(l)
-        heads = reads[i].nonzero()[:, 0]  # key-value heads
-        if len(heads) == 0:
-            return y, None
-        queries = (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
-        kv = pool.kv[:, i].to(q.dtype)[:, :, heads]  # (M, 2, heads, S, dh)
-        memory = (kv[:, 0], kv[:, 1], pool.count)
-        context = (q[:, queries], k[:, heads], v[:, heads])
-        y = y.clone()
-        y[:, queries] = chunk_attention(*context, *memory, table, cfg.chunk_len, n_header)
-        return y, None
-
-    x = model.embed(tokens)  # (B, P+T, d)
-    for l in range(cfg.n_layer):
-        x, _ = model._layer(l, x, attend, cos, sin)
-    return model.head(model.norm(x[:, n_header:]))
+# -- A forward with one head that does not see what is far away ------------------------------------
 
 
 def near_forward(model, tokens, layer, head, window):
@@ -177,17 +142,21 @@ class Heads:
             self.all += [(i, head) for head in range(self.cfg.n_kv_head)]
 
     def ask(self, heads):
-        """-> exact (n,), nats (n,) where only these heads read memories."""
-        reads = torch.zeros(self.cfg.n_memory_layer, self.cfg.n_kv_head, dtype=torch.bool)
-        for i, head in heads:
-            reads[i, head] = True
-        reads = reads.to(self.model.device)
+        """-> exact (n,), nats (n,) where only these heads keep and read memories."""
+        model = self.model
+        nothing = Memories.empty(self.cfg, device=model.device)
+        some = replace(self.cfg, memory_heads=names(heads, self.cfg) or "all")
 
         def logits_of(batch):
-            tokens = batch.tokens.to(self.model.device)
-            return forward(self.model, tokens, batch.pool, batch.table, reads)
+            tokens = batch.tokens.to(model.device)
+            if not heads:
+                return model(tokens, memories=nothing)[0]
+            return model(tokens, memories=batch.pool, recall=batch.table)[0]
 
-        return score(self.parts, logits_of, len(self.rows))
+        model.config = some
+        result = score(self.parts, logits_of, len(self.rows))
+        model.config = self.cfg
+        return result
 
 
 def best_first(heads, most):
@@ -229,7 +198,7 @@ def halves(rows, seed):
 
 def names(heads, cfg):
     """The heads as --memory_heads writes them: layer.head."""
-    return " ".join(f"{cfg.memory_layers[i]}.{head}" for i, head in sorted(heads))
+    return ",".join(f"{cfg.memory_layers[i]}.{head}" for i, head in sorted(heads))
 
 
 # -- Command line ---------------------------------------------------------------------------------
@@ -300,7 +269,7 @@ def main(argv=None):
         )
     lines = [["memories for", "exact", "nats per answer", "bytes per reference", "layer.head"]]
     for row in table:
-        kept = row["heads"] if 0 < len(row["heads"].split()) < n_heads else ""
+        kept = row["heads"] if 0 < row["bytes"] < bank.record_bytes else ""
         cells = [f"{row['exact']:.3f}", f"{row['nats']:.2f}", f"{row['bytes']:,}"]
         lines.append([row["choice"], *cells, kept])
     print(f"\n{columns(*lines)}\n")

@@ -534,6 +534,25 @@ def test_main_with_a_smaller_r(world, capsys):
     assert "top 2" in out and "top 3" not in out and set(result["conditions"]) == set(CONDITIONS)
 
 
+def test_main_with_memories_for_some_heads(world, capsys):
+    """A row at the bytes of all heads, or that changes the rows after it; a head that is not."""
+    result = evaluation.main(args(world, examples=0, memory_heads="1.1,0.0,1.1"))
+    out = capsys.readouterr().out
+    assert "| recalled, memories of 2 of 4 heads |" in out
+    rows = result["conditions"]
+    assert list(rows)[3:6] == ["recalled", "heads", "quantized"]
+    assert rows["heads"]["bytes_per_reference"] == rows["recalled"]["bytes_per_reference"] / 2
+    assert rows["heads"]["nats"] != pytest.approx(rows["recalled"]["nats"], abs=1e-3)
+    plain = evaluation.main(args(world, examples=0))["conditions"]
+    for condition, row in plain.items():
+        assert rows[condition]["nats"] == pytest.approx(row["nats"], abs=1e-5)
+    every = evaluation.main(args(world, examples=0, memory_heads="0.0,0.1,1.0,1.1"))["conditions"]
+    assert every["heads"]["nats"] == pytest.approx(every["recalled"]["nats"], abs=1e-5)
+    for wrong in ("2.0", "0.2", "x", "1"):
+        with pytest.raises(ValueError, match="memory_heads"):
+            evaluation.main(args(world, memory_heads=wrong))
+
+
 def test_main_without_questions(world, tmp_path, capsys):
     """A data set without questions that nobody can evaluate; rows without references whose hit
     rate is 0; codes that were not made and end it all."""

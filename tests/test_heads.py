@@ -12,7 +12,6 @@ from world import World
 import corpus
 from eval import Asker
 from experiments import heads
-from memory import Memories
 
 
 @pytest.fixture(scope="module")
@@ -22,37 +21,6 @@ def world(tmp_path_factory):
     lines = [json.dumps(row) + "\n" for row in questions()]
     (w.data / "questions.jsonl").write_text("".join(lines))
     return w
-
-
-@pytest.mark.parametrize("memory_from", [0, 1])
-def test_forward_is_the_models_where_all_heads_read(build, references, memory_from):
-    """A forward of another model; hidden memories that are read, or another head's in their place;
-    the first layers' heads where others have the memories."""
-    model = build(memory_from=memory_from)
-    pool = model.write(references([13, 4, 7, 9, 2]))
-    g = torch.Generator().manual_seed(2)
-    tokens = torch.randint(0, 90, (2, 17), generator=g)
-    table = torch.tensor([[[3, 0, -1, 4]] * 3, [[1, 2, -1, -1], [-1] * 4, [0, 1, 2, 3]]])
-    every = torch.ones(3, 2, dtype=torch.bool)
-    with torch.no_grad():
-        want = model(tokens, memories=pool, recall=table)[0]
-        none = model(tokens, memories=Memories.empty(model.config))[0]
-        close = dict(atol=1e-9, rtol=0)
-        torch.testing.assert_close(heads.forward(model, tokens, pool, table, every), want, **close)
-        got = heads.forward(model, tokens, pool, table, ~every)
-        torch.testing.assert_close(got, none, **close)
-        spoilt = pool.kv.clone()
-        reads = every.clone()
-        reads[1, 0] = reads[2, 1] = False
-        hidden = heads.forward(model, tokens, pool, table, reads)
-        assert (hidden - want).abs().max() > 1e-4
-        spoilt[:, 1, :, 0] = 7.0  # what the hidden heads would read
-        spoilt[:, 2, :, 1] = 7.0
-        again = heads.forward(model, tokens, Memories(spoilt, pool.count), table, reads)
-        torch.testing.assert_close(again, hidden, atol=0, rtol=0)
-        spoilt[:, 1, :, 1] = 7.0  # and what another reads
-        again = heads.forward(model, tokens, Memories(spoilt, pool.count), table, reads)
-        assert (again - hidden).abs().max() > 1e-4
 
 
 def test_a_head_that_sees_only_what_is_near(build):
@@ -95,6 +63,13 @@ def test_scores_are_those_of_the_asker(world):
             logp = logits.log_softmax(-1)[range(tokens.shape[1] - 1), tokens[0, 1:]]
             p += float(logp[len(prompt) - 1 :].sum().exp())
         assert n == pytest.approx(-np.log(p), abs=1e-3)
+    assert world.model.config.memory_heads == "all"
+    spoilt = heads.Heads(asker, rows)  # what a head without memories does not see changes nothing
+    for batch in spoilt.parts:
+        batch.pool.kv[:, 1, :, 0] = 7.0
+    some = [(0, 0), (0, 1), (1, 1)]
+    assert np.array_equal(spoilt.ask(some)[1], h.ask(some)[1])
+    assert np.abs(spoilt.ask(h.all)[1] - nats).max() > 1e-3
     none = asker.ask(rows, "none")
     assert h.ask([])[1].tolist() == pytest.approx([x["nats"] for x in none], abs=1e-3)
 
@@ -126,7 +101,9 @@ def test_main(world, tmp_path, capsys):
     rows = result["choices"]
     assert [row["bytes"] * 4 // rows[0]["bytes"] for row in rows] == [4, *[1] * 4, *[3] * 4, 0]
     assert rows[0]["bytes"] == 2 * 2 * 2 * 2 * 5 * 12
-    assert all(len(row["heads"].split()) == row["bytes"] // (rows[0]["bytes"] // 4) for row in rows)
+    for row in rows[:-1]:
+        assert len(row["heads"].split(",")) == 4 * row["bytes"] // rows[0]["bytes"]
+    assert rows[-1]["heads"] == ""
     assert set(result["single"]) == {"0.0", "0.1", "1.0", "1.1"}
     out = capsys.readouterr().out
     assert "12 questions: 6 to choose by, 6 to judge by" in out and "| best 3 |" in out
