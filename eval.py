@@ -42,7 +42,7 @@ from bank import MemoryBank
 from common import check, number, numbered_rows, run, visible, write_json
 from generate import generate, in_context, model_flags, open_memory, open_model
 from retrieval import Given, Random
-from views.explain import explain
+from views.explain import explain, n_heads
 
 ANSWER = 32  # tokens, at most
 CONDITIONS = dict(
@@ -351,13 +351,6 @@ class Asker:
         known = known or range(min(100, len(self.references)))
         texts = [self.tokenizer.decode(self.references[i]) for i in known]
         return float(np.mean([len(text.encode()) for text in texts]))
-
-
-def n_heads(config):
-    """How many key-value heads have memories."""
-    if config.kept_heads is not None:
-        return len(config.kept_heads)
-    return config.n_memory_layer * config.n_kv_head
 
 
 def parts_of(group, batch):

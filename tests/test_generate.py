@@ -228,7 +228,9 @@ def test_generation_through_the_kernels(build, monkeypatch, emulator, references
     model, refs = build(dtype=torch.bfloat16, head_dim=16, scale=4.0), references([13] * 19)
     tokens, forced, codec, runs = some_tokens(2, 17), some_tokens(2, 24, seed=12), None, []
     used, run = set(), kernels._run
-    monkeypatch.setattr(kernels, "_run", lambda name, *a: used.add(name) or run(name, *a))
+    monkeypatch.setattr(
+        kernels, "_run", lambda name, *a, **kw: used.add(name) or run(name, *a, **kw)
+    )
     for there in (False, True):
         if there:
             monkeypatch.setattr("memory.attention_path", with_kernels)

@@ -231,7 +231,7 @@ def view(model, tokenizer, references, tokens, trace, bank):
     return dict(
         layers=cfg.n_memory_layer,
         heads=cfg.n_head,
-        keepers=cfg.n_memory_layer * cfg.n_kv_head,
+        keepers=n_heads(cfg),
         memory_tokens=cfg.memory_tokens,
         n_prompt=n_prompt,
         whole=rounded(whole),
@@ -240,6 +240,13 @@ def view(model, tokenizer, references, tokens, trace, bank):
         chunks=chunks,
         references=texts,
     )
+
+
+def n_heads(config):
+    """How many key-value heads keep memories."""
+    if config.kept_heads is not None:
+        return len(config.kept_heads)
+    return config.n_memory_layer * config.n_kv_head
 
 
 def rounded(x):
