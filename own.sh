@@ -66,6 +66,9 @@ for split in train heldout val; do
       --chunk_len "$CHUNK" --context "$CONTEXT"
 done
 SPLITS=${SPLITS#,}
+if test -f "$OUT/heldout.bin"; then
+  run data/text/overlaps.py --data "$OUT" --chunk_len "$CHUNK" --context "$CONTEXT" --chunks 200
+fi
 
 step "4 of 7: training, implicit stage, then explicit stage (sec. 3.6)"
 IMPLICIT=$(awk "BEGIN { print 0.6 * $MINUTES }")

@@ -6,7 +6,9 @@ import gzip
 import importlib
 import json
 import multiprocessing
+import os
 import random
+import subprocess
 import sys
 import unicodedata
 from collections import Counter
@@ -21,10 +23,13 @@ from common import UserError
 ROOT = Path(corpus.__file__).parent
 HERE = ROOT / "data/text"
 sys.path.insert(0, str(HERE))
+overlaps = importlib.import_module("overlaps")
 prepare = importlib.import_module("prepare")
+quality = importlib.import_module("quality")
 read = importlib.import_module("read")
 references = importlib.import_module("references")
 rules = importlib.import_module("rules")
+shape = importlib.import_module("shape")
 vocabulary = importlib.import_module("vocabulary")
 sys.path.remove(str(HERE))
 
@@ -593,3 +598,111 @@ def test_no_friendly_text(tmp_path):
     tok = corpus.tokenizer(tmp_path / "out")
     said = "".join(tok.decode(kb[i]) for i in range(len(kb)))
     assert "首都" in said and family in said and "\x00" not in said
+
+
+# ---------------------------------------------------------------------------------------------
+# Quality, overlaps, shapes, and all of it in one command
+
+
+def test_quality_is_judged_on_texts_that_were_held_out(tmp_path, capsys):
+    """A correlation that is that of the training texts; grades of another label; a grade of 7."""
+    rng = random.Random(3)
+    rows = []
+    for i in range(90):
+        reasons = rng.randrange(6)
+        text = article(i) + " therefore because hence" * reasons
+        rows.append(dict(text=text, reasoning=reasons, informative=rng.randrange(6)))
+    path = tmp_path / "graded.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    flags = [str(path), "--out", str(tmp_path / "new/scorer.npz"), "--label"]
+    reasoning = quality.main([*flags, "reasoning"])
+    assert (
+        reasoning["correlation"] > 0.8 and reasoning["error"] < 0.6 * reasoning["error of the mean"]
+    )
+    assert "on 18 held out" in capsys.readouterr().out
+    scorer = rules.Scorer.open(tmp_path / "new/scorer.npz")
+    assert scorer.label == "reasoning"
+    assert (
+        scorer.score(article(500) + " therefore because hence" * 5) > scorer.score(article(500)) + 2
+    )
+    noise = quality.main([*flags, "informative"])  # grades that no text tells
+    assert noise["correlation"] < 0.5
+    for change, line in (
+        (dict(reasoning=7), "a grade of 7"),
+        (dict(reasoning="good"), "line 1: 'reasoning' is a string"),
+        (dict(text=None), "line 1: 'text' is null"),
+    ):
+        path.write_text("\n".join(json.dumps(row | change) for row in rows))
+        with pytest.raises(UserError, match=line):
+            quality.main([*flags, "reasoning"])
+    path.write_text(json.dumps(rows[0]))
+    with pytest.raises(UserError, match="1 texts are too few"):
+        quality.main([*flags, "reasoning"])
+
+
+def test_overlaps_are_counted_in_tenths():
+    """The value 1.0 in no bin; the window of another chunk."""
+    lines = overlaps.histogram(np.array([0.0, 0.05, 0.95, 1.0, 1.0]))
+    assert len(lines) == 10 and lines[0].startswith("0.0-0.1   40.0%")
+    assert lines[9].startswith("0.9-1.0   60.0%") and "0.0%" in lines[5]
+
+    class Found:
+        def search(self, queries, k):
+            return np.array([[0, 1, -1]])[:, :k], np.zeros((1, k))
+
+    tokens = np.arange(70)
+    rows = [np.arange(20, 27), np.arange(100, 109)]  # in the second window of 20; nowhere
+    values = overlaps.overlaps(tokens, 5, 20, rows, Found(), n=14, k=3)
+    assert sorted(values.tolist()) == [0.0] * 24 + [1.0] * 4
+
+
+def test_a_shape_is_fed_by_text_and_time(monkeypatch, tmp_path):
+    """The largest shape for a minute; a large model for a short text; flags that train.py lacks."""
+    train = importlib.import_module("train")
+    speeds = []
+
+    def measured(cfg, config):
+        speeds.append(config.n_layer)
+        return 4e12 / config.n_params / 600
+
+    monkeypatch.setattr(shape, "measure", measured)
+    tokens = np.arange(6_000_000) % 4000
+    corpus.write_tokens(tmp_path / "train.bin", tokens, 4096)
+    (tmp_path / "tokenizer.json").write_bytes((ROOT / "data/cities/tokenizer.json").read_bytes())
+    (tmp_path / "meta.json").write_text(json.dumps(dict(n_vocab=4096, tokenizer=".")))
+    lengths = (32, 64, 256, 16, "cpu")
+    sizes = []
+    for minutes in (0.01, 1, 10, 100, 10_000):
+        made = shape.choose(str(tmp_path), minutes, *lengths)
+        sizes.append(made.config.n_params)
+        assert made.seen == pytest.approx(made.epochs * len(tokens))
+    assert sizes == sorted(sizes) and len(set(sizes)) == 3
+    assert sizes[-1] <= len(tokens) * shape.EPOCHS / shape.TOKENS_A_WEIGHT  # the text is its limit
+    flags = shape.flags_of(made.config).split()
+    _, config = train.command_line([*flags, "--data", str(tmp_path)])
+    assert config == made.config
+    said = [shape.expected(shape.Plan(None, 0, seen, 0)) for seen in (1e5, 1e7, 1e9)]
+    assert len(set(said)) == 3
+
+
+@pytest.mark.slow
+def test_own_text_in_one_command(tmp_path):
+    """A step whose flags another step's file does not have; a step missing at the end."""
+    pytest.importorskip("tokenizers")
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i}.md").write_text(f"# Place {i}\n\n{article(i, 20)}\n")
+    command = ["bash", str(ROOT / "own.sh"), str(folder), "0.02"]
+    env = os.environ | dict(PY=sys.executable, QUESTIONS="3", OMP_NUM_THREADS="1")
+    env["PREPARE"] = "--tokenizer bpe:400 --processes 1"
+    env["TRAIN"] = "--batch 4 --eval_batches 1"
+    first = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
+    for step in range(1, 8):
+        assert f"== {step} of 7" in first.stdout
+    assert first.stdout.count("->") == 3 and "| recalled: " in first.stdout
+    out = tmp_path / "out/notes"
+    for name in ("model/tokenizer.json", "model/model.pt", "eval.json", "shape.txt"):
+        assert (out / name).exists()
+    assert corpus.tokenizer(out / "model").id == corpus.tokenizer(out).id
