@@ -4,6 +4,7 @@
     python bench.py attention      chunk attention beside concatenating, looping, and no memory
     python bench.py throughput     the workload of Table 7.6, and where its time goes
     python bench.py train          a training step of both stages
+    python bench.py fits           the memory that one window's step takes, by what saves some
     python bench.py load           memories from the drive
     python bench.py codec          the vector codec beside FAISS
     python bench.py search         the flat search beside a plain product
@@ -257,6 +258,31 @@ def training(b, config):
     return out
 
 
+def fits(b):
+    """Peak GiB of a step of one window of max_context tokens, by stage, by the weights' dtype, and
+    with activations kept or computed again. Left out: what does not fit; without a GPU, all."""
+    out = {}
+    if b.device.type != "cuda":
+        return out
+    total = torch.cuda.mem_get_info(b.device)[1] / 2**30
+    out["GiB there are"] = min(total, b.most_gib or total)
+    for param_dtype in ("float32", "bfloat16"):
+        for recompute in (False, True):
+            cfg = TrainConfig(batch=1, param_dtype=param_dtype, recompute=recompute)
+            how = f"{param_dtype} weights{', recomputing' if recompute else ''}"
+            step = None
+            for stage in ("implicit", "explicit"):
+                empty(b.device)
+                try:
+                    step = step or TrainingStep(b, b.config, cfg)
+                except torch.OutOfMemoryError:
+                    break
+                if step.fits(1, stage == "explicit"):
+                    peak = torch.cuda.max_memory_allocated() / 2**30
+                    out[f"{stage}, {how}: peak memory, GiB"] = peak
+    return out
+
+
 # -- Loading, codec, search --------------------------------------------------------------------
 
 
@@ -359,6 +385,9 @@ def train_beside_plain(b):
     theirs.model = plain
     theirs.optimizer = type(ours.optimizer)(plain.parameters(), cfg.lr, fused=True)
     theirs.loss_on = peers.loss_on
+    if b.device.type == "cuda":  # as both are trained there
+        ours.model.fuse()
+        theirs.loss_on = torch.compile(peers.loss_on)
     runs = dict(ours=partial(ours, cfg.batch, False), plain=partial(theirs, cfg.batch, False))
     taken = times(b, runs)
     ours_flops = cfg.batch * cost.step_flops(config, explicit=False)
@@ -422,6 +451,7 @@ PARTS = dict(
     attention=attention,
     throughput=throughput,
     train=train,
+    fits=fits,
     load=load,
     codec=codec,
     search=search,
@@ -452,6 +482,7 @@ def parser():
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="on a GPU: bfloat16")
     p.add_argument("--seconds", type=float, default=20, help="for one comparison, about")
     p.add_argument("--compile", action="store_true", help="train with torch.compile")
+    p.add_argument("--most_gib", type=float, default=0, help="use no more GPU memory (0: all)")
     p.add_argument("--tmp", default="out", help="a directory on the drive to read memories from")
     p.add_argument("--out", default="benchmarks", help='results: OUT/<device>.json ("": none)')
     return p
@@ -478,6 +509,9 @@ def main(argv=None):
     b.dtype = getattr(torch, b.dtype or default_dtype)
     if cuda:
         torch.cuda.set_device(b.device)  # what waits and counts asks the current one
+        if b.most_gib:  # as if it were a smaller card
+            share = b.most_gib * 2**30 / torch.cuda.mem_get_info(b.device)[1]
+            torch.cuda.set_per_process_memory_fraction(share, b.device)
     os.makedirs(b.tmp, exist_ok=True)
     os.makedirs(b.out or b.tmp, exist_ok=True)
     bandwidth, flops = roofline(b)

@@ -21,7 +21,8 @@ class TrainingStep:
         self.config = config
         self.cfg = cfg
         with torch.device(b.device):
-            self.model = Memory3(config)
+            self.model = Memory3(config).to(getattr(torch, cfg.param_dtype))
+        self.model.recompute = cfg.recompute
         self.optimizer = make_optimizer(self.model, cfg)
         self.model.fuse(b.compile)
         self.loss_on = loss_on
@@ -49,13 +50,17 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def fits(self, micro, explicit):
-        """Whether a step with so many windows at a time fits into the device's memory."""
+        """Whether steps with so many windows at a time fit into the device's memory: the second
+        has the optimizer's state beside its activations."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()  # half made, where it was this that did not fit
         empty(self.b.device)
         with suppress(torch.OutOfMemoryError):
             self(micro, explicit)
+            self(micro, explicit)
             return True
+        self.optimizer.zero_grad(set_to_none=True)
+        empty(self.b.device)
         return False
 
     def largest(self, explicit):
