@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import corpus
 from common import UserError, check, write_json
-from memory import Memories
+from memory import Memories, pack_heads, unpack_heads
 from quantize import Codec
 
 FORMAT = ["memory3 knowledge base", 3]  # and its version
@@ -556,6 +556,9 @@ class MemoryBank:
         self.model = model
         self.meta = references.meta
         self.shape = tuple(self.meta["shape"])  # (Lm, 2, Hkv, S, dh)
+        self.heads = self.meta.get("heads")  # those that keep memories; None: all
+        n_layers, two, kv_heads, *slots = self.shape
+        self.record_shape = (len(self.heads), two, *slots) if self.heads else self.shape
         self.dtype = getattr(torch, self.meta["dtype"])
         self.device = model.device if model else torch.device("cpu")
         self.window = max(1, WINDOW // (math.prod(self.shape) * self.dtype.itemsize))
@@ -569,7 +572,7 @@ class MemoryBank:
         self.store = self.codes if codes else self.memories  # what recall reads
         self.codec = self.store.codec
         self.record_bytes = self.store.record_bytes
-        self.vector = self.record_bytes // math.prod(self.shape[:-1])  # bytes of a key, of a value
+        self.vector = self.record_bytes // math.prod(self.record_shape[:-1])  # bytes of a key
 
         self.cache = {}  # id -> Kept, the least recently used first
         self.cache_size = cache
@@ -581,7 +584,7 @@ class MemoryBank:
         writer = f"{self.meta['fingerprint']} {self.meta['tokenizer_id']} {self.meta['dtype']}"
         if codec:
             writer += f" {codec.spec} {zlib.crc32(codec.table.cpu().numpy())}"
-        record_bytes = math.prod(self.shape[:-1]) * vector_bytes
+        record_bytes = math.prod(self.record_shape[:-1]) * vector_bytes
         slots = self.shape[3]
         writable = self.references.writable
         return Records(self.path / name, record_bytes, slots, writer, writable, codec)
@@ -647,6 +650,7 @@ class MemoryBank:
             ref_len=c.ref_len,
             tokenizer_id=copy_tokenizer(data, path, references.n_vocab),
             shape=c.memory_shape,
+            heads=c.kept_heads,
             dtype=dtype,
             fingerprint=model.fingerprint(),
             made_of=made_of,
@@ -664,6 +668,7 @@ class MemoryBank:
         shape = meta["shape"]
         whole = len(shape) == 5 and all(isinstance(n, int) and 0 < n < 1 << 20 for n in shape)
         whole = whole and math.prod(shape) < 1 << 32 and meta["dtype"] in ("bfloat16", "float32")
+        whole = whole and are_heads(meta.get("heads"), shape)
         check(whole, f"{references.file}: memories of shape {shape} are none of ours: {RESTORE}")
         if model:
             writer = meta["fingerprint"]
@@ -693,11 +698,12 @@ class MemoryBank:
         buffer = self._buffer(len(texts))
         filled = self._load(texts, buffer.numpy())  # (n,)
         kv = buffer.to(self.device, non_blocking=True)
-        kv = kv.view(len(texts), *self.shape[:-1], self.vector)  # bytes
+        kv = kv.view(len(texts), *self.record_shape[:-1], self.vector)  # bytes
         if not self.codec:
-            kv = kv.view(self.dtype)  # (n, Lm, 2, Hkv, S, dh)
+            kv = kv.view(self.dtype)  # (n, *record_shape)
         elif decode:  # only the codes crossed the bus
-            kv = self.codec.decode(kv)  # (n, Lm, 2, Hkv, S, dh)
+            kv = self.codec.decode(kv)  # (n, *record_shape)
+        kv = unpack_heads(kv, self.heads, self.shape[0], self.shape[2])  # (n, Lm, 2, Hkv, S, dh)
         pool = Memories(kv, torch.from_numpy(filled).to(self.device))
         if np.array_equal(order, np.arange(len(ids))):
             return pool  # as asked for: no copy
@@ -802,14 +808,14 @@ class MemoryBank:
         return len(todo)
 
     def _make(self, texts, batch=64):
-        """Yields (Texts, kv (n, Lm, 2, Hkv, S, dh) on the CPU, count (n,) list, stores to put them
+        """Yields (Texts, kv (n, *record_shape) on the CPU, count (n,) list, stores to put them
         into), until all of `texts` came. For codes, what memories.bin has is not encoded again."""
         if self.codec:
             rows = np.empty((len(texts), self.memories.record_bytes), np.uint8)
             filled = self.memories.read(texts, list(rows))
             there = np.flatnonzero(filled)
             if len(there):
-                kv = torch.from_numpy(rows[there]).view(len(there), *self.shape[:-1], -1)
+                kv = torch.from_numpy(rows[there]).view(len(there), *self.record_shape[:-1], -1)
                 part = [texts[j] for j in there]
                 yield part, kv.view(self.dtype), filled[there].tolist(), [self.store]
             texts = [text for text, n in zip(texts, filled, strict=True) if n == 0]
@@ -825,7 +831,7 @@ class MemoryBank:
                 tokens = np.stack([self.references.tokens(text) for text in part])
                 with torch.inference_mode():
                     made = self.model.write(torch.from_numpy(tokens))
-                kv = made.kv.to("cpu", self.dtype)
+                kv = pack_heads(made.kv.to("cpu", self.dtype), self.heads)
                 line = f"{self.path}: the memory of reference {part[0].id} or a neighbour has NaN"
                 check(kv.isfinite().all(), f"{line} or infinity: the model's weights are damaged")
                 yield part, kv, made.count.tolist(), self.stores
@@ -913,7 +919,8 @@ class MemoryBank:
         rng = np.random.default_rng(0)
         some = self.recall(rng.permutation(self.live())[: 4 * self.window])
         filled = torch.arange(self.shape[3], device=self.device) < some.count[:, None]  # (n, S)
-        vectors = some.kv.transpose(1, 4)[filled]  # (filled, 2, Hkv, Lm, dh)
+        kv = pack_heads(some.kv, self.heads)  # (n, Lm, 2, Hkv, S, dh), or (n, K, 2, S, dh)
+        vectors = kv.transpose(1, -2)[filled]  # (filled, 2, Hkv, Lm, dh), or (filled, 2, K, dh)
         vectors = vectors.flatten(0, -2)  # (filled * 2 * Hkv * Lm, dh)
         sample = 65_536 if self.shape[4] < 64 else 640_000  # see quantize.default_spec
         codec = Codec.train(vectors[rng.permutation(len(vectors))[:sample]], spec)
@@ -924,8 +931,18 @@ class MemoryBank:
         self.references.compact()
 
 
+def are_heads(heads, shape):
+    """Whether `heads` can be Config.kept_heads of memories of this shape (Lm, 2, Hkv, S, dh)."""
+    if heads is None:
+        return True
+    if not isinstance(heads, list) or not heads:
+        return False
+    every = [[i, h] for i in range(shape[0]) for h in range(shape[2])]
+    return all(pair in every for pair in heads)
+
+
 def as_records(store, kv):
-    """kv (n, Lm, 2, Hkv, S, dh) -> (n, record_bytes) uint8: as numbers, or as the store's codes."""
+    """kv (n, *record_shape) -> (n, record_bytes) uint8: as numbers, or as the store's codes."""
     rows = store.codec.encode(kv) if store.codec else kv
     return rows.contiguous().view(torch.uint8).view(len(kv), -1).numpy()
 

@@ -153,6 +153,30 @@ def test_recall_is_write(tmp_path, model, references, dtype):
         assert again.recall(nothing).kv.shape == (0, 2, 2, 3, S, 10)
 
 
+def test_only_kept_heads_take_room(tmp_path, model, references):
+    """Records of all heads where half of them keep nothing; heads that change places on disk; codes
+    trained on zeros; a base of all heads that is read as one of some, or the reverse."""
+    torch.manual_seed(1)
+    half = Memory3(Config(**CONFIG, memory_heads="0.2,1.0,1.1"))
+    half.load_state_dict(model.state_dict())
+    bank = MemoryBank.create(tmp_path / "half", half.eval(), references)
+    assert bank.record_bytes == 3 * 2 * S * 10 * 2 and bank.write(progress=False) == N
+    ids = [22, 0, 7, 1, 0]
+    for again in (bank, MemoryBank.open(tmp_path / "half")):
+        pool = again.recall(ids)
+        assert pool.kv.shape == (5, 2, 2, 3, S, 10) and right(pool, half, references, ids)
+        assert (pool.kv[:, 0, :, :2] == 0).all() and (pool.kv[0, 1, :, 0] != 0).all()
+    codes = bank.quantize(SPEC, progress=False)
+    assert codes.record_bytes == 3 * 2 * S * codes.codec.bytes
+    packed = memory.pack_heads(bank.recall(ids).kv, bank.heads)
+    want = codes.codec.decode(codes.codec.encode(packed))
+    assert torch.equal(memory.pack_heads(codes.recall(ids).kv, bank.heads), want)
+    raw = codes.recall(ids, decode=False).kv
+    assert torch.equal(codes.codec.decode(memory.pack_heads(raw, bank.heads)), want)
+    with pytest.raises(UserError, match="is of model"):
+        MemoryBank.open(tmp_path / "half", model)
+
+
 def test_the_same_batches_give_the_same_bytes(tmp_path, model, references):
     """A base that differs from run to run on one machine."""
     made = []
