@@ -429,19 +429,22 @@ def open_model(checkpoint, data, device, dtype="auto", n_recall=0):
     tokenizer = corpus.tokenizer(data)
     trained = f"{checkpoint} was trained with tokenizer {meta['tokenizer']}"
     check(meta["tokenizer"] == tokenizer.id, f"{trained}; that of {data} is {tokenizer.id}")
-    cfg = model.config
     if n_recall:
-        cfg.n_recall = n_recall
+        model.config.n_recall = n_recall
+    say_what_runs(checkpoint, model)
+    return model, tokenizer
+
+
+def say_what_runs(checkpoint, model):
+    """Prints a line: the model's size and device, which attention it takes, and why."""
+    cfg = model.config
     dtype = model.embed.weight.dtype
     tokens = len(cfg.header) + cfg.chunk_len
     group = cfg.n_head // cfg.n_kv_head
     slots = cfg.n_recall * cfg.memory_tokens
-    path, why = attention_path(device, dtype, tokens, cfg.head_dim, group, slots)
-    print(
-        f"{checkpoint}: {cfg.n_params:,} non-embedding weights on {device}, {dtype}; attention of "
-        f"a prompt of one chunk: {path} ({why})"
-    )
-    return model, tokenizer
+    path, why = attention_path(model.device, dtype, tokens, cfg.head_dim, group, slots)
+    size = f"{cfg.n_params:,} non-embedding weights on {model.device}, {dtype}"
+    print(f"{checkpoint}: {size}; attention of a prompt of one chunk: {path} ({why})")
 
 
 def open_memory(a, model, cold_start=False):

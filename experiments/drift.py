@@ -23,6 +23,7 @@ import corpus
 from common import UserError, check, find_device, number, optional, run
 from eval import columns, json_flag, prepare_json, write_result
 from experiments.text import open_text, text_flags
+from generate import say_what_runs
 from memory import Memories
 from model import Memory3, load_checkpoint
 
@@ -136,11 +137,12 @@ def main(argv=None):
         check(same, f"{path}: not the same shape and tokenizer as {last_path}")
         behind.append(steps_behind(path, meta, last_path, last_meta))
         model.to(find_device(a.device)).eval()
+        if a.n_recall:
+            model.config.n_recall = a.n_recall
+        say_what_runs(path, model)
     tokenizer = corpus.tokenizer(a.data)
     line = f"{last_path} was not trained with the tokenizer of {a.data}"
     check(last_meta["tokenizer"] == tokenizer.id, line)
-    if a.n_recall:
-        last.config.n_recall = a.n_recall
     windows, n = open_text(a, last.config)
     n_chunks = n * windows.T // windows.C
     found = {int(i) for i in windows.neighbors[:n_chunks, 0] if i >= 0}

@@ -108,6 +108,7 @@ def test_main(world, run, tmp_path, capsys):  # noqa: F811
     references = windows.references.batch(found[found >= 0])
     assert result["drift"][0].items() >= compare(old, last, references).items()
     assert result["drift"][0]["values"] < result["drift"][1]["values"] < 1
+    assert printed.count("attention of a prompt of one chunk") == 3
     assert "| 50 |" in printed and "| no memories |" in printed
     picture = tmp_path / "pictures/drift.png"
     assert picture.exists() or "pip install matplotlib" in printed
