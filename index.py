@@ -159,7 +159,7 @@ def predict(n, index):
 def encode_shard(
     path, references, tokenizer_name, encoder, factory=None, shard=(1, 1), progress=True
 ):
-    """Embeds the references of shard (i, n), 1 <= i <= n: those from N(i-1)/n to N i/n.
+    """Embeds the references of shard (i, n), 1 <= i <= n: an n-th of the batches of BATCH.
 
     All that `join` needs then lies in `path`/parts. Returns the fitted embedder.
     """
@@ -167,14 +167,16 @@ def encode_shard(
     with lock(path):
         plan, model, index = _prepare(path, references, tokenizer_name, encoder, factory, progress)
     tokenizer = corpus.tokenizer(tokenizer_name)
+    quantizer = exact_quantizer(index)
     i, n_shards = shard
-    start = plan["n"] * (i - 1) // n_shards
-    stop = plan["n"] * i // n_shards
+    start, stop = rows_of_shard(plan["n"], i, n_shards)
     codes = parts / f"{i}-of-{n_shards}.codes"
     blanks = codes.with_suffix(".blank")
     with codes.open("ab") as code_file, blanks.open("ab") as blank_file:
-        # after a kill: only whole codes count, and of the blank ids only those that have a code
+        # after a kill: only whole batches count, and of the blank ids only those that have a code
         done = codes.stat().st_size // index.sa_code_size()
+        if start + done < stop:
+            done = done // BATCH * BATCH
         code_file.truncate(done * index.sa_code_size())
         known = np.fromfile(blanks, "<i8", blanks.stat().st_size // 8)
         n_blank = np.count_nonzero(known < start + done)
@@ -186,10 +188,44 @@ def encode_shard(
                 blank = ids[~vectors.any(1)]
                 blank_file.write(blank.tobytes())
                 blank_file.flush()  # first: a code vouches for what is said of its reference
-                code_file.write(index.sa_encode(vectors).tobytes())
+                code_file.write(encode(index, vectors, quantizer).tobytes())
                 code_file.flush()
                 bar.update(len(ids))
     return model
+
+
+def rows_of_shard(n, i, n_shards):
+    """The references start..stop of shard i: whole batches, so that all shards compute as one."""
+    n_batches = -(-n // BATCH)
+    start = n_batches * (i - 1) // n_shards * BATCH
+    stop = n_batches * i // n_shards * BATCH
+    return min(start, n), min(stop, n)
+
+
+def exact_quantizer(index):
+    """What finds the list of a vector by comparing all, where the index itself has a graph (HNSW)
+    for that: for a thousand vectors at a time a product is faster, and never wrong."""
+    faiss = optional("faiss")
+    if not isinstance(index, faiss.IndexIVF):
+        return None
+    graph = faiss.downcast_index(index.quantizer)
+    if not isinstance(graph, faiss.IndexHNSW):
+        return None
+    exact = faiss.IndexFlatIP(index.d)
+    exact.add(graph.reconstruct_n(0, index.nlist))
+    return exact
+
+
+def encode(index, vectors, quantizer):
+    """The codes of vectors (n, dim) -> (n, code bytes) uint8; quantizer: see exact_quantizer."""
+    if quantizer is None:
+        return index.sa_encode(vectors)
+    faiss = optional("faiss")
+    lists, _ = search(quantizer, vectors, 1)  # (n, 1)
+    codes = np.zeros((len(vectors), index.sa_code_size()), np.uint8)
+    pointers = [faiss.swig_ptr(array) for array in (vectors, lists, codes)]
+    index.encode_vectors(len(vectors), *pointers, True)  # True: a code begins with its list
+    return codes
 
 
 def embed_references(model, references, tokenizer, ids):
@@ -226,11 +262,15 @@ def _prepare(path, references, tokenizer_name, encoder, factory, progress):
         tokenizer_id=tokenizer.id,
         references=references.hash,
     )
-    if isinstance(encoder, str) and file.exists():
+    if file.exists():
         made = read_json(file, {}, f"remove {parts}, an unfinished index")
+        index_file = str(parts / "empty.faiss")
         if made == plan | dict(embedder_id=made.get("embedder_id")):
-            model = embedder(encoder, np.load(parts / "embedder.npy"))
-            return made, model, faiss.read_index(str(parts / "empty.faiss"))
+            state = np.load(parts / "embedder.npy")
+            if isinstance(encoder, str):
+                model = embedder(encoder, state)
+            if model.id == made["embedder_id"]:  # an object may have to be fitted
+                return made, model, faiss.read_index(index_file)
     index = empty_index(factory, model.dim)
     shutil.rmtree(parts, ignore_errors=True)  # unfinished, and of another plan
     parts.mkdir(parents=True)
@@ -325,9 +365,9 @@ def _finished(parts, n, size, cure):
     for n_shards in sorted(sets):
         files = []
         for i in range(1, n_shards + 1):
-            rows = n * i // n_shards - n * (i - 1) // n_shards
+            start, stop = rows_of_shard(n, i, n_shards)
             file = parts / f"{i}-of-{n_shards}.codes"
-            if not file.exists() or file.stat().st_size != rows * size:
+            if not file.exists() or file.stat().st_size != (stop - start) * size:
                 missing = f"{i}/{n_shards}"
                 break
             files.append(file)

@@ -105,7 +105,7 @@ def test_a_shard_that_is_killed_goes_on(data, many, monkeypatch):  # noqa: F811
             Retriever.build(*how, progress=False)
         assert embedded == [start, start + 4, start + 8]
         with (parts / "1-of-1.codes").open("ab") as file:
-            file.write(b"half a code")
+            file.write(bytes(3 * 4 * 67 + 11))  # of a batch of 4 three codes and a half
         with (parts / "1-of-1.blank").open("ab") as file:
             file.write(np.array([30], "<i8").tobytes())
     monkeypatch.setattr(index, "embed_references", real)
