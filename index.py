@@ -31,6 +31,7 @@ from common import UserError, check, optional, read_json, replace_file, write_js
 from embed import embedder, normalize
 
 FORMAT = "memory3 index 2"
+NOTHING = -1.0  # the score where nothing was found: no cosine is below
 # What meta.json has: which index, embedder, tokenizer and references belong together
 META = dict(
     format=str,

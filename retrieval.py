@@ -21,12 +21,24 @@ import numpy as np
 from tqdm import tqdm
 
 import corpus
-from common import UserError, check, optional, read_array, read_json, replace_file, run, write_json
+import inside
+from common import (
+    UserError,
+    check,
+    number,
+    optional,
+    read_array,
+    read_json,
+    replace_file,
+    run,
+    write_json,
+)
 from embed import HashEmbedder, digest, embedder, normalize
 from index import (
     BATCH,
     FORMAT,
     META,
+    NOTHING,
     cure_for,
     encode_shard,
     exact_index,
@@ -36,8 +48,7 @@ from index import (
     open_index,
     search,
 )
-
-NOTHING = -1.0  # the score where nothing was found: no cosine is below
+from model import load_checkpoint
 
 # -- How much of a reference stands in a text: eq. (3.3) ----------------------------------------
 
@@ -173,13 +184,16 @@ class Retriever:
         return Retriever.open(path, model, references)
 
     @staticmethod
-    def open(path, encoder=None, references=None):
+    def open(path, encoder=None, references=None, model=None):
         """Opens an index. encoder: an embedder or its name, instead of that of the index.
-        references: those that the ids are to name. UserError without an index, or if its parts, or
-        it and the references, do not belong together."""
+        references: those that the ids are to name. model: for an index of its own keys
+        (`--embedder self:LAYER.HEAD`); what comes back is then an inside.KeyRetriever. UserError
+        without an index, or if its parts, or it and the references, do not belong together."""
         path = Path(path)
         cure = cure_for(path)
         check((path / "meta.json").exists(), f"{path}: no index here; {cure}")
+        if read_json(path / "meta.json", dict(format=str), cure)["format"] == inside.FORMAT:
+            return inside.KeyRetriever.open(path, model, references=references)
         meta = read_json(path / "meta.json", META, cure)
         check(meta["format"] == FORMAT, f"{path} is a {meta['format']}, not {FORMAT}; {cure}")
         cure = cure_for(path, meta["embedder"])
@@ -290,6 +304,15 @@ class Retriever:
         vectors = self._new_vectors(ids, texts)  # first: what is refused changes nothing
         self._hide(ids)
         self._put(ids, vectors)
+
+    def update(self, ids, texts):
+        """Gives references these texts, whether they are there or not; "" forgets one. With it an
+        index catches up with changes made elsewhere."""
+        vectors = self._new_vectors(ids, texts)
+        self._hide(ids)
+        self._put(ids, vectors)
+        gone = [int(i) for i, text in zip(ids, texts, strict=True) if not text]
+        self.blank.difference_update(gone)
 
     def _check_known(self, ids):
         unknown = [i for i in ids if not self._has(i)]
@@ -767,24 +790,6 @@ def _neighbors_cure(data, split, flags):
 # -- The command line -------------------------------------------------------------------------
 
 
-def _whole(text):
-    """A whole number from 1, for argparse."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1")
-    return int(text)
-
-
-def _share(text):
-    """A number from 0 to 1, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a number from 0 to 1")
-    return value
-
-
 def _shard(text):
     """ "2/3" -> (2, 3), for argparse."""
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
@@ -803,15 +808,22 @@ def parser():
     for command in (index, join_, near):
         command.add_argument("--data", required=True, help="prepared data directory: data/cities")
         command.add_argument("--references", default="kb", help="its references: kb, train_refs")
-    index.add_argument("--embedder", default="hash", help="hash, hash:DIM, bge-m3 or hf:NAME")
+    embedder_help = "hash, hash:DIM, bge-m3, hf:NAME, or self:LAYER.HEAD (Remark 3.1)"
+    index.add_argument("--embedder", default="hash", help=embedder_help)
+    checkpoint_help = "the model, for --embedder self:LAYER.HEAD: its keys are the vectors"
+    index.add_argument("--checkpoint", default="checkpoints/toy", help=checkpoint_help)
     index.add_argument("--factory", help="FAISS factory string (None: chosen by size)")
     shard_help = "i/n: only this share of the references, to be joined with the others"
     index.add_argument("--shard", type=_shard, metavar="i/n", help=shard_help)
     near.add_argument("--split", default="explicit", help="token file whose chunks are the queries")
-    near.add_argument("--chunk_len", type=_whole, default=64, help="C, tokens a chunk")
-    near.add_argument("--k", type=_whole, default=1, help="references a chunk (paper: 1)")
-    near.add_argument("--threshold", type=_share, default=0.9, help="largest overlap, eq. (3.3)")
-    near.add_argument("--context", type=_whole, default=2048, help="tokens of a train sequence")
+    near.add_argument("--chunk_len", type=number(int, 1), default=64, help="C, tokens a chunk")
+    near.add_argument("--k", type=number(int, 1), default=1, help="references a chunk (paper: 1)")
+    near.add_argument(
+        "--threshold", type=number(float, 0, 1), default=0.9, help="largest overlap, eq. (3.3)"
+    )
+    near.add_argument(
+        "--context", type=number(int, 1), default=2048, help="tokens of a train sequence"
+    )
     return p
 
 
@@ -832,6 +844,13 @@ def main(argv=None):
 
 
 def write_index(path, references, a):
+    if a.embedder.startswith("self:"):
+        check(
+            a.factory is None and a.shard is None, "--factory, --shard: not with --embedder self:"
+        )
+        model, _ = load_checkpoint(a.checkpoint)
+        report(path, inside.KeyRetriever.build(path, references, a.data, a.embedder, model.eval()))
+        return
     if a.shard is None:
         report(path, Retriever.build(path, references, a.data, a.embedder, a.factory))
         return
@@ -855,7 +874,7 @@ def find_neighbors(path, references, a):
 
 
 def report(path, retriever):
-    factory = retriever.meta["factory"]
+    factory = retriever.meta.get("factory", "keys of its memories")
     print(f"{path}: {len(retriever):,} references, {retriever.embedder.id}, {factory}")
 
 

@@ -1,0 +1,333 @@
+"""Retrieval from inside (Remark 3.1): the model's own queries search its own memories.
+
+The kept keys of one key-value head are the vectors of a reference, exactly as its memory holds
+them, after RoPE. A query text is read as a context is, behind the header; of its tokens the ones
+that a memory would keep search with their queries of the same head. No encoder, no training.
+
+    score(text, reference) = mean over the chosen tokens i of max over the kept tokens j of
+                             cos(q_i, k_j)                   [MaxSim, as ColBERT's late interaction]
+
+Not here: what finds references by their text (retrieval.py).
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import corpus
+import index as vectors_index
+from common import check, optional, read_array, read_json, replace_file, write_json
+from index import NOTHING, cure_for
+from memory import causal_attention, keep_tokens
+from model import apply_rope, rope_table
+
+FORMAT = "memory3 keys 1"
+META = dict(
+    format=str,
+    embedder=str,  # self:LAYER.HEAD
+    embedder_id=str,  # ... of which model
+    tokenizer_id=str,
+    references=str,  # their hash
+    checksum=int,  # of index.faiss
+    least=float,
+)
+BATCH = 64  # references, or queries, that the model reads at a time
+FETCH = 100  # keys that each query vector fetches: their references are then scored exactly
+
+
+def parse_head(name, config):
+    """ "self:LAYER.HEAD" -> the index of the memory layer, the key-value head. UserError for a head
+    that keeps no memories."""
+    match = re.fullmatch(r"self:([0-9]{1,4})\.([0-9]{1,4})", name)
+    check(match, f"unknown embedder {name!r}: give self:LAYER.HEAD, as self:2.1")
+    layer = int(match[1])
+    head = int(match[2])
+    layers = config.memory_layers
+    fits = layer in layers and head < config.n_kv_head
+    last = config.n_kv_head - 1
+    line = f"--embedder {name}: memories are kept in layers {layers[0]} to {layers[-1]}"
+    check(fits, f"{line}, heads 0 to {last}")
+    i = layers.index(layer)
+    kept = config.kept_heads is None or (i, head) in config.kept_heads
+    check(kept, f"--embedder {name}: this model keeps no memories there ({config.memory_heads})")
+    return i, head
+
+
+@torch.inference_mode()
+def query_vectors(model, texts, i, head):
+    """What searches for memories, of token sequences without BOS: for each an array (m, dh) of unit
+    vectors, those of the query heads that share key-value head `head` of memory layer i, at the
+    tokens that a memory would keep. A text without tokens has none."""
+    cfg = model.config
+    layer = cfg.memory_layers[i]
+    group = cfg.n_head // cfg.n_kv_head
+    lengths = torch.tensor([len(text) for text in texts])
+    n = int(lengths.max())
+    context = torch.zeros((len(texts), 1 + n), dtype=torch.int64)
+    context[:, 0] = cfg.header[0]  # the BOS
+    for row, text in zip(context, texts, strict=True):
+        row[1 : 1 + len(text)] = torch.as_tensor(text, dtype=torch.int64)
+    mask = (torch.arange(n) < lengths[:, None]).to(model.device)  # (B, n): True = real token
+    n_header = len(cfg.header)
+    first = n_header + 1  # of the text
+    header = torch.tensor(cfg.header).expand(len(texts), -1)
+    tokens = torch.cat([header, context], 1).to(model.device)  # (B, P+1+n)
+    at = torch.arange(tokens.shape[1], device=model.device)
+    at = torch.where(at < n_header, at, at + cfg.ref_len)  # a context's positions
+    cos, sin = rope_table(at, cfg)
+
+    def attend(l, q, k, v):
+        turned = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if l < layer:
+            return causal_attention(*turned, v), None
+        rule = cfg.memory_tokens, cfg.approximate_weights, cfg.selection
+        chosen = keep_tokens(q[:, :, first:], k[:, :, first:], mask, *rule)  # (B, Hkv, S)
+        queries = turned[0][:, head * group : (head + 1) * group, first:]  # (B, G, n, dh)
+        return None, (queries, chosen[:, head])
+
+    x = model.embed(tokens)  # (B, P+1+n, d)
+    for l in range(layer + 1):
+        x, made = model._layer(l, x, attend)
+    queries, chosen = made
+    queries = F.normalize(queries.float(), dim=-1).cpu()
+    found = []
+    for row, places in zip(queries, chosen.cpu(), strict=True):
+        places = places[places >= 0]  # (m,)
+        found.append(row[:, places].flatten(0, 1).numpy())  # (G * m, dh)
+    return found
+
+
+@torch.inference_mode()
+def written_keys(model, references, i, head):
+    """The keys of references (N, n), as a memory of theirs holds them: a list of N arrays (count,
+    dh) of unit vectors. references: token ids, -1 = padding."""
+    memories = model.write(references)
+    return stored_keys(memories, i, head)
+
+
+def stored_keys(memories, i, head):
+    """The same of memories that are there."""
+    kept = memories.kv[:, i, 0, head].detach().float()  # (N, S, dh)
+    keys = F.normalize(kept, dim=-1).cpu().numpy()
+    return [row[:n] for row, n in zip(keys, memories.count.tolist(), strict=True)]
+
+
+class KeyRetriever:
+    """References that are found by the keys of one head: .search as retrieval.Retriever has it.
+
+        index.faiss   the keys, one after the other
+        rows.npy      (n, 3): id of a reference, the first of its rows, how many
+        meta.json     whose keys these are
+
+    A change appends rows and forgets rows; save() writes all.
+    """
+
+    def __init__(self, path, index, rows, model, tokenizer, meta):
+        self.path = path
+        self.index = index  # a faiss.Index of unit vectors (dh,)
+        self.rows = rows  # id -> (first, count)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.meta = meta
+        self.least = meta["least"]  # a hit is what scores above
+        self.embedder = Named(meta["embedder"], meta["embedder_id"], model.config.head_dim)
+        self.i, self.head = parse_head(meta["embedder"], model.config)
+        self.version = 0  # as Retriever's: changes are in the index itself
+        self._find_owners()
+
+    def _find_owners(self):
+        """owner (all rows,): whose key a row is, -1 = nobody's any more."""
+        self.owner = np.full(self.index.ntotal, -1, np.int64)
+        for i, (first, count) in self.rows.items():
+            self.owner[first : first + count] = i
+
+    def __len__(self):
+        return len(self.rows)
+
+    @staticmethod
+    def make(path, model, name, tokenizer, references_hash, n, keys):
+        """keys: an iterator over n (id, (count, dh)); in memory only, until save()."""
+        i, head = parse_head(name, model.config)
+        dim = model.config.head_dim
+        factory = vectors_index.choose_factory(n * model.config.memory_tokens, dim)
+        index = vectors_index.empty_index(factory, dim)
+        arrays = []
+        rows = {}
+        first = 0
+        for id, array in keys:
+            rows[id] = (first, len(array))
+            first += len(array)
+            arrays.append(array)
+        stacked = np.concatenate([*arrays, np.zeros((0, dim), np.float32)]).astype(np.float32)
+        if not index.is_trained:
+            index.train(stacked[:: max(1, len(stacked) // 262_144)])
+        index.add(stacked)
+        make_reconstructible(index)
+        meta = dict(
+            format=FORMAT,
+            embedder=name,
+            embedder_id=f"{name}:{model.fingerprint()}",
+            tokenizer_id=tokenizer.id,
+            references=references_hash,
+            least=0.0,
+        )
+        return KeyRetriever(path, index, rows, model, tokenizer, meta)
+
+    @staticmethod
+    def build(path, references, tokenizer_name, name, model, bank=None, progress=True):
+        """Indexes the memories of references, and writes the directory `path`. bank: where they
+        are (bank.MemoryBank); None: they are written once more, for their keys alone."""
+        i, head = parse_head(name, model.config)
+        n = len(references)
+
+        def keys():
+            for start in tqdm(range(0, n, BATCH), "reading keys", disable=not progress):
+                ids = [id for id in range(start, min(start + BATCH, n)) if len(references[id])]
+                if not ids:
+                    continue
+                if bank is None:
+                    found = written_keys(model, references.batch(ids), i, head)
+                else:
+                    found = stored_keys(bank.recall(ids), i, head)
+                yield from zip(ids, found, strict=True)
+
+        tokenizer = corpus.tokenizer(tokenizer_name)
+        made = KeyRetriever.make(path, model, name, tokenizer, references.hash, n, keys())
+        return made.save(references)
+
+    @staticmethod
+    def open(path, model, tokenizer_name=None, references=None):
+        """Opens what save wrote. UserError without a model, or for another's keys (Remark A.1)."""
+        path = Path(path)
+        cure = cure_for(path)
+        meta = read_json(path / "meta.json", META, cure)
+        cure = cure_for(path, meta["embedder"])
+        check(meta["format"] == FORMAT, f"{path} is a {meta['format']}, not {FORMAT}; {cure}")
+        check(
+            model is not None, f"{path} is searched by the model that wrote it: give --checkpoint"
+        )
+        ours = f"{meta['embedder']}:{model.fingerprint()}"
+        line = f"{path}: keys of {meta['embedder_id']}, and a model that is {ours}; {cure}"
+        check(meta["embedder_id"] == ours, line)
+        tokenizer = corpus.tokenizer(tokenizer_name or path.parent)
+        line = f"{path}: tokenizer {meta['tokenizer_id']} and {tokenizer.id} do not compare; {cure}"
+        check(meta["tokenizer_id"] == tokenizer.id, line)
+        fits = references is None or references.hash == meta["references"]
+        check(fits, f"{path} is stale: its references have changed since; {cure}")
+        rows = read_array(path / "rows.npy", "<i8", (None, 3), cure)
+        sizes = dict(n=meta.get("n"), dim=model.config.head_dim, checksum=meta["checksum"])
+        index = vectors_index.open_index(path / "index.faiss", sizes, cure)
+        fits = len(rows) == 0 or (rows.min() >= 0 and (rows[:, 1] + rows[:, 2]).max() <= sizes["n"])
+        check(fits, f"{path}/rows.npy is damaged; {cure}")
+        make_reconstructible(index)
+        table = {int(i): (int(first), int(count)) for i, first, count in rows}
+        return KeyRetriever(path, index, table, model, tokenizer, meta)
+
+    def save(self, references=None):
+        """Writes all of it. references: what the changes made of the references."""
+        faiss = optional("faiss")
+        path = Path(self.path)
+        path.mkdir(parents=True, exist_ok=True)
+        if references is not None:
+            self.meta["references"] = references.hash
+        file = path / "index.faiss"
+        made = path / "index.faiss.tmp"
+        faiss.write_index(self.index, str(made))
+        self.meta["checksum"] = vectors_index.checksum_of(made)
+        self.meta["n"] = self.index.ntotal
+        made.replace(file)
+        rows = [(i, first, count) for i, (first, count) in self.rows.items()]
+        table = np.array(rows, "<i8").reshape(-1, 3)
+        replace_file(path / "rows.npy", lambda f: np.save(f, table))
+        write_json(path / "meta.json", self.meta)  # the last: its checksum vouches for the index
+        return self
+
+    def search(self, queries, k):
+        """The k references whose keys answer each query best: see retrieval.Retriever.search."""
+        check(k >= 1, f"{self.path}: {k} references asked for; ask for 1 or more")
+        check(not isinstance(queries, str), "search takes a list of texts, not one text")
+        texts = [self._tokens(query) for query in queries]
+        ids = np.full((len(texts), k), -1, np.int64)
+        scores = np.full((len(texts), k), NOTHING, np.float32)
+        asked = [row for row, text in enumerate(texts) if len(text)]
+        for start in range(0, len(asked), BATCH):
+            some = asked[start : start + BATCH]
+            batch = [texts[row] for row in some]
+            for row, vectors in zip(
+                some, query_vectors(self.model, batch, self.i, self.head), strict=True
+            ):
+                found, similarities = self._search_one(vectors, k)
+                ids[row, : len(found)] = found
+                scores[row, : len(found)] = similarities
+        return ids, scores
+
+    def _tokens(self, query):
+        """A query's token ids, without BOS and padding, the last max_context - 1 of them."""
+        if isinstance(query, str):
+            query = self.tokenizer.encode(query)
+        kept = [int(t) for t in query if t >= 0 and t != self.model.config.header[0]]
+        return kept[1 - self.model.config.max_context :]
+
+    def _search_one(self, vectors, k):
+        """vectors (m, dh) -> the ids and scores of at most k references, best first."""
+        rows, _ = vectors_index.search(self.index, vectors, FETCH)  # (m, FETCH)
+        owners = self.owner[rows[rows >= 0]]
+        candidates = np.unique(owners[owners >= 0])
+        if len(candidates) == 0:
+            return candidates, np.zeros(0, np.float32)
+        counts = [self.rows[i][1] for i in candidates.tolist()]
+        places = [
+            np.arange(first, first + n) for first, n in map(self.rows.get, candidates.tolist())
+        ]
+        keys = self.index.reconstruct_batch(np.concatenate(places))  # (all their keys, dh)
+        cosines = vectors @ keys.T  # (m, keys)
+        starts = np.cumsum([0, *counts[:-1]])
+        best = np.maximum.reduceat(cosines, starts, axis=1)  # (m, candidates): MaxSim
+        scores = best.mean(0)
+        order = np.argsort(-scores, kind="stable")[:k]
+        order = order[scores[order] > self.least]
+        return candidates[order], scores[order]
+
+    # -- Live changes
+
+    def add(self, ids, texts):
+        there = [i for i in ids if int(i) in self.rows]
+        check(not there, f"{self.path}: references {there} are there already: replace them")
+        check(len(set(ids)) == len(ids) == len(texts), f"give one text for each id: {list(ids)}")
+        for i, text in zip(ids, texts, strict=True):
+            tokens = self.tokenizer.encode(text)[: self.model.config.ref_len]
+            if tokens:
+                keys = written_keys(self.model, torch.tensor([tokens]), self.i, self.head)[0]
+                self.rows[int(i)] = (self.index.ntotal, len(keys))
+                self.index.add(keys)
+                self.owner = np.append(self.owner, np.full(len(keys), int(i)))
+
+    def remove(self, ids):
+        unknown = [i for i in ids if int(i) not in self.rows]
+        check(not unknown, f"{self.path} has no references {unknown} to remove or replace")
+        for i in ids:
+            first, count = self.rows.pop(int(i))
+            self.owner[first : first + count] = -1
+
+    def replace(self, ids, texts):
+        self.remove(ids)
+        self.add(ids, texts)
+
+
+class Named:
+    """What says which embedder this is: see embed.py."""
+
+    def __init__(self, name, id, dim):
+        self.name = name
+        self.id = id
+        self.dim = dim
+
+
+def make_reconstructible(index):
+    """Lets an inverted file give its vectors back by their row."""
+    if vectors_index.n_lists(index):
+        vectors_index.inner_index(index).make_direct_map()
