@@ -3,6 +3,7 @@
     python cost.py --preset 2.4b                          our numbers beside the paper's
     python cost.py --preset 2.4b --plot fig.png           Fig. 1.1
     python cost.py --preset 2.4b --references 1e8 --uses 100 --flops 312e12        plans a bank
+    ... --gpus 512 --tokens 3.1e12 --explicit_tokens 1.2e11        training (benchmarks/scale.md)
 
 One piece of knowledge is a reference of ref_len tokens. Costs are FLOPs, two per multiply-add, of
 matrix products. Not counted, as in App. A: norms, RoPE, softmax, the header, the masked half of
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+import index
 from common import check, number, optional, run
 from model import PRESETS, Config
 from quantize import default_spec, layout
@@ -185,6 +187,47 @@ def plan(c, references, uses, flops, utilisation):
     return rows
 
 
+# -- A plan for training on many GPUs ----------------------------------------------------------
+
+STEP_TOKENS = 2**22  # sec. 5.1: "around 4 million" of a step
+NODE = 8  # GPUs
+
+
+def cluster(c, references, tokens, explicit_tokens, gpus, flops, utilisation):
+    """Both stages and the bank on `gpus` GPUs, in nodes of 8: [(quantity, number)].
+
+    flops: FLOP/s of one GPU at its peak; utilisation: the share of it that is reached. Weights in
+    bfloat16, sharded over all GPUs (train.py --parallel fsdp --param_dtype bfloat16).
+    """
+    hour = 3600 * gpus * flops * utilisation  # FLOPs
+    nodes = math.ceil(gpus / NODE)
+    windows = STEP_TOKENS / c.max_context
+    implicit = tokens / c.max_context * step_flops(c, explicit=False)
+    explicit = explicit_tokens / c.max_context * step_flops(c, explicit=True)
+    bank = references * memory_bytes(c, "bf16")
+    codes = references * memory_bytes(c, "codes", references)
+    factory = index.choose_factory(int(references))
+    index_bytes, peak, _ = index.predict(int(references), index.empty_index(factory, 512))
+    return [
+        ("windows of a step", windows),
+        ("windows of a step for each GPU", windows / gpus),
+        ("references of a step for each GPU", windows / gpus * c.max_context / c.chunk_len),
+        ("GB of weights, gradients, states on each GPU", 12 * weights(c) / gpus / 1e9),
+        # gathered in bfloat16 for forward and backward; gradients are added in float32
+        ("GB that each GPU receives in a pass", (2 + 2 + 4) * weights(c) * (1 - 1 / gpus) / 1e9),
+        ("GB of a checkpoint, last.pt", 10 * weights(c) / 1e9),
+        ("days of the implicit stage", implicit / hour / 24),
+        ("days of the explicit stage", explicit / hour / 24),
+        ("hours to write the bank", references * write_explicit(c) / hour),
+        ("TB of the bank, bf16", bank / 1e12),
+        ("TB of it on each node", bank / nodes / 1e12),
+        ("TB of the bank, codes", codes / 1e12),
+        ("TB of them on each node", codes / nodes / 1e12),
+        (f"GB of the index, {factory}", index_bytes / 1e9),
+        ("GB of RAM while it is made", peak / 1e9),
+    ]
+
+
 # -- The table, Fig. 1.1 ----------------------------------------------------------------------
 
 
@@ -247,6 +290,12 @@ def show_plan(c, references, uses, rows):
     print(f"cheapest by eq. (1.1): {cheapest.split(',')[0]}")
 
 
+def show_cluster(gpus, rows):
+    print(f"\n{gpus:,} GPUs in {math.ceil(gpus / NODE):,} nodes")
+    for quantity, number_of_it in rows:
+        print(f"{quantity:46} {number_of_it:12,.5g}")
+
+
 def flops_of(row):
     return row[3]
 
@@ -279,6 +328,9 @@ def parser():
     p.add_argument("--references", type=positive, metavar="N", help="plan: how many, e.g. 1e6")
     p.add_argument("--uses", type=positive, metavar="n", help="plan: expected uses of each")
     p.add_argument("--flops", type=positive, metavar="F", help="plan: FLOP/s; A100: 312e12")
+    p.add_argument("--gpus", type=number(int, 1), metavar="N", help="plan of training: how many")
+    p.add_argument("--tokens", type=positive, default=3.1e12, help="of the implicit stage")
+    p.add_argument("--explicit_tokens", type=positive, default=1.2e11, help="of the explicit stage")
     share = number(float, 1e-300, 1)
     p.add_argument("--utilisation", type=share, default=0.4, help="plan: share of it reached")
     return p
@@ -301,6 +353,10 @@ def main(argv=None):
     if not missing:
         rows = plan(c, a.references, a.uses, a.flops, a.utilisation)
         show_plan(c, a.references, a.uses, rows)
+    if a.gpus:
+        check(not missing, "--gpus: give --references, --uses and --flops with it")
+        sizes = (a.references, a.tokens, a.explicit_tokens, a.gpus)
+        show_cluster(a.gpus, cluster(c, *sizes, a.flops, a.utilisation))
     if a.plot:
         plot(c, a.plot)
         print(f"\nwritten to {a.plot}")

@@ -4,6 +4,7 @@ import doctest
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,6 +234,27 @@ def test_plan(capsys):
         assert f"cheapest by eq. (1.1): {best}" in out and "13400" in out
     cost.main(["--preset", "toy"])
     assert "paper" not in capsys.readouterr().out
+
+
+def test_plan_of_training(capsys):
+    """Seconds for days, the implicit stage's FLOPs in the explicit one, all GPUs' bytes on each; a
+    page whose figures are no longer those of its command."""
+    rows = dict(cost.cluster(PAPER, 1.1e8, 3.1e12, 1.2e11, 512, 312e12, 0.4))
+    speed = 512 * 312e12 * 0.4 * 86400  # FLOPs a day
+    explicit = 1.2e11 / 2048 * cost.step_flops(PAPER, True) / speed
+    assert rows["days of the explicit stage"] == pytest.approx(explicit)
+    assert rows["windows of a step for each GPU"] == 4
+    assert rows["TB of it on each node"] * 64e12 == pytest.approx(1.1e8 * 450_560)
+    one = dict(cost.cluster(PAPER, 1.1e8, 3.1e12, 1.2e11, 1, 312e12, 0.4))
+    assert one["GB that each GPU receives in a pass"] == 0
+    assert one["GB of weights, gradients, states on each GPU"] * 1e9 == 12 * cost.weights(PAPER)
+    assert one["hours to write the bank"] == pytest.approx(512 * rows["hours to write the bank"])
+    page = (Path(cost.__file__).parent / "benchmarks/scale.md").read_text()
+    command = re.search(r"python cost.py (.*)", page)[1]
+    cost.main(command.split())
+    printed_now = capsys.readouterr().out
+    shown = re.search(r"<!-- cluster -->\n```\n(.*?)\n```", page, re.S)[1]
+    assert shown in printed_now and len(shown.splitlines()) == 1 + len(rows)
 
 
 @pytest.mark.parametrize(
