@@ -108,7 +108,9 @@ def test_the_emulator_multiplies_and_finds_mistakes(compiled, tmp_path, capfd):
 
 def concatenate_and_mask(q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header):
     """The oracle: [the whole pool, once for each of the R places | all tokens] in one softmax."""
-    (B, H, n, dh), (M, Hkv, S, _), R = q.shape, mem_k.shape, recall.shape[2]
+    B, H, n, dh = q.shape
+    M, Hkv, S, _ = mem_k.shape
+    R = recall.shape[2]
     token = torch.arange(n)
     chunk = (token - n_header).div(chunk_len, rounding_mode="floor").clamp(min=0)
     named = recall[:, chunk, :, None] == torch.arange(M)  # (B, n, R, M)
@@ -177,14 +179,19 @@ def kernel_attention(case, device, lay=torch.Tensor.contiguous):
     nothing = torch.full_like(recall, -1)
     wide = [x.double().nan_to_num() for x in (q, k, v, mem_k, mem_v)]
     out, lse = concatenate_and_mask(*wide, count, nothing, C, P)
-    out, lse = lay(out.bfloat16().to(device)), lse.float().to(device)
+    out = lay(out.bfloat16().to(device))
+    lse = lse.float().to(device)
     pool = torch.stack([mem_k, mem_v, mem_v], 1).to(device)  # as in a pool: more between memories
     rest = [pool[:, 0], pool[:, 1], count.to(device), recall.to(device)]
-    q_, dout_ = lay(q.to(device)), lay(dout.to(device))
+    q_ = lay(q.to(device))
+    dout_ = lay(dout.to(device))
     kernels.memory_attention(out, lse, q_, *rest, C, P)
     # The causal part's dq, by its own formula and given the merged out and lse.
-    G, n, scale = q.shape[1] // k.shape[1], q.shape[2], 1 / math.sqrt(q.shape[3])
-    k, v = wide[1].repeat_interleave(G, 1), wide[2].repeat_interleave(G, 1)
+    G = q.shape[1] // k.shape[1]
+    n = q.shape[2]
+    scale = 1 / math.sqrt(q.shape[3])
+    k = wide[1].repeat_interleave(G, 1)
+    v = wide[2].repeat_interleave(G, 1)
     p = (wide[0] @ k.mT * scale - lse.double().cpu().unsqueeze(-1)).exp() * torch.ones(n, n).tril()
     delta = (dout.double() * out.double().cpu()).sum(-1, keepdim=True)
     dq = lay((p * (dout.double() @ v.mT - delta) * scale @ k).bfloat16().to(device))
@@ -203,16 +210,16 @@ def test_memory_attention_equals_concatenate_and_mask(name, layout, device):
     out, lse = concatenate_and_mask(*leaves, count, recall, C, P)
     grads = torch.autograd.grad(out, leaves, dout.double())
     true = out.detach(), lse.detach(), grads[0], grads[3], grads[4]
-    ours = kernel_attention(case, device, LAYOUTS[layout])
-    for what, x, y in zip(["out", "lse", "dq", "dmem_k", "dmem_v"], ours, true, strict=True):
+    results = kernel_attention(case, device, LAYOUTS[layout])
+    for what, x, y in zip(["out", "lse", "dq", "dmem_k", "dmem_v"], results, true, strict=True):
         assert error(x, y) < (1e-6 if what == "lse" else 1e-2), what
     empty = torch.arange(tensors[3].shape[2]) >= count[..., None]  # (M, Hkv, S)
-    for grad in (ours[3].cpu(), ours[4].cpu()):
+    for grad in (results[3].cpu(), results[4].cpu()):
         assert (grad[-1] == 0).all() and (grad[empty] == 0).all()
     if device == "cpu":
         kernels.libraries["cpu"].emulator_reverse(1)
     again = kernel_attention(case, device, LAYOUTS[layout])
-    assert all(torch.equal(x, y) for x, y in zip(ours, again, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(results, again, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -220,8 +227,10 @@ def test_the_plain_kernel_is_the_fast_one(name, device):
     """Catches a first version, there to be read, that says something else than the fast one."""
     (q, _, _, mem_k, mem_v), _, count, recall, C, P = attention_case(*CASES[name])
     g = torch.Generator().manual_seed(3)
-    out, lse = torch.randn(q.shape, generator=g).bfloat16(), torch.randn(q.shape[:3], generator=g)
-    out[:, :, P], lse[:, :, P] = math.nan, math.inf  # no key before
+    out = torch.randn(q.shape, generator=g).bfloat16()
+    lse = torch.randn(q.shape[:3], generator=g)
+    out[:, :, P] = math.nan
+    lse[:, :, P] = math.inf  # no key before
     arguments = [x.to(device) for x in (q, mem_k, mem_v, count, recall)]
     results = []
     for function in ("memory_attention", "memory_attention_plain"):
@@ -243,7 +252,8 @@ def test_memory_attention_leaves_alone_what_reads_no_memory(device):
         x.clone().to(device) for x in (*before, q, mem_k, mem_v, count, dout)
     )
     for table in (recall, torch.full_like(recall, -1)):
-        out, lse = before[0].clone().to(device), before[1].clone().to(device)
+        out = before[0].clone().to(device)
+        lse = before[1].clone().to(device)
         table = table.to(device)
         kernels.memory_attention(out, lse, q, mem_k, mem_v, count, table, C, P)
         slots = (count[table.clamp(min=0)] * (table >= 0).unsqueeze(-1)).sum(2).cpu()  # (B, c, Hkv)
@@ -269,12 +279,15 @@ def test_memory_attention_where_nothing_came_before(nothing, device):
     (q, _, _, mem_k, mem_v), dout, count, recall, C, P = case
     recall[0] = torch.tensor([[-1, 2], [1, 0]])
     count[2] = 0  # a memory of nothing is nothing, too
-    out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:3], nothing)
+    out = torch.full_like(q, math.nan)
+    lse = torch.full(q.shape[:3], nothing)
     rest = [x.to(device) for x in (q, mem_k, mem_v, count, recall)]
-    out, lse = out.to(device), lse.to(device)
+    out = out.to(device)
+    lse = lse.to(device)
     kernels.memory_attention(out, lse, *rest, C, P)
     assert (lse[:, :, :5] == nothing).all() and out[:, :, :5].isnan().all()
-    one, two = mem_k[1, 0, : count[1]], mem_k[0, 0, : count[0]]
+    one = mem_k[1, 0, : count[1]]
+    two = mem_k[0, 0, : count[0]]
     scores = q[0, :, 5:].double() @ torch.cat([one, two]).double().T / math.sqrt(32)
     values = torch.cat([mem_v[1, 0, : count[1]], mem_v[0, 0, : count[0]]]).double()
     assert error(out[0, :, 5:], scores.softmax(-1) @ values) < 1e-2
@@ -296,7 +309,9 @@ def test_what_torch_compile_is_told_about_memory_attention(device):
     """Catches a schema that hides which arguments change, and fakes of another shape or type."""
     (q, _, _, mem_k, mem_v), dout, *table = attention_case(2, 3, 1, 16, 3, 1, 7, 2, 21, 4)
     rest = [x.to(device) if torch.is_tensor(x) else x for x in (mem_k, mem_v, *table)]
-    out, lse, dq = torch.zeros_like(q), torch.zeros(q.shape[:3]), torch.zeros_like(q)
+    out = torch.zeros_like(q)
+    lse = torch.zeros(q.shape[:3])
+    dq = torch.zeros_like(q)
     q, dout, out, lse, dq = (x.to(device) for x in (q, dout, out, lse, dq))
     checks = "test_schema", "test_faketensor"
     forward = out, lse, q, *rest

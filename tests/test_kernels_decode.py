@@ -83,7 +83,8 @@ def decode(device, q, keys, values, valid, n, first, slots):
 def test_decode_attention(device, B, Hkv, G, dh, N, first, slots, lengths):
     """A key left out or read twice at the border of a tile, a part or the slots; a query head
     given another's row; what lies beyond the length or in an unused slot read (it is nan)."""
-    q, kv = random(B, Hkv * G, dh, scale=2), random(2, B, Hkv, N, dh, seed=1)
+    q = random(B, Hkv * G, dh, scale=2)
+    kv = random(2, B, Hkv, N, dh, seed=1)
     valid = torch.rand(B, Hkv, slots, generator=torch.Generator().manual_seed(2)) < 0.6
     for n in lengths:
         keys, values = kv.clone()
@@ -98,7 +99,13 @@ def test_decode_attention(device, B, Hkv, G, dh, N, first, slots, lengths):
 
 def test_decode_without_any_valid_slot(device):
     """A tile without a key gives nan, or counts for something, where nothing was recalled."""
-    B, Hkv, G, dh, N, first, slots = 2, 3, 2, 16, 201, 1, 192
+    B = 2
+    Hkv = 3
+    G = 2
+    dh = 16
+    N = 201
+    first = 1
+    slots = 192
     q, keys, values = random(B, Hkv * G, dh), *random(2, B, Hkv, N, dh, seed=1)
     valid = torch.zeros(B, Hkv, slots, dtype=bool)
     y = decode(device, q, keys, values, valid, 195, first, slots)
@@ -108,7 +115,11 @@ def test_decode_without_any_valid_slot(device):
 def test_decode_again(device):
     """The count of finished blocks is not put back, so that a replayed graph never merges; blocks
     that add in the order in which they happen to finish; a length remembered from the capture."""
-    B, Hkv, G, dh, N = 2, 3, 5, 80, 333
+    B = 2
+    Hkv = 3
+    G = 5
+    dh = 80
+    N = 333
     q, keys, values = random(B, Hkv * G, dh), *random(2, B, Hkv, N, dh, seed=1)
     first = decode(device, q, keys, values, None, 333, 0, 0)
     decode(device, q, keys, values, None, 70, 0, 0)  # fewer parts take part
@@ -117,7 +128,11 @@ def test_decode_again(device):
 
 def test_decode_reads_a_layer_of_the_cache_in_place(device):
     """Strides of the whole cache ignored: its layers have other lengths than the buffer."""
-    B, Hkv, G, dh, N = 3, 2, 3, 16, 90
+    B = 3
+    Hkv = 2
+    G = 3
+    dh = 16
+    N = 90
     cache = random(2, B, 5, N + 7, dh).to(device)  # two layers side by side, say
     keys, values = cache[:, :, 1 : 1 + Hkv, 3 : 3 + N]
     q = random(B, Hkv * G, dh, seed=1)
@@ -130,8 +145,13 @@ def test_decode_in_a_cuda_graph():
     """The length or the mask read at the capture instead of at the replay."""
     if not kernels.available("cuda")[0]:
         pytest.skip(kernels.available("cuda")[1])
-    B, Hkv, G, dh, N = 2, 3, 5, 80, 333
-    q, kv = random(B, Hkv * G, dh).cuda(), random(2, B, Hkv, N, dh, seed=1).cuda()
+    B = 2
+    Hkv = 3
+    G = 5
+    dh = 80
+    N = 333
+    q = random(B, Hkv * G, dh).cuda()
+    kv = random(2, B, Hkv, N, dh, seed=1).cuda()
     new = random(2, B, Hkv, dh, seed=3).cuda()
     valid = torch.ones(B, Hkv, 40, dtype=bool, device="cuda")
     length = torch.tensor([99], device="cuda")
@@ -170,7 +190,10 @@ def test_codes(device, spec, dh, Lm, Hkv, S):
     numbers, size = layout(spec)
     rows = sum(1 << bits for _, bits in numbers)
     codec = Codec(spec, torch.randn(rows, dh, generator=g))
-    M, B, R, first = 4, 2, 3, 2
+    M = 4
+    B = 2
+    R = 3
+    first = 2
     N = first + R * S + 5
     codes = torch.randint(256, (M, Lm, 2, Hkv, S, size), generator=g, dtype=torch.uint8)
     kv = random(Lm, 2, B, Hkv, N, dh)
@@ -203,7 +226,8 @@ def test_codes(device, spec, dh, Lm, Hkv, S):
 def test_select(device, Hkv, G, n, dh, s, lengths, approximate):
     """Padding that asks or is asked, a query head of another group, rows or columns past n."""
     N = len(lengths)
-    q, k = random(N, Hkv * G, n, dh), random(N, Hkv, n, dh, seed=1)
+    q = random(N, Hkv * G, n, dh)
+    k = random(N, Hkv, n, dh, seed=1)
     mask = torch.arange(n) < torch.tensor(lengths)[:, None]
     want = token_weights(q, k, mask, approximate)
     tensors = (x.to(device) for x in (q, k, mask))
@@ -216,8 +240,13 @@ def test_select(device, Hkv, G, n, dh, s, lengths, approximate):
 
 def test_select_ties(device):
     """Of equal tokens the later one kept, or one of them left out by its twin."""
-    N, Hkv, n, dh, s = 2, 3, 50, 16, 11
-    q, k = random(N, 2 * Hkv, n, dh), random(N, Hkv, 4, dh, seed=1)
+    N = 2
+    Hkv = 3
+    n = 50
+    dh = 16
+    s = 11
+    q = random(N, 2 * Hkv, n, dh)
+    k = random(N, Hkv, 4, dh, seed=1)
     k = k[:, :, torch.arange(n) % 4].contiguous()  # four keys, over and over
     mask = torch.arange(n) < torch.tensor([50, 29])[:, None]
     tensors = (x.to(device) for x in (q, k, mask))
@@ -228,7 +257,8 @@ def test_select_ties(device):
 
 def test_approximate_weights_of_large_scores(device):
     """exp of a score near 300 is infinity: it must be shifted by the largest, wherever it is."""
-    q, k = random(1, 6, 70, 16, scale=8), random(1, 2, 70, 16, seed=1, scale=8)
+    q = random(1, 6, 70, 16, scale=8)
+    k = random(1, 2, 70, 16, seed=1, scale=8)
     mask = torch.ones(1, 70, dtype=bool)
     want = token_weights(q, k, mask, True)
     weights, _ = kernels.select(*(x.to(device) for x in (q, k, mask)), 3, True)
@@ -242,9 +272,12 @@ def calls():
     """Small arguments for each operator but those of memory attention."""
     keys, values = random(2, 1, 2, 20, 16)
     new = random(1, 6, 16), *random(2, 1, 2, 16, seed=3)
-    valid, length = torch.ones(1, 2, 5, dtype=bool), torch.tensor([9])
-    kv, codes = random(1, 2, 1, 2, 9, 16), torch.zeros(2, 1, 2, 2, 3, 2, dtype=torch.uint8)
-    table, where = torch.ones(512, 16), torch.tensor([[0, 8, 0], [8, 8, 256]], dtype=torch.int32)
+    valid = torch.ones(1, 2, 5, dtype=bool)
+    length = torch.tensor([9])
+    kv = random(1, 2, 1, 2, 9, 16)
+    codes = torch.zeros(2, 1, 2, 2, 3, 2, dtype=torch.uint8)
+    table = torch.ones(512, 16)
+    where = torch.tensor([[0, 8, 0], [8, 8, 256]], dtype=torch.int32)
     mask = torch.ones(3, 7, dtype=bool)
     return {
         kernels.decode_attention: (*new, keys, values, valid, length, 2, 5),
@@ -279,7 +312,8 @@ def test_refuses_what_c_would_misread(emulator, op):
 def test_fits_is_what_the_functions_take(emulator):
     """Sizes that memory.py would send here, to be told no; or that it would not, for nothing."""
     for dh in (16, 128, 24, 144):
-        q, keys = random(1, 2, dh), random(1, 1, 20, dh)
+        q = random(1, 2, dh)
+        keys = random(1, 1, 20, dh)
         new = keys[:, :, 8]
         args = q, new, new, keys, keys.clone(), None, torch.tensor([9]), 0, 0
         if kernels.fits(BF16, dh, 2):

@@ -80,12 +80,13 @@ def test_approximate_weights_keep_the_order_and_do_not_overflow(scale):
     assert (w.masked_select(~mask[:, None].expand_as(w)) == 0).all()
     for b in range(3):
         for h in range(2):
-            ours, true = w[b, h][mask[b]], logs[b, h][mask[b]]
-            shown = ours > 0  # what is e^-100 of the largest is 0 in float32
-            torch.testing.assert_close(
-                (ours / ours.max()).log()[shown], (true - true.max())[shown], rtol=1e-4, atol=1e-3
-            )
-            assert (true[~shown] < true.max() - 87).all()
+            weights = w[b, h][mask[b]]
+            log_of_max = (weights / weights.max()).log()
+            true = logs[b, h][mask[b]]
+            true = true - true.max()
+            shown = weights > 0  # what is e^-100 of the largest is 0 in float32
+            torch.testing.assert_close(log_of_max[shown], true[shown], rtol=1e-4, atol=1e-3)
+            assert (true[~shown] < -87).all()
 
 
 def test_approximate_and_exact_weights_are_not_the_same_thing():
@@ -108,7 +109,8 @@ def test_autocast_does_not_round_the_weights(approximate):
     """Catches training that chooses other tokens than writing does: under autocast even a product
     of float32 numbers is rounded to bfloat16, and the shift of approximate weights overflows."""
     torch.manual_seed(5)
-    q, k = torch.randn(3, 6, 11, 8).bfloat16(), torch.randn(3, 2, 11, 8).bfloat16()
+    q = torch.randn(3, 6, 11, 8).bfloat16()
+    k = torch.randn(3, 2, 11, 8).bfloat16()
     mask = torch.arange(11) < torch.tensor([[11], [7], [0]])
     want = memory.token_weights(q, k, mask, approximate)
     with torch.autocast("cpu", torch.bfloat16):
@@ -131,7 +133,8 @@ def test_the_place_of_a_token_does_not_change_its_weight():
     q, k, _ = writing_case()
     mask = torch.ones(3, 11, dtype=bool)
     order = torch.tensor([7, 2, 9, 0, 10, 5, 1, 3, 8, 6, 4])
-    w, moved = token_weights(q, k, mask), token_weights(q[:, :, order], k[:, :, order], mask)
+    w = token_weights(q, k, mask)
+    moved = token_weights(q[:, :, order], k[:, :, order], mask)
     torch.testing.assert_close(w[..., order], moved, rtol=1e-5, atol=1e-6)
 
 
@@ -153,34 +156,40 @@ def test_select_tokens_equals_sorting_by_hand():
 def test_select_tokens_keeps_real_tokens_of_weight_zero_before_padding():
     """Catches padding that wins a tie at zero: a mask with a hole in it, all weights equal."""
     mask = torch.tensor([[False, True, False, True, True, False, True]])
-    index = select_tokens(torch.zeros(1, 2, 7), mask, 3)
-    assert index.tolist() == [[[1, 3, 4]] * 2]
-    assert select_tokens(torch.zeros(1, 1, 7), mask, 5).tolist() == [[[1, 3, 4, 6, -1]]]
+    zeros = torch.zeros(1, 2, 7)
+    assert select_tokens(zeros, mask, 3).tolist() == [[[1, 3, 4], [1, 3, 4]]]
+    assert select_tokens(zeros, mask, 5).tolist() == [[[1, 3, 4, 6, -1], [1, 3, 4, 6, -1]]]
 
 
 # ---------------------------------------------------------------------------------------------
 # Reading
 
-P, C, S = 5, 7, 3
+P = 5
+C = 7
+S = 3
 
 
 def reading_case(H=6, Hkv=3, dh=10, T=25, dtype=torch.float64, scale=1.0):
     """2 sequences of 25 tokens = 3 full chunks and 4 tokens; a pool of 9, some of them short."""
     g = torch.Generator().manual_seed(4)
 
-    def r(*shape):
+    def random(*shape):
         x = torch.randn(*shape, generator=g, dtype=torch.float64) * scale
         return x.to(dtype).requires_grad_()
 
-    q, k, v = r(2, H, P + T, dh), r(2, Hkv, P + T, dh), r(2, Hkv, P + T, dh)
-    mem_k, mem_v = r(9, Hkv, S, dh), r(9, Hkv, S, dh)
+    q = random(2, H, P + T, dh)
+    k = random(2, Hkv, P + T, dh)
+    v = random(2, Hkv, P + T, dh)
+    mem_k = random(9, Hkv, S, dh)
+    mem_v = random(9, Hkv, S, dh)
     count = torch.tensor([3, 2, 3, 1, 3, 0, 3, 3, 2])
     recall = torch.tensor(
         [
             [[0, 3, -1, 8], [-1, -1, -1, -1], [3, 0, 1, 2], [8, -1, 3, 5]],  # 3 in three chunks
             [[-1, 4, -1, 0], [0, 1, 3, 4], [5, -1, -1, -1], [-1, 2, 1, 4]],  # 5 is empty: count 0
         ]
-    )[:, : -(-T // C)]
+    )
+    recall = recall[:, : math.ceil(T / C)]
     weight = torch.randn(2, H, P + T, dh, generator=g, dtype=torch.float64)  # of the outputs
     return (q, k, v, mem_k, mem_v), count, recall, weight.to(dtype)
 
@@ -215,13 +224,19 @@ def loop_over_chunks(q, k, v, mem_k, mem_v, count, recall):
             header = (x[None, b, i, :P] for x, i in ((q, h), (k, g), (v, g)))
             out = [F.scaled_dot_product_attention(*header, is_causal=True)[0]]
             for c in range(recall.shape[1]):
-                a, z = P + c * C, min(P + (c + 1) * C, n)
-                mine = [(m, s) for m in recall[b, c].tolist() if m >= 0 for s in range(count[m])]
-                ks = torch.cat([mem_k[[m for m, _ in mine], g, [s for _, s in mine]], k[b, g, :z]])
-                vs = torch.cat([mem_v[[m for m, _ in mine], g, [s for _, s in mine]], v[b, g, :z]])
+                a = P + c * C
+                z = min(P + (c + 1) * C, n)
+                keys = [k[b, g, :z]]
+                values = [v[b, g, :z]]
+                for m in recall[b, c].tolist():
+                    if m >= 0:
+                        keys.insert(0, mem_k[m, g, : count[m]])
+                        values.insert(0, mem_v[m, g, : count[m]])
+                ks = torch.cat(keys)
+                vs = torch.cat(values)
                 scores = q[b, h, a:z] @ ks.T / math.sqrt(dh)
                 late = torch.arange(z) > torch.arange(a, z)[:, None]
-                late = torch.cat([torch.zeros(z - a, len(mine), dtype=bool), late], 1)
+                late = F.pad(late, (len(ks) - z, 0))  # no memory is late
                 out.append(scores.masked_fill(late, -math.inf).softmax(-1) @ vs)
             rows.append(torch.cat(out))
     return torch.stack(rows).view(B, H, n, dh)
@@ -262,10 +277,10 @@ def half_against_float64(heads, path, device, strided):
     there = [x.detach().to(device).requires_grad_() for x in tensors]
     table = count.to(device), recall.to(device)
 
-    def ours(*x):
+    def merged(*x):
         return chunk_attention(*(apart(*x) if strided else x), *table, C, P, path=path)
 
-    got = with_gradients(ours, there, weight.to(device))
+    got = with_gradients(merged, there, weight.to(device))
     errors = {}
     for name, a, b in zip(NAMES, got, want, strict=True):
         errors[name] = float((a.double().cpu() - b).norm() / b.norm())
@@ -301,10 +316,10 @@ def test_chunk_attention_equals_both_oracles_and_so_do_its_gradients(shape, path
     chunk, -1 read as the last memory, miscounted slots, a lost last chunk, wrong head groups."""
     tensors, count, recall, weight = reading_case(**SHAPES[shape])
 
-    def ours(*x):
+    def merged(*x):
         return chunk_attention(*x, count, recall, C, P, path=path)
 
-    got = with_gradients(ours, tensors, weight)
+    got = with_gradients(merged, tensors, weight)
     for oracle in (concatenate_and_mask, loop_over_chunks):
         want = with_gradients(partial(oracle, count=count, recall=recall), tensors, weight)
         for name, a, b in zip(NAMES, got, want, strict=True):
@@ -320,18 +335,18 @@ def test_heads_may_differ_in_what_they_keep(path):
     count = torch.randint(0, S + 1, (9, 3), generator=torch.Generator().manual_seed(22))
     count[4] = 0
 
-    def ours(*x):
+    def merged(*x):
         return chunk_attention(*x, count, recall, C, P, path=path)
 
     def head_by_head(q, *rest):
         outs = []
         for h in range(3):
             one = [x[:, h : h + 1] for x in rest]
-            mine = (q[:, 2 * h : 2 * h + 2], *one, count[:, h], recall)
-            outs.append(concatenate_and_mask(*mine))
+            queries = q[:, 2 * h : 2 * h + 2]
+            outs.append(concatenate_and_mask(queries, *one, count[:, h], recall))
         return torch.cat(outs, 1)
 
-    got = with_gradients(ours, tensors, weight)
+    got = with_gradients(merged, tensors, weight)
     want = with_gradients(head_by_head, tensors, weight)
     for name, a, b in zip(NAMES, got, want, strict=True):
         assert float((a - b).abs().max()) < 1e-12, name
@@ -345,10 +360,10 @@ def test_chunk_attention_in_each_precision(shape, dtype, path):
     largest number of each tensor."""
     tensors, count, recall, weight = reading_case(**SHAPES[shape], dtype=dtype)
 
-    def ours(*x):
+    def merged(*x):
         return chunk_attention(*x, count, recall, C, P, path=path)
 
-    got = with_gradients(ours, tensors, weight)
+    got = with_gradients(merged, tensors, weight)
     exact = [x.detach().double().requires_grad_() for x in tensors]
     want = with_gradients(
         lambda *x: concatenate_and_mask(*x, count, recall), exact, weight.double()
@@ -408,20 +423,27 @@ def test_a_table_of_nothing_is_the_plain_decoder(path):
     (q, k, v, mem_k, mem_v), count, recall, _ = reading_case()
     plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     nothing = torch.full_like(recall, -1)
-    for mk, mv, n, table in (
-        (mem_k, mem_v, count, nothing),
-        (mem_k, mem_v, count, torch.where(recall == 5, 5, -1)),  # memory 5 has no slot filled
-        (mem_k, mem_v, count, nothing[:, :, :0]),
-        (mem_k[:0], mem_v[:0], count[:0], nothing),
-    ):
-        out = chunk_attention(q, k, v, mk, mv, n, table, C, P, path=path)
+    only_empty = torch.where(recall == 5, 5, -1)  # memory 5 has no slot filled
+    pool = (mem_k, mem_v, count)
+    empty_pool = (mem_k[:0], mem_v[:0], count[:0])
+    cases = [
+        (pool, nothing),
+        (pool, only_empty),
+        (pool, nothing[:, :, :0]),
+        (empty_pool, nothing),
+    ]
+    for memories, table in cases:
+        out = chunk_attention(q, k, v, *memories, table, C, P, path=path)
         torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
 
 
 def test_the_choice_of_a_path_says_why(monkeypatch):
     """Catches a path that cannot run there or is slow there, and a path without its reason."""
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    bf16, f32, f64 = torch.bfloat16, torch.float32, torch.float64
+    cpu = torch.device("cpu")
+    cuda = torch.device("cuda")
+    bf16 = torch.bfloat16
+    f32 = torch.float32
+    f64 = torch.float64
     for dtype, few in ((bf16, 512), (f32, 63), (f64, 63)):  # measured: see attention_path
         for n, want in ((1, "math"), (few, "math"), (few + 1, "cpu-flash"), (2048, "cpu-flash")):
             name, why = memory.attention_path(cpu, dtype, n, 80, 5, 40)
@@ -446,7 +468,9 @@ def test_the_choice_of_a_path_says_why(monkeypatch):
 
 def through_kernels(monkeypatch):
     """Makes "kernel" the path of the CPU too, kernels.cu played by the code of memory.py."""
-    calls, forward, backward = [], memory.memory_attention, memory.memory_attention_backward
+    calls = []
+    forward = memory.memory_attention
+    backward = memory.memory_attention_backward
 
     def played(name, f):
         monkeypatch.setattr(kernels, name, lambda *a: calls.append(name) or f(*a))
@@ -500,7 +524,8 @@ def test_rule_1_keeps_what_it_kept():
     """Catches a rule that was changed under its old number: banks written by the old rule would be
     taken for the new one's, and kernels.cu would still choose by the old. Give it a new number."""
     g = torch.Generator().manual_seed(21)
-    q, k = torch.randn(2, 6, 9, 4, generator=g), torch.randn(2, 2, 9, 4, generator=g)
+    q = torch.randn(2, 6, 9, 4, generator=g)
+    k = torch.randn(2, 2, 9, 4, generator=g)
     mask = torch.arange(9) < torch.tensor([[9], [7]])
     for approximate in (False, True):
         weights = brute_weights(q, k, mask, approximate)
@@ -513,7 +538,8 @@ def decoding_case(slots=7, first=3, n=13):
     g = torch.Generator().manual_seed(12)
     q = torch.randn(3, 6, 10, generator=g, dtype=torch.float64)
     keys, values = torch.randn(2, 3, 2, 17, 10, generator=g, dtype=torch.float64)
-    keys[:, :, n - 1 :], values[:, :, n - 1 :] = 1e3, 1e3  # the last one comes only now
+    keys[:, :, n - 1 :] = 1e3
+    values[:, :, n - 1 :] = 1e3  # the last one comes only now
     valid = torch.rand(3, 2, slots, generator=g) < 0.6
     valid[1] = False  # recalled nothing
     keys[:, :, first : first + slots][~valid] = 1e3
@@ -527,7 +553,8 @@ def test_decoding_is_a_softmax_over_the_keys_that_count(slots):
     that does not attend itself or overwrites another's keys."""
     q, k, v, keys, values, valid, n, first = decoding_case(slots)
     cache = keys.clone(), values.clone()
-    keys[:, :, n - 1], values[:, :, n - 1] = k, v
+    keys[:, :, n - 1] = k
+    values[:, :, n - 1] = v
     want = torch.empty_like(q)
     for b in range(3):
         for h in range(6):
@@ -546,7 +573,8 @@ def test_decoding_through_the_kernel_gets_the_same(monkeypatch):
     wide = torch.cat([q, q], 1)[:, :6]  # a part of the projection: the kernel takes it as it is
     spread = torch.stack([k, k], 2)[:, :, 0]  # heads apart: it does not
     assert not wide.is_contiguous() and not spread[0].is_contiguous()
-    calls, length = through_kernels(monkeypatch), torch.tensor([n])
+    calls = through_kernels(monkeypatch)
+    length = torch.tensor([n])
     given = memory.decode_attention(wide, spread, v, keys, values, valid, length, first)
     assert calls == ["decode_attention"] and given[0] is wide
     assert given[1].is_contiguous() and torch.equal(given[1], k)
@@ -562,7 +590,8 @@ def test_codes_and_numbers_fill_the_same_slots(monkeypatch):
     vectors = torch.randn(2000, 10, generator=g)
     codec = Codec.train(vectors, "Residual2x4,PQ5x4")
     kv = torch.randn(4, 3, 2, 2, 5, 10, generator=g)  # M, Lm, 2, Hkv, S, dh
-    codes, count = codec.encode(kv), torch.tensor([5, 5, 2, 5])
+    codes = codec.encode(kv)
+    count = torch.tensor([5, 5, 2, 5])
     table = torch.tensor([[2, -1, 0], [3, 3, 1]])
     plain, coded = torch.zeros(2, 3, 2, 2, 2, 29, 10)
     memory.fill_slots(plain, Memories(codec.decode(codes), count), table, 6)

@@ -88,7 +88,8 @@ def test_plain_model_equals_llama(config, build, tied):
     assert not unknown and set(missing) <= {"lm_head.weight"}
     tokens = torch.randint(0, c.vocab_size, (3, 29), generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
-        a, b = ours(tokens)[0], llama(tokens).logits
+        a = ours(tokens)[0]
+        b = llama(tokens).logits
     assert b.std() > 0.3  # logits that say something
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -99,7 +100,9 @@ def test_plain_model_ignores_everything_about_memories(case):
     plain, loss = model(tokens)
     assert loss is None and plain.shape == (2, T, 97)
     with torch.no_grad():
-        model.config.header, model.config.ref_len, model.config.chunk_len = (1,), 3, 2
+        model.config.header = (1,)
+        model.config.ref_len = 3
+        model.config.chunk_len = 2
     assert torch.equal(plain, model(tokens, recall=RECALL)[0])
 
 
@@ -108,12 +111,12 @@ def test_format_with_memories_is_the_header_in_front_and_a_gap(case):
     and context, whose positions jump by ref_len. With a jump of 0 it is the plain model."""
     model, tokens, refs = case
     with_header = torch.cat([torch.tensor([model.config.header] * 2), tokens], 1)
-    ours = model(tokens, memories=Memories.empty(model.config))[0]
+    with_gap = model(tokens, memories=Memories.empty(model.config))[0]
     plain = model(with_header)[0][:, 3:]
-    assert not ours.allclose(plain, atol=1e-3)  # the gap is felt
+    assert not with_gap.allclose(plain, atol=1e-3)  # it is felt
     model.config.ref_len = 0
-    ours = model(tokens, memories=Memories.empty(model.config))[0]
-    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-11)
+    without_gap = model(tokens, memories=Memories.empty(model.config))[0]
+    torch.testing.assert_close(without_gap, plain, rtol=1e-10, atol=1e-11)
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_context(case):
@@ -124,7 +127,11 @@ def test_loss_is_the_mean_cross_entropy_of_the_context(case):
     logits, loss = model(tokens, targets, model.write(refs), RECALL)
     assert logits.shape == (2, T, 97)
     logp = logits.log_softmax(-1)
-    terms = [-logp[b, t, targets[b, t]] for b in range(2) for t in range(T) if targets[b, t] >= 0]
+    terms = []
+    for b in range(2):
+        for t in range(T):
+            if targets[b, t] >= 0:
+                terms.append(-logp[b, t, targets[b, t]])
     assert len(terms) == 2 * 17
     torch.testing.assert_close(loss, torch.stack(terms).mean().to(loss.dtype), rtol=1e-6, atol=0)
 
@@ -171,10 +178,10 @@ def test_changing_a_token_changes_no_logit_before_it(case):
             for t in (0, 6, 7, 20, 24):
                 changed = tokens.clone()
                 changed[0, t] = (tokens[0, t] + 1) % 90
-                now = model(changed, **options)[0]
-                torch.testing.assert_close(now[0, :t], logits[0, :t], rtol=1e-11, atol=1e-12)
-                assert torch.equal(now[1], logits[1])
-                assert (now[0, t] - logits[0, t]).abs().max() > 1e-4
+                after = model(changed, **options)[0]
+                torch.testing.assert_close(after[0, :t], logits[0, :t], rtol=1e-11, atol=1e-12)
+                assert torch.equal(after[1], logits[1])
+                assert (after[0, t] - logits[0, t]).abs().max() > 1e-4
 
 
 def test_changing_a_memory_changes_nothing_before_the_chunk_that_recalls_it(case):
@@ -186,13 +193,13 @@ def test_changing_a_memory_changes_nothing_before_the_chunk_that_recalls_it(case
         for m in range(6):
             other = Memories(pool.kv.clone(), pool.count)
             other.kv[m, :, :, :, : pool.count[m]] += 1.0
-            now = model(tokens, memories=other, recall=RECALL)[0]
+            after = model(tokens, memories=other, recall=RECALL)[0]
             for b in range(2):
                 readers = [c for c in range(4) if m in RECALL[b, c].tolist()]
                 first = min(readers) * 7 if readers else T
-                assert torch.equal(now[b, :first], logits[b, :first])
+                assert torch.equal(after[b, :first], logits[b, :first])
                 for t in range(first, min(first + 7, T)):  # all of the chunk, from its first token
-                    assert (now[b, t] - logits[b, t]).abs().max() > 1e-5
+                    assert (after[b, t] - logits[b, t]).abs().max() > 1e-5
 
 
 def test_header_is_read_and_attends_no_memory(case):
@@ -207,7 +214,8 @@ def test_header_is_read_and_attends_no_memory(case):
             model(tokens, memories=pool, recall=recall, cache=cache)
         return cache.kv
 
-    with_memories, without = keys(RECALL), keys(None)
+    with_memories = keys(RECALL)
+    without = keys(None)
     for a, b in zip(with_memories, without, strict=True):
         torch.testing.assert_close(a[:, :, :, :3], b[:, :, :, :3], rtol=1e-11, atol=1e-12)
     assert not with_memories[2][:, :, :, 3:].allclose(without[2][:, :, :, 3:], atol=1e-4)
@@ -223,7 +231,8 @@ def test_header_is_read_and_attends_no_memory(case):
 def by_hand(model, reference):
     """The memory of one reference (n,), from a plain forward over header + reference: keys and
     values from its cache, the choice by sec. 3.3 from queries and keys caught before RoPE."""
-    c, n = model.config, len(reference)
+    c = model.config
+    n = len(reference)
     caught = []
     hooks = [
         b.attn.qkv.register_forward_hook(lambda m, x, y: caught.append(y)) for b in model.blocks
@@ -240,7 +249,8 @@ def by_hand(model, reference):
         l = c.memory_from + i
         x = caught[l][0, 3:].view(n, 10, 10)  # (n, H + 2 Hkv, dh), without the header
         for h in range(2):
-            k, w = x[:, 6 + h], torch.zeros(n, dtype=torch.float64)
+            k = x[:, 6 + h]
+            w = torch.zeros(n, dtype=torch.float64)
             for q in range(3 * h, 3 * h + 3):
                 w += (x[:, q] @ k.T / math.sqrt(10)).softmax(-1).sum(0)
             keep = sorted(w.argsort(descending=True)[:5].tolist())
@@ -280,14 +290,16 @@ def test_the_same_reference_gives_the_same_memory_in_any_batch(case, references)
             torch.testing.assert_close(alone.kv[0], pool.kv[m], rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(wide.kv[5 - m], pool.kv[m], rtol=1e-10, atol=1e-12)
         single = model.float()
-        a, b = single.write(refs), single.write(refs[1:2, :4])
+        a = single.write(refs)
+        b = single.write(refs[1:2, :4])
         torch.testing.assert_close(a.kv[1], b.kv[0], rtol=1e-5, atol=2e-6)
 
 
 def test_approximate_weights_reach_write(build, references):
     """Catches the config's approximate_weights being accepted and dropped."""
     refs = references([13, 12, 13])
-    exact, approximate = build(), build(approximate_weights=True)
+    exact = build()
+    approximate = build(approximate_weights=True)
     a, b = (m.write(refs, return_indices=True)[1] for m in (exact, approximate))
     assert a.shape == b.shape and not torch.equal(a, b)
 
@@ -323,10 +335,12 @@ HEADS = "1.1,3.0,2.1,2.0"  # of layers 1, 2, 3 with 2 heads each: all but 1.0 an
 def test_heads_that_keep_no_memories(build, references):
     """Catches heads that write or read though they are not to, places of other heads, and kept
     heads that change because others do not keep."""
-    everything, some = build(memory_from=1), build(memory_from=1, memory_heads=HEADS)
-    refs, keeps = references(LENGTHS), torch.tensor([[0, 1], [1, 1], [1, 0]], dtype=bool)
-    (pool, index), (part, kept) = (m.write(refs, return_indices=True) for m in (everything, some))
-    where = keeps[:, :, None]  # (Lm, Hkv, 1)
+    all_heads = build(memory_from=1)
+    few_heads = build(memory_from=1, memory_heads=HEADS)
+    refs = references(LENGTHS)
+    pool, index = all_heads.write(refs, return_indices=True)
+    part, kept = few_heads.write(refs, return_indices=True)
+    where = torch.tensor([[0, 1], [1, 1], [1, 0]], dtype=bool)[:, :, None]  # (Lm, Hkv, 1)
     assert torch.equal(kept, index.where(where, -1))
     assert torch.equal(part.kv, pool.kv.where(where[:, None, ..., None], 0.0))
     assert torch.equal(part.count, pool.count)
@@ -334,23 +348,23 @@ def test_heads_that_keep_no_memories(build, references):
     tokens = torch.randint(0, 90, (2, T), generator=torch.Generator().manual_seed(18))
     poisoned = Memories(part.kv.where(where[:, None, ..., None], 1e6), part.count)
     with torch.no_grad():
-        logits = some(tokens, memories=poisoned, recall=RECALL)[0]
-        assert torch.equal(logits, some(tokens, memories=part, recall=RECALL)[0])
+        logits = few_heads(tokens, memories=poisoned, recall=RECALL)[0]
+        assert torch.equal(logits, few_heads(tokens, memories=part, recall=RECALL)[0])
         for other in (
-            everything(tokens, memories=pool, recall=RECALL),
-            some(tokens, memories=part),
+            all_heads(tokens, memories=pool, recall=RECALL),
+            few_heads(tokens, memories=part),
         ):
             assert not logits.allclose(other[0], atol=1e-3)
-        cache = Cache(some.config, 2, T, dtype=torch.float64)
-        out = [some(tokens[:, :14], None, poisoned, RECALL[:, :2], cache)[0][:, 0]]
+        cache = Cache(few_heads.config, 2, T, dtype=torch.float64)
+        out = [few_heads(tokens[:, :14], None, poisoned, RECALL[:, :2], cache)[0][:, 0]]
         for t in range(14, T):
             if t % 7 == 0:
                 cache.load_memories(poisoned, RECALL[:, t // 7])
-            out.append(some.decode(tokens[:, t], cache))
+            out.append(few_heads.decode(tokens[:, t], cache))
         torch.testing.assert_close(torch.stack(out, 1), logits[:, 13:], rtol=1e-9, atol=1e-10)
 
     part.kv.retain_grad()
-    some(tokens, tokens.roll(-1, 1), part, RECALL)[1].backward()
+    few_heads(tokens, tokens.roll(-1, 1), part, RECALL)[1].backward()
     assert (part.kv.grad.where(~where[:, None, ..., None], 0) == 0).all()
     assert (part.kv.grad[0, 0, :, 1] != 0).all()
 
@@ -387,7 +401,8 @@ def test_kept_heads_are_named_in_one_way(build):
 def test_gradient_through_memories_is_the_true_one(build, references):
     """Catches a writer that gets no gradient, or a wrong one: the derivative of the loss along a
     random direction of all weights, against a difference quotient. The indices stay as they are."""
-    model, refs = build(scale=4.0), references(LENGTHS)
+    model = build(scale=4.0)
+    refs = references(LENGTHS)
     g = torch.Generator().manual_seed(10)
     tokens = torch.randint(0, 90, (2, T), generator=g)
     direction = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in model.parameters()]
@@ -400,16 +415,20 @@ def test_gradient_through_memories_is_the_true_one(build, references):
 
     value, index = loss()
     value.backward()
-    ours = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction, strict=True))
-    values, eps = [], 1e-6
+    slope = 0.0
+    for p, d in zip(model.parameters(), direction, strict=True):
+        slope += (p.grad * d).sum()
+    values = []
+    eps = 1e-6
     with torch.no_grad():
         for sign in (1, -2):  # to +eps, then to -eps
             for p, d in zip(model.parameters(), direction, strict=True):
                 p += sign * eps * d
-            value, now = loss()
-            assert torch.equal(now, index)
+            value, chosen = loss()
+            assert torch.equal(chosen, index)  # the derivative is that of the loss with these
             values.append(value)
-    torch.testing.assert_close(ours, (values[0] - values[1]) / (2 * eps), rtol=1e-5, atol=1e-7)
+    quotient = (values[0] - values[1]) / (2 * eps)
+    torch.testing.assert_close(slope, quotient, rtol=1e-5, atol=1e-7)
 
 
 def test_gradient_reaches_the_writer_only_through_kept_slots(case):
@@ -433,7 +452,8 @@ def test_gradient_reaches_the_writer_only_through_kept_slots(case):
     assert (model.embed.weight.grad[91] == 0).all()
 
     model.zero_grad()
-    refs[4, 7], refs[5, 2] = 3, 91  # in memory 5, which no chunk reads
+    refs[4, 7] = 3
+    refs[5, 2] = 91  # in memory 5, which no chunk reads
     model(tokens, targets, model.write(refs), RECALL)[1].backward()
     assert (model.embed.weight.grad[91] == 0).all()
 
@@ -453,7 +473,8 @@ def all_gradients(model, tokens, refs, **options):
 def test_recomputed_layers_give_the_same_bits(build, references, dtype, autocast):
     """Catches a layer that is computed again with another layer's memories or rule (a variable of
     the loop that has moved on), without autocast, or that gives its memories twice."""
-    model, refs = build(dtype), references(LENGTHS)
+    model = build(dtype)
+    refs = references(LENGTHS)
     tokens = torch.randint(0, 90, (2, T), generator=torch.Generator().manual_seed(14))
     calls = []
     for block in model.blocks:
@@ -486,7 +507,8 @@ def rows_kept_for_the_backward(forward):
 def test_the_loss_in_parts_is_the_loss(build, references, monkeypatch):
     """Catches parts that are weighed alike though they have other numbers of targets, a part of
     ignored targets alone (nan), logits that are kept, and a lost last part."""
-    model, refs = build(torch.float32, tied=True), references(LENGTHS)
+    model = build(torch.float32, tied=True)
+    refs = references(LENGTHS)
     tokens = torch.randint(0, 90, (2, T), generator=torch.Generator().manual_seed(15))
     targets = tokens.roll(-1, 1)
     targets[0, 3:17] = -1  # more than one part of 7
@@ -518,11 +540,13 @@ def test_parameters_in_bfloat16_lose_no_more_than_their_rounding(build):
     exact.load_state_dict(half.state_dict())
     tokens = torch.randint(0, 90, (2, T), generator=torch.Generator().manual_seed(16))
     with torch.no_grad():
-        (_, loss), (_, want) = half(tokens, tokens.roll(-1, 1)), exact(tokens, tokens.roll(-1, 1))
+        (_, loss) = half(tokens, tokens.roll(-1, 1))
+        (_, want) = exact(tokens, tokens.roll(-1, 1))
         assert loss.dtype == torch.float32
         assert abs(float(loss - want)) < 0.01 * float(want)
         x = torch.randn(2, 5, 60, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
-        norm, true = half.blocks[1].norm1, exact.blocks[1].norm1
+        norm = half.blocks[1].norm1
+        true = exact.blocks[1].norm1
         assert torch.equal(norm(x), true(x.double()).bfloat16())
         cos, sin = model_module.rope_table(torch.tensor([5000, 1, 77, 128, 2000]), half.config)
         x = torch.randn(2, 5, 10, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(2))
@@ -534,7 +558,8 @@ def test_parameters_in_bfloat16_lose_no_more_than_their_rounding(build):
 def test_references_are_no_targets(build, references):
     """Catches references (or the header) in the loss: a token that stands only there is never
     predicted, so the gradient of its output row only pushes it down: softmax minus nothing."""
-    model, refs = build(), references(LENGTHS)
+    model = build()
+    refs = references(LENGTHS)
     g = torch.Generator().manual_seed(11)
     tokens = torch.randint(0, 90, (2, T), generator=g)
     refs[refs >= 0] = 92
@@ -580,7 +605,8 @@ def test_every_preset_builds_and_counts_itself_right(name):
 
 def test_tied_embeddings_are_one_matrix(build):
     """Catches a tie that init or a copy to another dtype undoes."""
-    tied, untied = build(tied=True), build()
+    tied = build(tied=True)
+    untied = build()
     assert tied.head.weight is tied.embed.weight
     assert not torch.equal(untied.head.weight, untied.embed.weight)
 
@@ -623,9 +649,11 @@ def test_decoding_through_the_cache_is_the_forward(case, header):
     leaves something behind, and all that a CUDA graph would repeat wrongly: a buffer that is
     replaced instead of filled, slots that move, junk of an earlier use."""
     model, tokens, refs = case
-    addresses, cache = set(), Cache(model.config, 2, 25, header, torch.float64)
+    addresses = set()
+    cache = Cache(model.config, 2, 25, header, torch.float64)
     with torch.no_grad():
-        pool, table = model.write(refs), RECALL
+        pool = model.write(refs)
+        table = RECALL
         for start in (7, 14):  # the second time in the same buffers
             cache.clear()
             recall = table[:, : start // 7] if header else None
@@ -658,7 +686,8 @@ def test_decoding_compiled_is_decoding(build, references, monkeypatch, backend):
     begin = torch.compile(Block.begin, dynamic=False, backend=backend)
     finish = torch.compile(Block.finish, dynamic=False, backend=backend)
     monkeypatch.setattr(model_module, "fused_parts", lambda: (begin, finish))
-    model, refs = build(n_layer=6, memory_from=1), references(LENGTHS)
+    model = build(n_layer=6, memory_from=1)
+    refs = references(LENGTHS)
     tokens = torch.randint(0, 90, (2, T), generator=torch.Generator().manual_seed(17))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -685,10 +714,12 @@ def test_the_paths_of_a_gpu_fit_together(monkeypatch, path):
     recall and a static decoding step, traced in bfloat16 with tensors that only have a shape."""
     monkeypatch.setattr(memory, "attention_path", lambda *a, **k: (path, "a test"))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # there is nothing to check
-    c, like = Config(**{**TINY, "head_dim": 16}), dict(device="meta", dtype=torch.int64)
+    c = Config(**{**TINY, "head_dim": 16})
+    like = dict(device="meta", dtype=torch.int64)
     with torch.device("meta"):
         model = Memory3(c).bfloat16()
-    tokens, recall = torch.zeros(2, T, **like), torch.zeros(2, 4, 4, **like)
+    tokens = torch.zeros(2, T, **like)
+    recall = torch.zeros(2, 4, 4, **like)
     pool = model.write(torch.ones(6, 13, **like))
     model(tokens, tokens, pool, recall)[1].backward()
     assert model.blocks[0].attn.qkv.weight.grad.shape == (160, 96)
@@ -817,7 +848,8 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(build, tmp_pat
     before = (tmp_path / "model.pt").read_bytes()
     with torch.no_grad():
         ours.blocks[1].mlp.down.weight[3, 5] = number
-    weights, meta = ours.state_dict(), dict(config=asdict(ours.config))
+    weights = ours.state_dict()
+    meta = dict(config=asdict(ours.config))
     with pytest.raises(UserError, match="model.pt: weight blocks.1.mlp.down.weight holds nan or"):
         save_checkpoint(tmp_path / "model.pt", weights, meta)
     assert (tmp_path / "model.pt").read_bytes() == before
@@ -856,7 +888,8 @@ def test_worked_examples():
 
 def test_legend_names_what_the_config_holds():
     """Catches a legend at the top of model.py that rots: its numbers are the defaults."""
-    legend, c = model_module.__doc__, Config()
+    legend = model_module.__doc__
+    c = Config()
     for words in (
         f"C chunk_len {c.chunk_len}",
         f"R n_recall {c.n_recall}",
