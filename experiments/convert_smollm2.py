@@ -28,6 +28,7 @@ from pydoc_data import topics
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.parametrize import register_parametrization
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -357,6 +358,36 @@ def evaluate(model, tok, references, items, prose, cast, conditions=CONDITIONS, 
 # -- Training -----------------------------------------------------------------------------------
 
 
+class LowRank(torch.nn.Module):
+    """A weight W (out, in) that stays as it is, plus B A of a low rank, which is learnt (LoRA)."""
+
+    def __init__(self, weight, rank):
+        super().__init__()
+        n_out, n_in = weight.shape
+        self.a = torch.nn.Parameter(torch.randn(rank, n_in, device=weight.device) / n_in**0.5)
+        self.b = torch.nn.Parameter(torch.zeros(n_out, rank, device=weight.device))
+
+    def forward(self, weight):
+        return weight + self.b @ self.a
+
+
+def freeze(model, only, rank):
+    """Leaves only some of the weights to be trained; returns how many numbers these are.
+
+    only: "all"; "attention", the projections of all layers; "low_rank", updates of rank `rank` to
+    the projections of the layers with memories and of those before them, which write them.
+    """
+    if only != "all":
+        for name, p in model.named_parameters():
+            p.requires_grad_(only == "attention" and ".attn." in name)
+    if only == "low_rank":
+        for block in model.blocks[: model.config.memory_layers.stop]:
+            for linear in (block.attn.qkv, block.attn.out):
+                update = LowRank(linear.weight, rank)
+                register_parametrization(linear, "weight", update)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def step_loss(model, teacher, batch, S, step):
     """Cross-entropy of the answers, and the divergence from the teacher on prose."""
     tokens, targets, references, recall, prose = batch
@@ -404,11 +435,15 @@ def run(a):
         data, batch_size=None, num_workers=a.workers, pin_memory=device.type == "cuda",
         prefetch_factor=2 if a.workers else None,
     ))  # fmt: skip
+    n_trained = freeze(model, a.only, a.rank)
+    print(f"trained: {a.only}, {n_trained:,} numbers")
     cfg = train.TrainConfig(lr=a.lr, weight_decay=0.01)
     optimizer = train.make_optimizer(model, cfg)
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
-    results = dict(config={k: str(v) for k, v in vars(a).items()}, evaluations=[])
+    results = dict(
+        trained=n_trained, config={k: str(v) for k, v in vars(a).items()}, evaluations=[]
+    )
 
     def record(step, seconds, S, conditions=CONDITIONS, some=None):
         model.config.memory_tokens = S
@@ -490,6 +525,9 @@ def main(argv=None):
                    "step draws one")  # fmt: skip
     p.add_argument("--seconds", type=float, default=240, help="of training")
     p.add_argument("--steps", type=int, default=0, help="of training, instead of seconds")
+    p.add_argument("--only", default="all", choices=["all", "attention", "low_rank"],
+                   help="weights to train")  # fmt: skip
+    p.add_argument("--rank", type=int, default=16, help="of low-rank updates")
     p.add_argument("--batch", type=int, default=64, help="windows a step")
     p.add_argument("--context", type=int, default=256, help="tokens of a window")
     p.add_argument("--prose", type=int, default=8, help="windows of prose a step")
