@@ -264,6 +264,11 @@ class HuggingFaceEmbedder:
         return F.normalize(out, dim=-1).numpy()
 
 
+def full_name(name):
+    """What an embedder of this short name calls itself."""
+    return {"hash": "hash:512", "bge-m3": "hf:BAAI/bge-m3"}.get(name, name)
+
+
 def embedder(name, state=None):
     """The embedder called "hash", "hash:DIM", "hf:NAME" or "bge-m3" (the paper's), or UserError.
 
@@ -271,7 +276,7 @@ def embedder(name, state=None):
     """
     if not isinstance(name, str):
         return name
-    full = {"hash": "hash:512", "bge-m3": "hf:BAAI/bge-m3"}.get(name, name)
+    full = full_name(name)
     if full.startswith("hf:") and len(full) > 3:
         return HuggingFaceEmbedder(full[3:])
     match = re.fullmatch(r"hash:([1-9][0-9]{0,5})", full)

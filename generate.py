@@ -456,10 +456,10 @@ def open_memory(a, model, cold_start=False):
     path = Path(place(a.bank, a.data, a.references))
     if Texts.exists(path):
         bank = MemoryBank.open(path, model)
-        return bank.references, Live.open(bank.references), bank
+        return bank.references, Live.open(bank.references, model), bank
     made = f"python write.py --checkpoint {a.checkpoint} --data {a.data}"
     made += f" --references {a.references} --out {path}"
     check(cold_start, f"{path}: no knowledge base here; first {made}")
     texts = corpus.References.open(Path(a.data, a.references))
     bank = MemoryBank.create(path, model, texts)
-    return bank.references, Live.open(bank.references), bank
+    return bank.references, Live.open(bank.references, model), bank

@@ -45,7 +45,6 @@ META = dict(
     references=str,  # their hash
     checksum=int,  # of index.faiss
     blank=list,  # ids of references without a vector
-    least=float,  # the score above which a hit counts
 )
 BATCH = 1024  # references that are embedded at a time
 FIT = 1 << 20  # references, at most, from which an embedder learns its frequencies
@@ -354,7 +353,7 @@ def join(path, references, progress=True):
     shutil.copy(parts / "embedder.npy", path / "embedder.npy")
     meta = {key: plan[key] for key in META if key in plan}
     # the last: without its checksum nobody takes the index for a new one
-    write_json(path / "meta.json", meta | dict(checksum=checksum, blank=blank, least=0.0))
+    write_json(path / "meta.json", meta | dict(checksum=checksum, blank=blank))
     shutil.rmtree(parts)
     Path(path, "changes.npz").unlink(missing_ok=True)  # of an older index
 

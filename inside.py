@@ -33,7 +33,6 @@ META = dict(
     tokenizer_id=str,
     references=str,  # their hash
     checksum=int,  # of index.faiss
-    least=float,
 )
 BATCH = 64  # references, or queries, that the model reads at a time
 FETCH = 100  # keys that each query vector fetches: their references are then scored exactly
@@ -103,10 +102,13 @@ def query_vectors(model, texts, i, head):
 
 @torch.inference_mode()
 def written_keys(model, references, i, head):
-    """The keys of references (N, n), as a memory of theirs holds them: a list of N arrays (count,
-    dh) of unit vectors. references: token ids, -1 = padding."""
-    memories = model.write(references)
-    return stored_keys(memories, i, head)
+    """The keys of references (token ids), as a memory of theirs holds them: for each an array
+    (count, dh) of unit vectors."""
+    longest = max(len(reference) for reference in references)
+    tokens = torch.full((len(references), longest), -1)
+    for row, reference in zip(tokens, references, strict=True):
+        row[: len(reference)] = torch.as_tensor(reference)
+    return stored_keys(model.write(tokens), i, head)
 
 
 def stored_keys(memories, i, head):
@@ -133,10 +135,10 @@ class KeyRetriever:
         self.model = model
         self.tokenizer = tokenizer
         self.meta = meta
-        self.least = meta["least"]  # a hit is what scores above
         self.embedder = Named(meta["embedder"], meta["embedder_id"], model.config.head_dim)
         self.i, self.head = parse_head(meta["embedder"], model.config)
-        self.version = 0  # as Retriever's: changes are in the index itself
+        self.version = 0  # of changes: here they are in the index itself
+        self.n_changes = meta.get("n_changes", 0)  # references added or forgotten since it was made
         self._find_owners()
 
     def _find_owners(self):
@@ -173,7 +175,6 @@ class KeyRetriever:
             embedder_id=f"{name}:{model.fingerprint()}",
             tokenizer_id=tokenizer.id,
             references=references_hash,
-            least=0.0,
         )
         return KeyRetriever(path, index, rows, model, tokenizer, meta)
 
@@ -190,7 +191,7 @@ class KeyRetriever:
                 if not ids:
                     continue
                 if bank is None:
-                    found = written_keys(model, references.batch(ids), i, head)
+                    found = written_keys(model, [references[id] for id in ids], i, head)
                 else:
                     found = stored_keys(bank.recall(ids), i, head)
                 yield from zip(ids, found, strict=True)
@@ -239,6 +240,7 @@ class KeyRetriever:
         faiss.write_index(self.index, str(made))
         self.meta["checksum"] = vectors_index.checksum_of(made)
         self.meta["n"] = self.index.ntotal
+        self.meta["n_changes"] = self.n_changes
         made.replace(file)
         rows = [(i, first, count) for i, (first, count) in self.rows.items()]
         table = np.array(rows, "<i8").reshape(-1, 3)
@@ -289,7 +291,7 @@ class KeyRetriever:
         best = np.maximum.reduceat(cosines, starts, axis=1)  # (m, candidates): MaxSim
         scores = best.mean(0)
         order = np.argsort(-scores, kind="stable")[:k]
-        order = order[scores[order] > self.least]
+        order = order[scores[order] > 0]
         return candidates[order], scores[order]
 
     # -- Live changes
@@ -297,25 +299,42 @@ class KeyRetriever:
     def add(self, ids, texts):
         there = [i for i in ids if int(i) in self.rows]
         check(not there, f"{self.path}: references {there} are there already: replace them")
-        check(len(set(ids)) == len(ids) == len(texts), f"give one text for each id: {list(ids)}")
-        for i, text in zip(ids, texts, strict=True):
-            tokens = self.tokenizer.encode(text)[: self.model.config.ref_len]
-            if tokens:
-                keys = written_keys(self.model, torch.tensor([tokens]), self.i, self.head)[0]
-                self.rows[int(i)] = (self.index.ntotal, len(keys))
-                self.index.add(keys)
-                self.owner = np.append(self.owner, np.full(len(keys), int(i)))
+        self._check_pairs(ids, texts)
+        self.update(ids, texts)
 
     def remove(self, ids):
         unknown = [i for i in ids if int(i) not in self.rows]
         check(not unknown, f"{self.path} has no references {unknown} to remove or replace")
+        self._check_pairs(ids, ids)
         for i in ids:
-            first, count = self.rows.pop(int(i))
-            self.owner[first : first + count] = -1
+            self._forget(int(i))
 
     def replace(self, ids, texts):
-        self.remove(ids)
-        self.add(ids, texts)
+        unknown = [i for i in ids if int(i) not in self.rows]
+        check(not unknown, f"{self.path} has no references {unknown} to remove or replace")
+        self.update(ids, texts)
+
+    def update(self, ids, texts):
+        """Gives references these texts, whether they are there or not; "" forgets one."""
+        self._check_pairs(ids, texts)
+        for i, text in zip(ids, texts, strict=True):
+            self._forget(int(i))
+            tokens = self.tokenizer.encode(text)[: self.model.config.ref_len]
+            if tokens:
+                keys = written_keys(self.model, [tokens], self.i, self.head)[0]
+                self.rows[int(i)] = (self.index.ntotal, len(keys))
+                self.index.add(keys)
+                self.owner = np.append(self.owner, np.full(len(keys), int(i)))
+                self.n_changes += 1
+
+    def _check_pairs(self, ids, texts):
+        check(len(set(ids)) == len(ids) == len(texts), f"give one text for each id: {list(ids)}")
+
+    def _forget(self, i):
+        if i in self.rows:
+            first, count = self.rows.pop(i)
+            self.owner[first : first + count] = -1
+            self.n_changes += 1
 
 
 class Named:

@@ -161,8 +161,6 @@ class Retriever:
         self.meta = meta
         self.embedder = embedder  # of the references and of the queries
         self.tokenizer = tokenizer  # of queries that are tokens
-        # A hit is what scores above this: 0, nothing in common, until `calibrate` knows better
-        self.least = meta.get("least", 0.0)
         self.fresh = None  # a faiss.IndexIDMap2 of the vectors that are new, once there are any
         self.blank = set(meta.get("blank", ()))  # ids whose text has no vector: never found
         self.hidden = set(self.blank)  # rows of the index that are no longer to be found
@@ -171,6 +169,12 @@ class Retriever:
     def __len__(self):
         fresh = self.fresh.ntotal if self.fresh else 0
         return self.index.ntotal - len(self.hidden) + len(self.blank) + fresh
+
+    @property
+    def n_changes(self):
+        """Vectors that were added or hidden since the index was made."""
+        fresh = self.fresh.ntotal if self.fresh else 0
+        return fresh + len(self.hidden) - len(self.meta.get("blank", ()))
 
     @staticmethod
     def build(path, references, tokenizer_name, encoder="hash", factory=None, progress=True):
@@ -237,7 +241,7 @@ class Retriever:
             best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
             ids = np.take_along_axis(ids, best, 1)
             scores = np.take_along_axis(scores, best, 1)
-        nothing = ~(scores > self.least)
+        nothing = ~(scores > 0)
         ids[nothing] = -1
         scores[nothing] = NOTHING
         return ids, scores
@@ -401,23 +405,6 @@ class Retriever:
         self.fresh = exact_index(self.embedder.dim)
         self.fresh.add_with_ids(arrays["vectors"].astype(np.float32), arrays["ids"])
 
-    def calibrate(self, answerable, unanswerable, keep=0.95):
-        """Sets `least`, the score above which a hit counts, from queries whose reference is here
-        and queries whose reference is not, so that `keep` of the former still find something; it is
-        stored in meta.json. Returns least, and the share of the latter that then find nothing."""
-        check(len(answerable) and len(unanswerable), "calibrate: give queries of both kinds")
-        check(0 < keep <= 1, f"calibrate: keep {keep}; give a share above 0, at most 1")
-        self.least = 0.0
-        good = np.sort(self.search(answerable, 1)[1][:, 0])
-        bad = self.search(unanswerable, 1)[1][:, 0]
-        lost = int((1 - keep) * len(good))  # so many of them may find nothing
-        self.least = max(0.0, float(np.nextafter(good[lost], np.float32(-np.inf))))
-        path = Path(self.path, "meta.json")
-        stored = read_json(path, META, cure_for(self.path, self.embedder.name))
-        self.meta["least"] = self.least
-        write_json(path, stored | dict(least=self.least))
-        return self.least, float((bad <= self.least).mean())
-
 
 # -- The index of a knowledge base that changes -------------------------------------------------
 
@@ -461,13 +448,18 @@ class Live:
         return self.references.count_live()
 
     @staticmethod
-    def build(references, encoder="hash", factory=None, progress=True):
-        """Indexes a knowledge base anew. The old index serves until the new one is whole."""
+    def build(references, encoder="hash", factory=None, progress=True, model=None):
+        """Indexes a knowledge base anew. The old index serves until the new one is whole. model:
+        for the encoder self:LAYER.HEAD."""
         path = Path(references.path, "index")
         new = path.with_name("index.new")
         old = path.with_name("index.old")
         name = str(references.path)
-        made = Retriever.build(new, Frozen(references), name, encoder, factory, progress)
+        how = Frozen(references), name, encoder
+        if isinstance(encoder, str) and encoder.startswith("self:"):
+            made = inside.KeyRetriever.build(new, *how, model, progress=progress)
+        else:
+            made = Retriever.build(new, *how, factory, progress)
         with references.transaction():  # one process at a time
             shutil.rmtree(old, ignore_errors=True)
             if path.exists():
@@ -478,9 +470,9 @@ class Live:
         return Live(made, references)
 
     @staticmethod
-    def open(references):
-        """The index of a knowledge base; where there is none, it is made. UserError where it is of
-        other texts, or damaged."""
+    def open(references, model=None):
+        """The index of a knowledge base; where there is none, it is made. model: for an index of
+        its own keys. UserError where it is of other texts, or damaged."""
         path = Path(references.path, "index")
         if not (path / "meta.json").exists():
             print(f"{path}: there is no index yet; it is made of {len(references):,} texts")
@@ -489,7 +481,7 @@ class Live:
             with tempfile.TemporaryDirectory() as folder:  # a medium that can only be read
                 name = str(references.path)
                 return Live(Retriever.build(folder, Frozen(references), name), references)
-        live = Live(Retriever.open(path), references)
+        live = Live(Retriever.open(path, model=model), references)
         of_these = references.hash.startswith(f"{live.base}:")
         of_these = of_these and live.version <= references.version
         check(of_these, f"{path} is of other texts than those beside it; {cure_for(path)}")
@@ -501,12 +493,13 @@ class Live:
         if self.references.version == self.version:
             return
         changed = self.references.changed_since(self.version)
-        self.retriever.remove([text.id for text in changed if self.retriever._has(text.id)])
-        alive = [text for text in changed if text.live]
-        for start in range(0, len(alive), BATCH):
-            part = alive[start : start + BATCH]
-            texts = [self.tokenizer.decode(self.references.tokens(text)) for text in part]
-            self.retriever.add([text.id for text in part], texts)
+        for start in range(0, len(changed), BATCH):
+            texts = []
+            part = changed[start : start + BATCH]
+            for text in part:
+                live = self.references.tokens(text) if text.live else []
+                texts.append(self.tokenizer.decode(live))
+            self.retriever.update([text.id for text in part], texts)
         self.version = max(text.version for text in changed)
 
     def search(self, queries, k):
@@ -520,8 +513,7 @@ class Live:
         Live to go on with."""
         self.refresh()
         retriever = self.retriever
-        changed = len(retriever.hidden) + len(self) - retriever.index.ntotal
-        if changed > max(1000, len(self) // 2):
+        if retriever.n_changes > max(1000, len(self) // 2):
             return Live.build(self.references, self.meta["embedder"])
         retriever.meta["references"] = f"{self.base}:{self.version}"
         try:

@@ -17,6 +17,7 @@ import numpy as np
 import corpus
 from bank import MemoryBank, Texts
 from common import check, find_device, run
+from embed import full_name
 from generate import BANK, place
 from memory import attention_path
 from model import load_checkpoint
@@ -35,7 +36,7 @@ def main(args):
     report(args, bank)
     check_space(args, bank)
     fill(bank, args.batch)
-    write_index(bank.references, args.embedder, args.factory)
+    write_index(bank.references, args.embedder, args.factory, model)
     if args.quantize or args.codec:
         quantize(bank, args.codec)
     return bank
@@ -87,13 +88,19 @@ def fill(bank, batch):
     print(f"{bank.path}: {done}")
 
 
-def write_index(references, encoder="hash", factory=None):
-    """Makes what finds references by text, or brings it up to date."""
+def write_index(references, encoder=None, factory=None, model=None):
+    """Makes what finds references by text, or brings it up to date. encoder None: the one there
+    is, or hash."""
     if (references.path / "index" / "meta.json").exists():
-        live = Live.open(references).save()
+        live = Live.open(references, model).save()
+        same = encoder is None or full_name(encoder) == live.embedder.name
+        same = same and factory in (None, live.meta.get("factory"))
+        if not same:
+            live = Live.build(references, encoder or live.embedder.name, factory, model=model)
     else:
-        live = Live.build(references, encoder, factory)
-    print(f"{live.path}: {len(live):,} references, {live.embedder.id}, {live.meta['factory']}")
+        live = Live.build(references, encoder or "hash", factory, model=model)
+    factory = live.meta.get("factory", "keys of the memories")
+    print(f"{live.path}: {len(live):,} references, {live.embedder.id}, {factory}")
 
 
 def quantize(bank, spec):
@@ -129,7 +136,8 @@ def command_line(argv=None):
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     p.add_argument("--quantize", action="store_true", help="make the quantized memories, too")
     p.add_argument("--codec", help="FAISS string of their codec (None: chosen by size)")
-    p.add_argument("--embedder", default="hash", help="hash, hash:DIM, bge-m3 or hf:NAME")
+    embedder = "hash, hash:DIM, bge-m3, hf:NAME or self:LAYER.HEAD (None: as it is, or hash)"
+    p.add_argument("--embedder", help=embedder)
     p.add_argument("--factory", help="FAISS factory string of the index (None: chosen by size)")
     p.add_argument("--batch", type=int, default=64, help="references at a time")
     p.add_argument("--device", default="auto", help="cuda, cpu, or auto: cuda where there is one")

@@ -85,7 +85,7 @@ def test_keys_are_those_of_the_memories(world):
     model, references, _ = world
     memories = model.write(references.batch(range(8)))
     for i, head in ((0, 0), (2, 1)):
-        keys = written_keys(model, references.batch(range(8)), i, head)
+        keys = written_keys(model, list(references), i, head)
         stored = stored_keys(memories, i, head)
         assert [len(x) for x in keys] == [min(5, len(text)) for text in TEXTS]
         for j, x in enumerate(keys):
@@ -109,7 +109,7 @@ def test_search_is_maxsim(world, monkeypatch):
     for name, (i, head) in {"self:1.1": (1, 1), "self:0.0": (0, 0)}.items():
         r = make(world, name)
         queries = [Letters().encode(x) for x in ("kyiv", "seaside", "turku", "people in lahti")]
-        scores = brute(model, references.batch(range(8)), queries, i, head)
+        scores = brute(model, list(references), queries, i, head)
         ids, found = r.search(queries, 8)
         for row, all_scores in zip(range(4), scores, strict=True):
             order = [j for j in np.argsort(-all_scores, kind="stable") if all_scores[j] > 0]
@@ -144,9 +144,7 @@ def test_changes_and_the_disk(world):
     r.remove([0])
     ids, scores = r.search(["zubrowka", "gotham", "kyivpeople"], 4)
     assert 0 not in ids and len(r) == 8
-    expected = brute(
-        model, torch.tensor([Letters().encode("zubrowka")]), [Letters().encode("zubrowka")], 1, 1
-    )
+    expected = brute(model, [Letters().encode("zubrowka")], [Letters().encode("zubrowka")], 1, 1)
     assert scores[0][ids[0].tolist().index(21)] == pytest.approx(expected[0, 0], abs=1e-5)
     r.save(references)
     again = Retriever.open(path / "kb.index", references=references, model=model)
@@ -173,7 +171,11 @@ def test_another_models_keys_are_refused(world, build):
     with pytest.raises(UserError, match="stale"):
         Retriever.open(path / "kb.index", model=model, references=references)
     meta = json.loads((path / "kb.index" / "meta.json").read_text())
-    for content in ({}, dict(meta, least="x"), {k: v for k, v in meta.items() if k != "checksum"}):
+    for content in (
+        {},
+        dict(meta, checksum="x"),
+        {k: v for k, v in meta.items() if k != "checksum"},
+    ):
         (path / "kb.index" / "meta.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"meta.json.*python retrieval.py index"):
             Retriever.open(path / "kb.index", model=model)

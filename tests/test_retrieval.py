@@ -566,25 +566,6 @@ def test_saving_does_not_write_the_index(data):
     assert (data / "kb.index" / "changes.npz").stat().st_size < 5000
 
 
-def test_calibrate(data):
-    """A threshold that answerable questions do not pass, or that is lost on disk."""
-    _, r = make(data)
-    known = [f"What is the population of {name}?" for name in NAMES]
-    unknown = [f"Who wrote the {x}?" for x in ("Iliad", "Odyssey", "Aeneid")]
-    least, recognised = r.calibrate(known, unknown, keep=1.0)
-    assert least > 0 and recognised > 0.6
-    r = Retriever.open(f"{data}/kb.index")
-    assert r.least == least and (r.search(known, 1)[0] >= 0).all()
-    assert (r.search(unknown, 1)[0] < 0).mean() == pytest.approx(recognised)
-    r.calibrate(known, unknown, keep=0.5)
-    assert (r.search(known, 1)[0] >= 0).mean() >= 0.5 and r.least > least
-    for wrong in (0, 1.1):
-        with pytest.raises(UserError, match="keep"):
-            r.calibrate(known, unknown, wrong)
-    with pytest.raises(UserError, match="both kinds"):
-        r.calibrate([], unknown)
-
-
 # -- Files, flags and places ------------------------------------------------------------------
 
 BAD_JSON = ["", "[]", "null", '{"n": 13}', "{", "\x00\x01", '{"format": 3}', "[" * 100_000]
