@@ -99,6 +99,31 @@ def test_a_base_needs_its_texts_no_more(place, capsys):
         run(place, "--references", "kb")
 
 
+def test_another_embedder(place, capsys):
+    """--embedder or --factory that is swallowed because an index is there; the default, that undoes
+    the choice; keys of the memories that do not follow a live change (Remark 3.1)."""
+    run(place, "--embedder", "self:1.2")
+    bank = run(place)
+    assert "29 references, self:1.2:" in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(UserError, match="give --checkpoint"):
+        Live.open(bank.references)
+    live = Live.open(bank.references, bank.model)
+    questions = ["City 7 has", "Berlin"]
+    before = live.search(questions, 29)
+    assert set(before[0][0].tolist()) <= {*range(29), -1} and (before[0][:, 0] >= 0).all()
+    bank.delete([before[0][0, 0]])
+    [new] = bank.add([corpus.tokenizer(place).encode("Berlin has 3644826 people.")])
+    ids = live.search(questions, 30)[0]
+    assert before[0][0, 0] not in ids and new in ids[1]
+    live.save()
+    again = Live.open(bank.references, bank.model)
+    assert np.array_equal(again.search(questions, 30)[0], ids)
+    assert run(place, "--embedder", "hash:67", "--factory", "SQ8")
+    assert ", hash:67:2:" in capsys.readouterr().out.splitlines()[-1]
+    run(place, "--factory", "Flat")
+    assert capsys.readouterr().out.splitlines()[-1].endswith(", Flat")
+
+
 def test_quantizes(place, capsys):
     """--quantize without a codec's name and error; trained again each time."""
     flags = ["--quantize", "--codec", "Residual2x6,PQ5x6"]
