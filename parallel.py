@@ -66,8 +66,9 @@ def share(kind, model, loss_on, dtype, device):
 def shard(model, dtype):
     """fsdp: each process keeps its part of every weight."""
     policy = MixedPrecisionPolicy()
-    if dtype == torch.bfloat16:  # weights travel in bfloat16, gradients are added in float32
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if torch.bfloat16 in (dtype, model.embed.weight.dtype):
+        # weights travel in bfloat16, gradients are added in float32
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mp_policy=policy)
     # what is in no block: embeddings and the last norm. They too leave after each pass, or
