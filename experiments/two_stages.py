@@ -37,7 +37,7 @@ import memory
 import model as decoder
 import retrieval
 import train
-from common import check, number, optional, read_rows, replace_file, run, write_json
+from common import check, number, optional, read_json, read_rows, replace_file, run, write_json
 from quantize import Codec
 
 SEEDS = (1, 2, 3)
@@ -202,7 +202,7 @@ def do(run, name, out, device="auto", quick=False):
     """
     path = Path(out) / "runs" / name
     if (path / "result.json").exists():
-        result = json.loads((path / "result.json").read_text())
+        result = read_json(path / "result.json", {}, "remove it, and the run is done again")
         same = run.items() <= result.items()
         check(same, f"{path} is a run of other settings: give another --out, or remove that run")
         return result
@@ -521,8 +521,7 @@ def main(argv=None):
     file = Path(args.json or home / "two_stages.json")
     png = args.png or pictures / "two_stages.png"
     if args.table:
-        check(file.exists(), f"{file} is missing: run this without --table")
-        print(tables(json.loads(file.read_text())))
+        print(tables(read_json(file, {}, "run this without --table")))
         return
     results = run_all(args.out, args.jobs, args.device, args.quick)
     save(results, file)
