@@ -66,10 +66,8 @@ def test_load(file, tmp_path):
 def test_load_reads_utf_8_from_anywhere(tmp_path):
     """A byte order mark, Windows' line ends, a blank last line taken for damage; bytes in another
     encoding read as if they were ours."""
-    path, row = (
-        tmp_path / "items.jsonl",
-        dict(question="Où ?", choices=["東京", "Kraków"], answer=1),
-    )
+    path = tmp_path / "items.jsonl"
+    row = dict(question="Où ?", choices=["東京", "Kraków"], answer=1)
     line = json.dumps(row, ensure_ascii=False)
     for text in (line, "\ufeff" + line + "\n", line + "\r\n\r\n", "\n" + line + "\n \n"):
         path.write_bytes(text.encode())
@@ -83,7 +81,8 @@ def test_filtered_recalls_no_copy_of_its_query(world):
     """A copy that is recalled all the same, its place left empty, the order or the scores lost."""
     retriever, bank = world.open()
     references = bank.references
-    copied, other = references[4].tolist(), world.tok.encode("Which country is Belholm in?")
+    copied = references[4].tolist()
+    other = world.tok.encode("Which country is Belholm in?")
     plain = retriever.search([copied, other], 12)
     ids, scores = Filtered(retriever, references).search([copied, other], 5)
     assert ids.shape == scores.shape == (2, 5) and plain[0][0, 0] == 4 and (ids >= 0).all()
@@ -101,9 +100,12 @@ def test_filtered_recalls_no_copy_of_its_query(world):
 def test_answer_is_the_likeliest_choice_a_character(world, file, monkeypatch):
     """A long choice at a disadvantage, memories recalled by the shots or the choices, examples
     without their answers, a condition with another's memories."""
-    rows, shots = load(file), load(file)[7:]
+    rows = load(file)
+    shots = load(file)[7:]
     retriever, bank = world.open()
-    asked, calls, unfair = [], [], []
+    asked = []
+    calls = []
+    unfair = []
 
     def search(queries, k):
         asked.append(queries)

@@ -124,7 +124,8 @@ def test_forward_and_training_against_counted_products(model):
 
     What runs beyond App. A: the masked half of causal attention, as much again as the other half.
     Autograd runs two products for each of the forward's: the 3 of A.1."""
-    c, T = TINY, TINY.max_context
+    c = TINY
+    T = TINY.max_context
     tokens = torch.randint(0, c.vocab_size, (1, T))
     masked = 2 * c.n_layer * T * T * c.n_embd
     assert counted(lambda: model(tokens)) == cost.forward(c, T) + masked
@@ -138,8 +139,12 @@ def test_write_against_counted_products(model):
 
     What runs beyond App. A: the header (P tokens before each reference) and the masked half. What
     App. A counts and write skips: W_O and causal attention of the last memory layer."""
-    c, N = TINY, 9
-    d, l, Lm, P = c.n_embd, c.ref_len, c.n_memory_layer, len(c.header)
+    c = TINY
+    N = 9
+    d = c.n_embd
+    l = c.ref_len
+    Lm = c.n_memory_layer
+    P = len(c.header)
     header = 2 * (Lm * P * (2 * d * d + 2 * d * c.head_dim * c.n_kv_head))
     header += 2 * (Lm - 1) * P * 3 * d * c.mlp_width
     masked = 2 * (Lm - 1) * 2 * (P + l) ** 2 * d - 2 * (Lm - 1) * l * l * d
@@ -162,7 +167,8 @@ def test_write_against_counted_products(model):
 def test_read_against_counted_products(model):
     """Reading that scales with the query heads, the layers or the chunk in the wrong way: exactly
     what memories add to a forward pass."""
-    c, M = TINY, 9
+    c = TINY
+    M = 9
     tokens = torch.randint(0, c.vocab_size, (1, c.max_context))
     chunks = c.max_context // c.chunk_len
     pool = Memories(torch.randn(M, *c.memory_shape), torch.full((M,), c.memory_tokens))

@@ -17,7 +17,8 @@ from model import load_checkpoint, save_checkpoint
 
 def test_everything_writes_all_tokens(build, references):
     """A twin with other weights, or one that still leaves tokens out or sorts them otherwise."""
-    model, refs = build(), references([13, 4, 7, 1])
+    model = build()
+    refs = references([13, 4, 7, 1])
     with torch.no_grad():
         kept, index = model.write(refs, return_indices=True)
         whole, all_of = everything(model.float()).write(refs, return_indices=True)
@@ -26,14 +27,17 @@ def test_everything_writes_all_tokens(build, references):
         for l in range(3):
             for h in range(2):
                 at = index[i, l, h][index[i, l, h] >= 0]
-                want, got = kept.kv[i, l, :, h, : len(at)], whole.kv[i, l, :, h, at]
+                want = kept.kv[i, l, :, h, : len(at)]
+                got = whole.kv[i, l, :, h, at]
                 torch.testing.assert_close(got.double(), want, atol=1e-3, rtol=1e-3)
 
 
 def test_compare_is_over_the_tokens_that_the_reader_keeps(build, references):
     """Slot compared with slot where the two keep different tokens, keys with values, empty slots
     counted as agreement, the older writer's choice taken for the newer's."""
-    old, new, refs = build(seed=3), build(seed=3), references([13, 4, 9, 11, 2])
+    old = build(seed=3)
+    new = build(seed=3)
+    refs = references([13, 4, 9, 11, 2])
     with torch.no_grad():  # near enough that many tokens agree
         for p, q in zip(new.parameters(), build(seed=9).parameters(), strict=True):
             p.copy_(0.8 * p + 0.2 * q)
@@ -44,7 +48,9 @@ def test_compare_is_over_the_tokens_that_the_reader_keeps(build, references):
         kept, index = new.write(refs, return_indices=True)
         other = old.write(refs, return_indices=True)[1]
         whole = everything(old).write(refs).kv
-    keys, values, both = [], [], []
+    keys = []
+    values = []
+    both = []
     for n in range(5):
         for l in range(3):
             for h in range(2):
@@ -52,7 +58,8 @@ def test_compare_is_over_the_tokens_that_the_reader_keeps(build, references):
                     if j >= 0:
                         pair = zip(whole[n, l, :, h, j], kept.kv[n, l, :, h, s], strict=True)
                         key, value = [float(F.cosine_similarity(a, b, dim=0)) for a, b in pair]
-                        keys, values = [*keys, key], [*values, value]
+                        keys = [*keys, key]
+                        values = [*values, value]
                         both.append(j in other[n, l, h].tolist())
     assert len(both) == 6 * (5 + 4 + 5 + 5 + 2)
     want = dict(keys=keys, values=values, kept=both)
@@ -63,7 +70,8 @@ def test_compare_is_over_the_tokens_that_the_reader_keeps(build, references):
 def test_loss_is_the_readers(world, opened, tmp_path):  # noqa: F811
     """The loss of the old model instead of the new one's; the last, smaller batch overweighted."""
     windows, n = opened
-    model, stale = world.model, world.save(tmp_path / "other.pt", seed=2)
+    model = world.model
+    stale = world.save(tmp_path / "other.pt", seed=2)
     want = text_losses(model, windows, n, ["none", "recalled"])
     assert loss(model, model, windows, n, batch=3) == pytest.approx(want["recalled"], abs=1e-5)
     assert loss(model, None, windows, n, batch=2) == pytest.approx(want["none"], abs=1e-5)
@@ -95,7 +103,8 @@ def test_main(world, run, tmp_path, capsys):  # noqa: F811
     printed = capsys.readouterr().out
     assert [row["behind"] for row in result["drift"]] == [50, 30, 0]
     assert [row["checkpoint"] for row in result["drift"]] == run
-    fresh, last = result["drift"][-1], load_checkpoint(run[-1])[0]
+    fresh = result["drift"][-1]
+    last = load_checkpoint(run[-1])[0]
     a = SimpleNamespace(data=str(world.data), split="said", context=T, windows=64)
     windows, n = drift.open_text(a, last.config)
     own = text_losses(last, windows, n, ["none", "recalled"])

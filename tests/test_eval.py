@@ -36,7 +36,8 @@ def questions():
     """Two relations in turns, answers and questions of several lengths."""
     for i in range(len(PLACES)):
         name = PLACES[i] + "holm"
-        n, land = str(1013 * (i + 3)), f"{PLACES[-i - 1]}land"
+        n = str(1013 * (i + 3))
+        land = f"{PLACES[-i - 1]}land"
         people = dict(question=f"What is the population of {name}?", answer=n)
         people |= dict(sentences=[f" has {n} people.", f" has a population of {n}."])
         country = dict(question=f"Which country is {name} in?", answer=land)
@@ -85,7 +86,8 @@ class Numbers:
 @pytest.fixture
 def numbers(build, references):
     """An Asker on the tiny model of conftest.py, with 19 references in RAM, and 23 questions."""
-    model, rows = build(), []
+    model = build()
+    rows = []
     refs = references([1 + (5 * i) % 13 for i in range(19)], 13)
     with torch.no_grad():
         bank = Bank(model.write(refs))
@@ -162,7 +164,8 @@ def test_the_given_reference_is_given(numbers):
     full = []
     for row in rows:
         row["sentences"] = row["sentences"][:1]
-        prompt, answer = asker.prompt(row, "oracle"), asker.tokenizer.encode(row["sentences"][0])
+        prompt = asker.prompt(row, "oracle")
+        answer = asker.tokenizer.encode(row["sentences"][0])
         tokens = torch.tensor([prompt + answer])
         table = torch.full((1, -(-tokens.shape[1] // 7), 4), -1)
         table[..., 2] = row["reference"]  # any slot

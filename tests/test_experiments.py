@@ -96,7 +96,8 @@ def test_measure_is_the_loss_of_training(out):
 
 def test_other_choices_of_tokens():
     """Bug: "random" picks the same for all, or padding; "first" picks the last."""
-    k, mask = torch.zeros(1, 3, 33, 7), torch.arange(33)[None] < 29
+    k = torch.zeros(1, 3, 33, 7)
+    mask = torch.arange(33)[None] < 29
     assert two_stages.first_tokens(k, k, mask, 5)[0, 2].tolist() == [0, 1, 2, 3, 4]
     picks = torch.cat([two_stages.random_tokens(k, k, mask, 5) for _ in range(40)])
     assert picks.shape == (40, 3, 5) and picks.min() == 0 and picks.max() == 28
@@ -106,7 +107,8 @@ def test_other_choices_of_tokens():
 def test_every_run_in_miniature_is_skipped_when_done(tmp_path, monkeypatch):
     """Bug: an arm that does not run; one that starts anew; one that leaves its tokens' choice."""
     two_stages.prepare(tmp_path / "data", 24, 4, 300, 100)
-    seen, main = [], train.main
+    seen = []
+    main = train.main
 
     def spy(cfg, config):
         kept = decoder.Memory3(config).write(torch.arange(3, 25)[None], return_indices=True)[1]

@@ -38,7 +38,8 @@ def bank(build, references):
 
 def recorded(model, monkeypatch):
     """Keeps what model.decode returns: the cached logits, in the model's own precision."""
-    steps, decode = [], model.decode
+    steps = []
+    decode = model.decode
     monkeypatch.setattr(model, "decode", lambda *a: steps.append(decode(*a)) or steps[-1])
     return steps
 
@@ -52,9 +53,11 @@ def recorded(model, monkeypatch):
 def test_cached_generation_is_the_full_forward(build, bank, monkeypatch, T, B):
     """A chunk that reads its memories one token too early or too late, a context written over the
     memory slots, old memories left beside new ones, positions that start elsewhere."""
-    model, n_new = build(), 24
+    model = build()
+    n_new = 24
     steps = recorded(model, monkeypatch)
-    tokens, forced = some_tokens(B, T), some_tokens(B, n_new, seed=12)
+    tokens = some_tokens(B, T)
+    forced = some_tokens(B, n_new, seed=12)
     out, trace = generate(model, tokens, n_new, Log(19), bank, forced=forced)
     assert torch.equal(out, torch.cat([tokens, forced], 1))
     table = torch.from_numpy(trace.table(-(-(T + n_new) // 7)))
@@ -78,7 +81,8 @@ def test_in_float32_with_a_bfloat16_bank(build, bank):
     """Memories read in their stored precision by one path and in the model's by the other."""
     model = build(dtype=torch.float32)
     half = Bank(Memories(bank.memories.kv.bfloat16(), bank.memories.count))
-    tokens, forced = some_tokens(2, 17), some_tokens(2, 25, seed=12)
+    tokens = some_tokens(2, 17)
+    forced = some_tokens(2, 25, seed=12)
     out, trace = generate(model, tokens, 25, Log(19), half, forced=forced)
     table = torch.from_numpy(trace.table(6))
     full = model(out, memories=half.memories, recall=table)[0].detach()
@@ -107,7 +111,8 @@ def test_without_memories(build, monkeypatch, plain, T):
 
 def test_a_batch_is_its_sequences(build, bank):
     """Memories of one sequence read by its neighbour in the batch."""
-    model, tokens = build(), some_tokens(3, 16)
+    model = build()
+    tokens = some_tokens(3, 16)
     together, trace = generate(model, tokens, 20, Log(19), bank)
     for b in range(3):
         alone, t = generate(model, tokens[b : b + 1], 20, Log(19), bank)
@@ -119,7 +124,8 @@ def test_a_batch_is_its_sequences(build, bank):
 def test_slots_without_a_memory_change_nothing(build, bank):
     """-1 read as the last memory; empty slots of short memories read; slots that keep what stood
     there before; a search that finds nothing at all."""
-    model, tokens = build(), some_tokens(2, 16)
+    model = build()
+    tokens = some_tokens(2, 16)
     forced = some_tokens(2, 13, seed=12)
 
     def run(ids, bank=bank):
@@ -133,7 +139,8 @@ def test_slots_without_a_memory_change_nothing(build, bank):
     torch.testing.assert_close(run([[-1]] * 2), nothing, atol=1e-5, rtol=0)
     torch.testing.assert_close(run([[3, 8], [-1, -1]])[1], nothing[1], atol=1e-5, rtol=0)
     # whatever stands in the slots beyond `count`
-    kv, count = bank.memories.kv.clone(), bank.memories.count
+    kv = bank.memories.kv.clone()
+    count = bank.memories.count
     assert count[8] == 2 and count[3] == 3
     for i, n in enumerate(count.tolist()):
         kv[i, ..., n:, :] = 1e3
@@ -146,7 +153,8 @@ def test_slots_without_a_memory_change_nothing(build, bank):
             return ids, scores
 
     forced = some_tokens(2, 17, seed=12)
-    out, trace = generate(model, tokens, 17, retriever := Forgetful(19), bank, forced=forced)
+    retriever = Forgetful(19)
+    out, trace = generate(model, tokens, 17, retriever, bank, forced=forced)
     table = torch.from_numpy(trace.table(5))
     assert len(retriever.calls) == 3 and (table[:, -1] == -1).all() and (table[:, 0] >= 0).any()
     full = model(out, memories=bank.memories, recall=table)[0].detach().log_softmax(-1)
@@ -159,7 +167,10 @@ def test_the_step_of_a_cuda_graph(build, bank, monkeypatch, T):
     """What a graph would repeat wrongly shows here, for it is the same code: a step that depends on
     a number Python took from a tensor, or moves what it writes to. And an answer that is seen only
     at a chunk's end to have stopped, as on a GPU: longer than it is, or with other tokens."""
-    model, tokens, n_new, init = build(scale=3.0), some_tokens(2, T), 24, generation.Steps.__init__
+    model = build(scale=3.0)
+    tokens = some_tokens(2, T)
+    n_new = 24
+    init = generation.Steps.__init__
 
     def run(**kw):
         return generate(model, tokens, n_new, Log(19), bank, **kw)
@@ -177,8 +188,11 @@ def test_the_step_of_a_cuda_graph(build, bank, monkeypatch, T):
         for (a, x), (b, y) in zip(want, [run(**kw) for kw in every], strict=True):
             assert torch.equal(a, b) and torch.equal(x.greedy, y.greedy)
             assert torch.equal(x.logprobs, y.logprobs)
-    for name in ("item", "tolist", "__bool__", "__int__", "__index__", "numpy"):
+    for name in ("item", "tolist", "__bool__", "__index__", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: 1 / 0)
+    looks = []  # on a CPU decode_attention looks at the length, once a layer; nothing else may
+    to_int = torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda x: looks.append(x) or to_int(x))
     steps = generation.Steps(model, 2, 40, False, False, 1.3, 9, 0.9)
     with torch.no_grad():
         steps.start(tokens, None, 0)
@@ -186,6 +200,7 @@ def test_the_step_of_a_cuda_graph(build, bank, monkeypatch, T):
         before = [x.data_ptr() for x in (steps.tokens, steps.at, steps.logprobs, steps.greedy)]
         for _ in range(9):
             steps(model)
+    assert len(looks) == 9 * model.config.n_layer
     assert before == [x.data_ptr() for x in (steps.tokens, steps.at, steps.logprobs, steps.greedy)]
 
 
@@ -225,9 +240,14 @@ def test_generation_through_the_kernels(build, monkeypatch, emulator, references
     def with_kernels(device, dtype, n, dh=64, group=1, keys=0):
         return ("kernel", "a test") if keys else attention_path(device, dtype, n)
 
-    model, refs = build(dtype=torch.bfloat16, head_dim=16, scale=4.0), references([13] * 19)
-    tokens, forced, codec, runs = some_tokens(2, 17), some_tokens(2, 24, seed=12), None, []
-    used, run = set(), kernels._run
+    model = build(dtype=torch.bfloat16, head_dim=16, scale=4.0)
+    refs = references([13] * 19)
+    tokens = some_tokens(2, 17)
+    forced = some_tokens(2, 24, seed=12)
+    codec = None
+    runs = []
+    used = set()
+    run = kernels._run
     monkeypatch.setattr(
         kernels, "_run", lambda name, *a, **kw: used.add(name) or run(name, *a, **kw)
     )
@@ -267,7 +287,8 @@ def test_generation_through_the_kernels(build, monkeypatch, emulator, references
 def test_rhythm(build, bank, T, n_new, prompt, later, B):
     """A search a token, a search a prompt chunk, new memories at the first new token, a last prompt
     chunk asked for by its own few tokens."""
-    model, retriever = build(chunk_len=64, max_context=256), Log(19)
+    model = build(chunk_len=64, max_context=256)
+    retriever = Log(19)
     out, trace = generate(model, some_tokens(B, T), n_new, retriever, bank)
 
     def queries(spans):  # chunk by chunk, and in each chunk sequence by sequence
@@ -281,7 +302,8 @@ def test_rhythm(build, bank, T, n_new, prompt, later, B):
         ids, scores = Log(19).search(r["query"], 4)
         assert np.array_equal(r["ids"], ids) and np.array_equal(r["scores"], scores)
     # the memories of a chunk stay until the next recall
-    table, held = trace.table(5), None
+    table = trace.table(5)
+    held = None
     at = {r["chunk"]: r["ids"] for r in trace.recalls}
     for chunk in range(5):
         held = at.get(chunk, held)
@@ -322,12 +344,14 @@ def test_sampling_on_known_probabilities():
 
 def test_temperature_and_seed(build, bank):
     """A seed that is ignored; top_k = 1 or a tiny top_p that is not greedy."""
-    model, tokens = build(scale=3.0), some_tokens(2, 9)
+    model = build(scale=3.0)
+    tokens = some_tokens(2, 9)
 
     def run(**kw):
         return generate(model, tokens, 30, Log(19), bank, **kw)[0].tolist()
 
-    greedy, hot = run(), run(temperature=1.5, seed=4)
+    greedy = run()
+    hot = run(temperature=1.5, seed=4)
     assert run(temperature=1.5, seed=4) == hot != run(temperature=1.5, seed=5)
     assert hot != greedy == run(seed=5)
     assert run(temperature=1.5, top_k=1, seed=9) == greedy == run(temperature=1.5, top_p=1e-6)
@@ -339,7 +363,8 @@ def test_temperature_and_seed(build, bank):
 def test_forced_greedy_is_greedy_generation(build, bank):
     """eval.py calls an answer exact if each forced token was the likeliest: that must be the same
     as generating and comparing."""
-    model, tokens = build(), some_tokens(2, 16)
+    model = build()
+    tokens = some_tokens(2, 16)
     out, trace = generate(model, tokens, 23, Log(19), bank)
     assert trace.greedy.all()
     said = out[:, 16:]
@@ -354,7 +379,8 @@ def test_forced_greedy_is_greedy_generation(build, bank):
 
 def test_stop(build, bank):
     """A batch that stops with its first sequence, or runs on after its last."""
-    model, tokens = build(), some_tokens(3, 9)
+    model = build()
+    tokens = some_tokens(3, 9)
     out, _ = generate(model, tokens, 60, Log(19), bank)
     said = out[:, 9:].tolist()
     common = set(said[0]) & set(said[1]) & set(said[2])
@@ -371,7 +397,8 @@ def test_stop(build, bank):
 
 def test_refusals(build, bank):
     """A page of tensor shapes, or a silent answer without memories, for a wrong call."""
-    model, tokens = build(), some_tokens(1, 61)
+    model = build()
+    tokens = some_tokens(1, 61)
     for call, line in [
         (lambda: generate(model, tokens, 30), "61 prompt .* at most 29 .--tokens"),
         (lambda: generate(model, some_tokens(1, 95), 1), "max_context = 90: shorten the prompt"),

@@ -68,7 +68,8 @@ def request(*args, doc=None):
 def test_a_text_cut_anywhere_scores_as_the_whole(bare, world):
     """Context and continuation encoded apart: a space at the wrong side of the cut, or a cut within
     a word, asks for tokens that no text has."""
-    context, answer = f"{QUESTION} Belholm has", " 4052 people."
+    context = f"{QUESTION} Belholm has"
+    answer = " 4052 people."
     (whole,) = bare.loglikelihood([request(context, answer)])
     before = [world.tok.bos, *world.tok.encode(context)]
     pair = (before, world.tok.encode(context + answer)[len(before) - 1 :])

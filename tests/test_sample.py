@@ -187,7 +187,8 @@ def test_escape_sequences_do_not_reach_the_terminal(world, capsys):
     evil = "Zub\x1b[2J\x9b31m \u202e has 4242 people."
     args = world.args("--remember", evil, "--explain", prompt=f"How many people in {evil}")
     sample.main(args)
-    assert evil[:3] in (out := capsys.readouterr().out) and "reference 17" in out
+    out = capsys.readouterr().out
+    assert evil[:3] in out and "reference 17" in out
     sample.main(world.args("--rag", prompt=evil, tokens=3))
     out += capsys.readouterr().out
     assert not set("\x1b\x9b\u202e\r\b\x07") & set(out)

@@ -21,7 +21,10 @@ from memory import Memories
 from retrieval import Retriever, neighbors, overlap, write_neighbors
 from train import recall_table
 
-T, C, N = 48, 16, 7  # tokens of a window and of a chunk, windows
+# tokens of a window and of a chunk, windows
+T = 48
+C = 16
+N = 7
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,8 @@ def world(tmp_path_factory):
     """The 17 places of test_sample.py, and a text that states them, some of it word by word."""
     tok = corpus.tokenizer(evaluation.__file__.removesuffix("eval.py") + "data/cities")
     w = World(tmp_path_factory.mktemp("text") / "world", tok)
-    rng, tokens = np.random.default_rng(3), []
+    rng = np.random.default_rng(3)
+    tokens = []
     while len(tokens) < T * N + 5:
         sentences = text_of(int(rng.integers(len(PLACES)))).split(". ")
         tokens += tok.encode(". ".join(sentences[: 1 + len(tokens) % 3]))
@@ -65,10 +69,12 @@ def by_hand(world, windows, i, plain=False, ids=None):
     tokens[0, 0] = world.tok.bos
     if plain:
         return world.model(tokens, targets)[1].item()
-    pool, table = Memories.empty(world.model.config), None
+    pool = Memories.empty(world.model.config)
+    table = None
     if ids is not None:
         rows = windows.references.batch(np.maximum(ids, 0))
-        pool, table = world.model.write(rows), recall_table(ids[None], 3)
+        pool = world.model.write(rows)
+        table = recall_table(ids[None], 3)
     return world.model(tokens, targets, pool, table)[1].item()
 
 
@@ -117,7 +123,8 @@ def test_leak_filters_what_overlaps(world, opened, monkeypatch):
     """A threshold that is not heard, a filtered neighbour that is read all the same, the gain of
     one query_shift in the column of the other."""
     windows, n = opened
-    retriever, read = Retriever.open(f"{world.data}/kb.index"), []
+    retriever = Retriever.open(f"{world.data}/kb.index")
+    read = []
 
     def losses(model, windows, n, conditions):
         read.append((conditions, windows.shift, windows.neighbors[: n * 3, 0].copy()))

@@ -49,7 +49,9 @@ def test_attention_shares(build, bank, memory_from, heads):
     from the hidden states of model.forward itself."""
     model = build(memory_from=memory_from, memory_heads=heads)
     tokens = some_tokens(2, 17)
-    c, T, P = model.config, 17, 3
+    c = model.config
+    T = 17
+    P = 3
     table = torch.tensor(
         [
             [[3, 0, 8, -1], [5, -1, 1, 2], [4, 18, 6, 7]],
@@ -68,13 +70,15 @@ def test_attention_shares(build, bank, memory_from, heads):
     assert shares.shape == (3, 2, 6, T, 4)
     where = torch.tensor([*range(P), *(P + 13 + t for t in range(T))])
     cos, sin = rope_table(where, c)
-    kv, count = bank.memories.kv, bank.memories.count
+    kv = bank.memories.kv
+    count = bank.memories.count
     want = torch.zeros_like(shares)
     for l in range(3):
         q, k, _ = (
             x.detach() for x in model.blocks[l + memory_from].attn.project(states[l + memory_from])
         )
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q = apply_rope(q, cos, sin)
+        k = apply_rope(k, cos, sin)
         for b in range(2):
             for h in range(6):
                 for t in range(T):
@@ -143,14 +147,17 @@ class Replay:
         self.rows = list(rows)
 
     def search(self, queries, k):
-        now, self.rows = self.rows[: len(queries)], self.rows[len(queries) :]
+        now = self.rows[: len(queries)]
+        self.rows = self.rows[len(queries) :]
         return np.array(now), np.zeros((len(queries), k))
 
 
 def test_worth(build, bank):
     """Another memory left out than the one that is named, all chunks of it at once, or a
     probability read one token too early: each is generated again without it."""
-    model, tokens, forced = build(), some_tokens(1, 17), some_tokens(1, 15, seed=4)
+    model = build()
+    tokens = some_tokens(1, 17)
+    forced = some_tokens(1, 15, seed=4)
     rows = [[3, 0, 8, 4], [5, -1, 1, 2], [4, 18, 6, 7], [9, 3, 11, -1], [2, 2, 14, 16]]
     out, trace = generate(model, tokens, 15, Replay(rows), bank, forced=forced)
     assert trace.table(5)[0].tolist() == rows
@@ -200,7 +207,8 @@ def test_view(seen):
     """Shares of a neighbour's tokens, or of slot 1 where slot 1 was empty; rests that would not
     fill up to 1; counts of other heads; a worth that is another chunk's."""
     model, tok, references, out, trace, memories = seen
-    c, shown = model.config, json.loads(json.dumps(view(*seen)))
+    c = model.config
+    shown = json.loads(json.dumps(view(*seen)))
     assert (shown["layers"], shown["heads"], shown["keepers"]) == (2, 6, 4)
     said = "".join(shown["pieces"]).replace("<s>", "")
     assert said == tok.decode(out[0]).replace("\ufffd", "") and shown["n_prompt"] == 16
@@ -257,7 +265,8 @@ def hostile(tmp_path_factory, tok):
 def test_page_is_one_file_that_texts_cannot_break(hostile):
     """A reference that closes the script and goes on as HTML; a page that fetches something."""
     path, i = hostile
-    text, template = path.read_text(encoding="utf-8"), ROOT / "views/memory.html"
+    text = path.read_text(encoding="utf-8")
+    template = ROOT / "views/memory.html"
     assert "".join(data_of(path)["references"][str(i)]["pieces"]).strip() == HOSTILE
     for tag in ("</script>", "<b>", "<!--"):
         assert text.count(tag) == template.read_text().count(tag), tag
@@ -318,12 +327,15 @@ def test_page_in_chromium(hostile, tmp_path):
     """A page that stays empty, throws, shows another token's shares, loses the keyboard, or is
     wider than a phone."""
     path, i = hostile
-    data, said = data_of(path), opened(path, tmp_path)
+    data = data_of(path)
+    said = opened(path, tmp_path)
     assert said["failed"] == [] and said["state"] == "drawn"
     assert 300 < said["right"] <= 360
     assert len(said["rows"]) == len(data["chunks"])
     for row, chunk in zip(said["rows"], data["chunks"], strict=True):
-        texts, start, end = data["pieces"], chunk["start"], chunk["end"]
+        texts = data["pieces"]
+        start = chunk["start"]
+        end = chunk["end"]
         want = [texts[t].strip(" ").replace("\n", "\u21b5\n") for t in range(start, end)]
         for mine, text in zip(row["tokens"], want, strict=True):
             assert mine == (text or mine) and (text or set(mine) <= {"\u00b7", "\u2423"})
@@ -358,7 +370,8 @@ def test_page_where_nothing_was_found(world, tmp_path):
 def test_random_memories_are_shown_too(world, tmp_path):
     """A page that only knows what a search has found: scores of 0, one reference twice."""
     _, memories = world.open()
-    tokens, path = prompt_of(world, text_of(2)), tmp_path / "page.html"
+    tokens = prompt_of(world, text_of(2))
+    path = tmp_path / "page.html"
     out, trace = generate(world.model, tokens, 20, Random(17, seed=3), memories)
     page(path, world.model, world.tok, memories.references, out, trace, memories)
     shown = [[read["id"] for read in chunk["reads"]] for chunk in data_of(path)["chunks"]]

@@ -20,7 +20,8 @@ class Bank:
     """A bank in RAM: memory i is row i of a pool."""
 
     def __init__(self, memories):
-        self.memories, self.loads = memories, []
+        self.memories = memories
+        self.loads = []
 
     def recall(self, ids):
         self.loads.append(list(ids))
@@ -33,11 +34,13 @@ class Quantized(Bank):
 
     def __init__(self, memories, codec):
         super().__init__(memories)
-        self.codec, self.codes = codec, codec.encode(memories.kv)
+        self.codec = codec
+        self.codes = codec.encode(memories.kv)
 
     def recall(self, ids, decode=True):
         self.loads.append(decode)
-        kv, ids = self.codes[torch.as_tensor(ids)], torch.as_tensor(ids)
+        kv = self.codes[torch.as_tensor(ids)]
+        ids = torch.as_tensor(ids)
         return Memories(self.codec.decode(kv) if decode else kv, self.memories.count[ids])
 
 
@@ -45,7 +48,9 @@ class Log:
     """A retriever that logs its calls and answers by the query's tokens: distinct references."""
 
     def __init__(self, n, table=None):
-        self.n, self.calls, self.table = n, [], table
+        self.n = n
+        self.calls = []
+        self.table = table
 
     def search(self, queries, k):
         queries = [q.split() if isinstance(q, str) else q for q in queries]
@@ -73,7 +78,8 @@ class World:
     """A prepared data set, a checkpoint and a bank in one directory."""
 
     def __init__(self, root, tok):
-        self.data, self.tok = root / "data", tok
+        self.data = root / "data"
+        self.tok = tok
         self.data.mkdir(parents=True)
         shutil.copy(ROOT / "data/cities/tokenizer.json", self.data)
         meta = dict(name="places", tokenizer=str(self.data), n_vocab=tok.n_vocab)
@@ -81,7 +87,8 @@ class World:
         texts = [tok.encode(text_of(i)) for i in range(len(PLACES))]
         refs = corpus.References.create(self.data / "kb", texts, tok.n_vocab)
         Retriever.build(f"{self.data}/kb.index", refs, str(self.data), progress=False)
-        self.checkpoint, self.bank = root / "model.pt", root / "kb.bank"
+        self.checkpoint = root / "model.pt"
+        self.bank = root / "kb.bank"
         self.model = self.save(self.checkpoint, seed=1)
         bank = MemoryBank.create(self.bank, self.model, refs)
         bank.write()
