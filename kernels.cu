@@ -62,9 +62,10 @@ int launch(void (*kernel)(P...), i64 blocks, int threads, size_t bytes, void* st
 //     exp(lse') = exp(lse) + sum_j exp(s_j)
 //     out' = exp(lse - lse') out + sum_j exp(s_j - lse') v_j
 //
-// q, out, dout, dq are (B, H, n, dh) with any strides between rows of dh numbers, for which others
-// lay them out; lse, delta (B, H, n); mem_k mem_v (M, Hkv, S, dh), mem_m numbers from memory to
-// memory; count (M, Hkv): filled slots; recall (B, c, R), -1 = none. n = P + T tokens, P of header.
+// q, out, dout, dq are (B, H, n, dh), rows of dh numbers wherever PyTorch laid them: to copy all
+// queries would cost as much as to read the memories. lse, delta (B, H, n); mem_k mem_v
+// (M, Hkv, S, dh), mem_m numbers from memory to memory; count (M, Hkv): filled slots; recall
+// (B, c, R), -1 = none. n = P + T tokens, P of header.
 
 struct Query { int b, head, t; };  // t = -1: there is none
 struct Rows {  // numbers from a sequence, a head, a token to the next
@@ -421,7 +422,7 @@ template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_dk_dv(Job
     const i64 todo = (x.first[m + 1] - x.first[m]) * tiles;
     const int filled = (int)min((i64)x.S, x.count[pair]) - slot;  // of these 16 slots, or more
     const int TILE = 16 * LD<DH>;
-    bf16 *k_s = (bf16*)smem, *v_s = k_s + TILE, *mine = v_s + TILE + warp * 4 * TILE;
+    bf16 *k_s = (bf16*)smem, *v_s = k_s + TILE, *stages = v_s + TILE + warp * 4 * TILE;
 
     for (int i = threadIdx.x; i < 16 * DH / 8; i += blockDim.x) {  // the slots' keys and values
         const int j = i / (DH / 8), d = i % (DH / 8) * 8, zeros = j < filled ? 0 : 16;
@@ -436,12 +437,12 @@ template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_dk_dv(Job
     float dk[DH / 2] = {}, dv[DH / 2] = {};
     Fetched now = {INFINITY, 0}, next = {INFINITY, 0};
     int half = 0;  // of the warp's shared memory: q, dout of this tile, q, dout of the next
-    if (warp < todo) next = fetch<DH>(x, m, h, warp, tiles, mine, mine + TILE);
+    if (warp < todo) next = fetch<DH>(x, m, h, warp, tiles, stages, stages + TILE);
     __pipeline_commit();
     for (i64 i = warp; i < todo; i += WARPS, half ^= 1) {
         now = next;
-        const bf16 *q_s = mine + half * 2 * TILE, *d_s = q_s + TILE;
-        bf16* other = mine + (half ^ 1) * 2 * TILE;
+        const bf16 *q_s = stages + half * 2 * TILE, *d_s = q_s + TILE;
+        bf16* other = stages + (half ^ 1) * 2 * TILE;
         if (i + WARPS < todo) next = fetch<DH>(x, m, h, i + WARPS, tiles, other, other + TILE);
         __pipeline_commit();
         __pipeline_wait_prior(1);  // this tile is there; the next may still be on its way
@@ -603,13 +604,13 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(bf16* y, float* scra
     __pipeline_wait_prior(0);
     // The warps' results to shared memory, merged to scratch; the parts' there, merged to y.
     __syncthreads();
-    float *mine = (float*)smem + warp * size, *all = scratch + (i64)pair * x.parts * size, lse;
+    float *result = (float*)smem + warp * size, *all = scratch + (i64)pair * x.parts * size, lse;
     UNROLL for (int i = 0; i < 2; i++) {
         l[i] = quad_sum(l[i]);  // 0, or 1 at least: the largest has exp(0)
-        if (row[i] >= 0) mine[G * DH + lane / 4 + 8 * i] = m[i] + __logf(l[i]);
+        if (row[i] >= 0) result[G * DH + lane / 4 + 8 * i] = m[i] + __logf(l[i]);
         UNROLL for (int e = 0; e < DH / 2; e++)
             if (side(e) == i && row[i] >= 0)
-                mine[(lane / 4 + 8 * i) * DH + column(e)] = sum[e] * (1 / fmaxf(l[i], 1));
+                result[(lane / 4 + 8 * i) * DH + column(e)] = sum[e] * (1 / fmaxf(l[i], 1));
     }
     __syncthreads();
     for (int i = threadIdx.x; i < G * DH; i += blockDim.x) {

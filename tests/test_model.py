@@ -708,7 +708,7 @@ def test_decoding_compiled_is_decoding(build, references, monkeypatch, backend):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("path", ["flash", "kernel"])
+@pytest.mark.parametrize("path", ["flash", "cudnn", "kernel"])
 def test_the_paths_of_a_gpu_fit_together(monkeypatch, path):
     """Catches shapes, layouts and types that no CPU path minds: writing, a training step, prefill,
     recall and a static decoding step, traced in bfloat16 with tensors that only have a shape."""
