@@ -79,6 +79,11 @@ class Text(NamedTuple):
     source: str
     seal: int
 
+    def says(self, wanted):
+        """Whether its source has these keys and values: a dict of texts."""
+        source = json.loads(self.source)
+        return all(str(source.get(key)) == value for key, value in wanted.items())
+
 
 def make_text(id, version, live, tokens, source):
     """A Text from its parts; tokens: bytes, source: a dict."""
@@ -364,6 +369,11 @@ class Texts:
     def source(self, i):
         """What is known of where reference i comes from: a dict."""
         return json.loads(self.rows([i])[0].source)
+
+    def origin(self, i):
+        """Where reference i comes from, in one line: "towns.txt, line 12, 2024-05-01"."""
+        parts = [f"{key} {value}" for key, value in self.source(i).items()]
+        return ", ".join(parts)
 
     def find(self, tokens):
         """The id of the live reference that is exactly these tokens, or None."""
@@ -948,7 +958,7 @@ def as_records(store, kv):
 
 
 OURS = {"texts.sqlite", "texts.sqlite-wal", "texts.sqlite-shm", "memories.bin", "codes", "index"}
-OURS |= {"index.new", "index.old", "tokenizer.json", "meta.json"}
+OURS |= {"index.new", "index.old", "relevance.json", "tokenizer.json", "meta.json"}
 
 
 def check_free(path):

@@ -16,9 +16,10 @@ import torch
 import corpus
 from bank import MemoryBank, Texts
 from common import check, find_device, number
+from embed import HashEmbedder
 from memory import Memories, attention_path
 from model import Cache, load_checkpoint
-from retrieval import Live
+from retrieval import NOTHING, Live, Only
 
 # -- Generation -------------------------------------------------------------------------------
 
@@ -388,6 +389,97 @@ def remember(text, tokenizer, config, retriever, bank):
     return bank.add(pieces, [dict(source="--remember")] * len(pieces))
 
 
+# -- Several knowledge bases ------------------------------------------------------------------
+
+
+class Several:
+    """Several knowledge bases as one (sec. 7.4): it finds references in all and recalls them.
+
+    Reference i of base b has the id b * STEP + i. Scores are comparable: what embedders have learnt
+    of word frequencies in each base is put together, and what was found is scored by that.
+    """
+
+    STEP = 10**9
+    codec = None  # their memories come as numbers, whatever they are on disk
+
+    def __init__(self, sources, banks):
+        self.sources = sources  # what finds references in each
+        self.banks = banks
+        self.references = self
+        self.path = ", ".join(str(bank.path) for bank in banks)
+        self.meta = sources[0].meta
+        self.record_bytes = banks[0].record_bytes
+        self.quantized = False
+        self.embedder = self._common_embedder()
+
+    def _common_embedder(self):
+        """None where all bases have the same one."""
+        embedders = [source.embedder for source in self.sources]
+        if len({each.id for each in embedders}) == 1:
+            return None
+        names = {each.name for each in embedders}
+        hashed = len(names) == 1 and isinstance(embedders[0], HashEmbedder)
+        line = f"{self.path}: their embedders, {' and '.join(sorted(names))}, do not compare"
+        check(hashed, f"{line}: make one index anew with python kb.py index --embedder")
+        state = sum(each.state.astype(np.int64) for each in embedders)
+        return HashEmbedder(embedders[0].dim, state.astype("<u4"))
+
+    def __len__(self):
+        return len(self.banks[0])
+
+    def __getitem__(self, i):
+        base, row = divmod(int(i), self.STEP)
+        return self.banks[base].references[row]
+
+    def origin(self, i):
+        base, row = divmod(int(i), self.STEP)
+        return f"{self.banks[base].path}, {self.banks[base].references.origin(row)}"
+
+    def search(self, queries, k):
+        """As Retriever.search, in all bases."""
+        ids = []
+        scores = []
+        for base, source in enumerate(self.sources):
+            found, similar = source.search(queries, k)
+            if self.embedder:
+                similar = self._scores(source, queries, found)
+            ids.append(np.where(found >= 0, found + base * self.STEP, -1))
+            scores.append(np.where(found >= 0, similar, NOTHING))
+        ids = np.concatenate(ids, 1)  # (n, bases * k)
+        scores = np.concatenate(scores, 1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(ids, best, 1), np.take_along_axis(scores, best, 1)
+
+    def _scores(self, source, queries, found):
+        """The scores of what one base found, (n, k), by the common embedder."""
+        scores = np.full(found.shape, NOTHING, np.float32)
+        vectors = self.embedder.encode(source.texts_of(queries))  # (n, dim)
+        for n, texts in enumerate(source.found_texts(found)):
+            if texts:
+                scores[n, found[n] >= 0] = self.embedder.encode(texts) @ vectors[n]
+        return scores
+
+    def recall(self, ids):
+        """As MemoryBank.recall: a pool, row m the memory of ids[m]."""
+        ids = np.asarray(ids)
+        pools = []
+        rows = []  # where each pool's rows come to lie
+        for base, bank in enumerate(self.banks):
+            of_base = np.flatnonzero(ids // self.STEP == base)
+            if len(of_base):
+                pools.append(bank.recall(ids[of_base] % self.STEP))
+                rows.append(of_base)
+        order = np.argsort(np.concatenate(rows))
+        return Memories.cat(pools)[torch.from_numpy(order).to(pools[0].kv.device)]
+
+    def add(self, sequences, sources=None):
+        """New texts go into the first base."""
+        return self.banks[0].add(sequences, sources)
+
+    def stats(self):
+        return "; ".join(bank.stats() for bank in self.banks)
+
+
 # -- Opening a model with its memory ----------------------------------------------------------
 
 BANK = "out/{data}/{references}.bank"  # where a data set's knowledge base is kept
@@ -403,6 +495,8 @@ def model_flags(parser, bank=True):
     if bank:
         add("--references", default="kb", help="its knowledge base")
         add("--bank", default=BANK, help="directory of the knowledge base and its memories")
+        add("--kb", action="append", default=[], help="the same; several are searched together")
+        add("--filter", action="append", default=[], help="key=value that a source must say")
 
 
 def place(template, data, references):
@@ -453,13 +547,35 @@ def open_memory(a, model, cold_start=False):
 
     cold_start: where there is no bank, one that is empty; memories are then encoded at their first
     retrieval (sec. 3.1)."""
-    path = Path(place(a.bank, a.data, a.references))
+    paths = a.kb or [place(a.bank, a.data, a.references)]
+    sources = []
+    banks = []
+    for path in paths:
+        bank = open_bank(a, Path(path), model, cold_start)
+        source = Live.open(bank.references, model)
+        if a.filter:
+            source = Only(source, wanted(a.filter))
+        sources.append(source)
+        banks.append(bank)
+    if len(banks) == 1:
+        return banks[0].references, sources[0], banks[0]
+    several = Several(sources, banks)
+    return several, several, several
+
+
+def open_bank(a, path, model, cold_start=False):
+    """The knowledge base at `path`; cold_start: where there is none, one without memories."""
     if Texts.exists(path):
-        bank = MemoryBank.open(path, model)
-        return bank.references, Live.open(bank.references, model), bank
+        return MemoryBank.open(path, model)
     made = f"python write.py --checkpoint {a.checkpoint} --data {a.data}"
     made += f" --references {a.references} --out {path}"
     check(cold_start, f"{path}: no knowledge base here; first {made}")
     texts = corpus.References.open(Path(a.data, a.references))
-    bank = MemoryBank.create(path, model, texts)
-    return bank.references, Live.open(bank.references, model), bank
+    return MemoryBank.create(path, model, texts)
+
+
+def wanted(filters):
+    """["lang=de", ...] -> {"lang": "de", ...}"""
+    for text in filters:
+        check("=" in text, f"--filter {text}: give key=value")
+    return dict(text.split("=", 1) for text in filters)

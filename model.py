@@ -847,4 +847,5 @@ def load_checkpoint(path, verify=True):
             there = str(meta.get("weights")) in beside.read_text(errors="replace")
             check(there, f"{beside} is not that of {file}: take both from the same run")
     model.keep_hash(meta.get("weights"))
+    model.path = str(path)  # for the commands that refusals give
     return model, meta

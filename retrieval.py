@@ -33,7 +33,7 @@ from common import (
     run,
     write_json,
 )
-from embed import HashEmbedder, digest, embedder, normalize
+from embed import HashEmbedder, digest, embedder, normalize, words
 from index import (
     BATCH,
     FORMAT,
@@ -49,6 +49,8 @@ from index import (
     search,
 )
 from model import load_checkpoint
+
+FEW = 1000  # changes of a knowledge base that are never too many to stand beside its index
 
 # -- How much of a reference stands in a text: eq. (3.3) ----------------------------------------
 
@@ -443,6 +445,7 @@ class Live:
         # "id of the base:version of the texts that are in here"
         self.base, _, version = retriever.meta["references"].rpartition(":")
         self.version = int(version) if version.isdigit() else 0
+        self.relevance = Relevance.open(references.path)
 
     def __len__(self):
         return self.references.count_live()
@@ -503,9 +506,56 @@ class Live:
         self.version = max(text.version for text in changed)
 
     def search(self, queries, k):
-        """As Retriever.search, in the texts as they are now."""
+        """As Retriever.search, in the texts as they are now. Once `calibrate` has learnt what an
+        answerable question looks like, nothing is found for one that is not."""
         self.refresh()
-        return self.retriever.search(queries, k)
+        ids, scores = self.retriever.search(queries, k)
+        if self.relevance:
+            shares = self.relevance.shares(self.texts_of(queries), self.found_texts(ids))
+            unknown = shares < self.relevance.least
+            ids[unknown] = -1
+            scores[unknown] = NOTHING
+        return ids, scores
+
+    def texts_of(self, queries):
+        """Queries, texts or tokens, as texts."""
+        return self.retriever._texts(queries)
+
+    def found_texts(self, ids):
+        """ids (n, k) -> for each query the texts that were found."""
+        names = np.unique(ids[ids >= 0])
+        text_of = {}
+        for text in self.references.rows(names):
+            text_of[text.id] = self.tokenizer.decode(self.references.tokens(text))
+        return [[text_of[i] for i in row if i >= 0] for row in ids.tolist()]
+
+    def calibrate(self, answerable, unanswerable=(), keep=0.95, k=5):
+        """Learns to tell that nothing here is about a question, and stores it with the base.
+
+        answerable: [(question, id of the reference that answers it), ...]. unanswerable: questions
+        that no reference answers; without any, the answerable ones as if their reference were not
+        here. keep: the share of the answerable that is to find something.
+        Returns the share of each kind that then finds something, measured on every second question
+        while the others taught (and all teach what is stored).
+        """
+        check(len(answerable) > 1, "calibrate: give at least 2 questions")
+        self.relevance = None
+        questions = [normalize(question) for question, _ in answerable]
+        ids, _ = self.search(questions, k + 1)
+        present = self.found_texts(ids[:, :k])
+        if len(unanswerable):
+            others = [normalize(question) for question in unanswerable]
+            absent = self.found_texts(self.search(others, k)[0])
+        else:
+            others = questions
+            answers = np.array([i for _, i in answerable])[:, None]
+            absent = self.found_texts(np.where(ids == answers, -1, ids))
+        half = Relevance.fit(questions[::2], present[::2], others[::2], keep)
+        kept = half.shares(questions[1::2], present[1::2]) >= half.least
+        wrong = half.shares(others[1::2], absent[1::2]) >= half.least
+        self.relevance = Relevance.fit(questions, present, others, keep)
+        self.relevance.save(self.references.path)
+        return float(kept.mean()), float(wrong.mean())
 
     def save(self):
         """Keeps the vectors of what has changed, so that the next to open need not embed it. Where
@@ -513,7 +563,7 @@ class Live:
         Live to go on with."""
         self.refresh()
         retriever = self.retriever
-        if retriever.n_changes > max(1000, len(self) // 2):
+        if retriever.n_changes > max(FEW, len(self) // 2):
             return Live.build(self.references, self.meta["embedder"])
         retriever.meta["references"] = f"{self.base}:{self.version}"
         try:
@@ -521,6 +571,105 @@ class Live:
         except UserError:  # another process has saved: what it lacks will be embedded at opening
             pass
         return self
+
+
+class Relevance:
+    """Tells whether what was found is about the question at all.
+
+    What is peculiar to a question are the words that other questions do not have: a word that n of
+    the questions it learnt from have weighs 1 / (1 + n). The share of that weight whose words stand
+    in the best of the texts found tells a name that is known from one that only looks like it:
+
+    >>> r = Relevance(dict(where=9, lies=9), 0.9)
+    >>> r.shares(["Where lies Kyiv?"], [["Kyiv lies at 50 N."]]).round(2).tolist()
+    [0.92]
+    >>> r.shares(["Where lies Kyiv?"], [["Kyivka lies at 51 N."]]).round(2).tolist()
+    [0.08]
+
+    (A similarity of the whole texts does not: most of it is in letters that many names share.)
+    """
+
+    FILE = "relevance.json"  # in the directory of the base
+
+    def __init__(self, counts, least):
+        self.counts = counts  # word -> how many questions have it; what one has is not kept
+        self.least = least  # the share from which on a text is about the question
+
+    @staticmethod
+    def fit(questions, found, others, keep):
+        """counts from all questions, least so that `keep` of the `questions` reach it."""
+        counts = Counter()
+        for question in [*questions, *others]:
+            counts.update(set(words(question)))
+        made = Relevance({word: n for word, n in counts.items() if n > 1}, 0.0)
+        shares = np.sort(made.shares(questions, found))
+        made.least = float(shares[int((1 - keep) * len(shares))])
+        return made
+
+    def shares(self, questions, found):
+        """found: for each question the texts that were found. -> (n,), the best text's share."""
+        out = np.zeros(len(questions))
+        for n, (question, texts) in enumerate(zip(questions, found, strict=True)):
+            weights = {word: 1 / (1 + self.counts.get(word, 0)) for word in words(question)}
+            total = sum(weights.values())
+            for text in texts if total else []:
+                there = set(words(text))
+                share = sum(weight for word, weight in weights.items() if word in there) / total
+                out[n] = max(out[n], share)
+        return out
+
+    def save(self, folder):
+        write_json(Path(folder, self.FILE), dict(least=self.least, counts=self.counts))
+
+    @staticmethod
+    def open(folder):
+        """What `save` wrote; None where nobody has calibrated the base."""
+        file = Path(folder, Relevance.FILE)
+        if not file.exists():
+            return None
+        cure = "remove it, then every question finds something, or calibrate anew: kb.py calibrate"
+        made = read_json(file, dict(least=float, counts=dict), cure)
+        whole = all(type(n) is int and n > 0 for n in made["counts"].values())
+        check(whole, f"{file} is damaged: {cure}")
+        return Relevance(made["counts"], made["least"])
+
+
+class Only:
+    """Finds only references whose source says key = value, for all of `wanted`, a dict."""
+
+    def __init__(self, live, wanted):
+        self.live = live
+        self.wanted = wanted
+
+    def __getattr__(self, name):  # all else is as it is
+        return getattr(self.live, name)
+
+    def __len__(self):
+        return len(self.live)
+
+    def search(self, queries, k):
+        most = len(self.live)
+        look = 4 * k
+        while True:
+            ids, scores = self.live.search(queries, min(look, max(most, k)))
+            fits = self._fits(ids)
+            if look >= most or fits.sum(1).min() >= k:
+                break
+            look *= 4
+        scores = np.where(fits, scores, NOTHING)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        ids = np.take_along_axis(np.where(fits, ids, -1), best, 1)
+        scores = np.take_along_axis(scores, best, 1)
+        lacking = ((0, 0), (0, k - ids.shape[1]))
+        return np.pad(ids, lacking, constant_values=-1), np.pad(
+            scores, lacking, constant_values=NOTHING
+        )
+
+    def _fits(self, ids):
+        names = np.unique(ids[ids >= 0])
+        texts = self.live.references.rows(names)
+        fits = [text.id for text in texts if text.says(self.wanted)]
+        return np.isin(ids, fits) & (ids >= 0)
 
 
 # -- Other sources ----------------------------------------------------------------------------

@@ -534,6 +534,7 @@ def test_the_bank_follows_the_data(world, capsys):
     assert generation.place(generation.BANK, "/x/y", "other") == "out/y/other.bank"
     assert generation.place("mine {0}", "/x/y", "other") == "mine {0}"
     a = argparse.Namespace(checkpoint="c.pt", data=str(world.data), references="kb")
+    a.kb = a.filter = []
     a.bank = str(world.bank.with_name("none.bank"))
     with pytest.raises(ValueError) as e:
         generation.open_memory(a, world.model)

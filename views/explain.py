@@ -206,6 +206,7 @@ def explain(model, tokenizer, references, tokens, trace, bank):
             attention = f"attention {share.mean():.1%} (by layer {by_layer})"
             lines.append(f"  score {read['score']:.2f}  {attention}  reference {read['id']}")
             lines.append(f"      {marked(tokenizer, references[read['id']], read['kept'])}")
+            lines.append(f"      from {references.origin(read['id'])}")
     return lines
 
 

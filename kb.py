@@ -1,0 +1,406 @@
+"""A knowledge base that lives: its texts added, edited, deleted, searched and swapped (sec. 7.4).
+
+    python kb.py new    --kb out/mine.kb                   an empty one, for the model and its texts
+    python kb.py add    --kb out/mine.kb towns.txt more.jsonl       one reference a paragraph, a row
+    python kb.py search --kb out/mine.kb "Zubrowka City"
+    python kb.py replace --kb out/mine.kb 17 "Zubrowka City has 4243 people."
+    python kb.py delete --kb out/mine.kb 17 18
+    python sample.py --prompt "..." --kb out/mine.kb --kb out/cities/kb.bank
+
+Every change is a transaction: a kill leaves the base as it was before it or after it, and other
+processes may read and change the base meanwhile. What it does is in bank.py and retrieval.py.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import corpus
+from bank import MemoryBank, Texts
+from common import check, find_device, number, read_rows, read_text, run, visible
+from generate import BANK, wanted
+from model import load_checkpoint
+from retrieval import Live, Only
+
+BATCH = 1000  # texts of a transaction
+NEAR = 0.8  # similarity from which on a text may be about the same as an old one
+HERE = BANK.format(data="cities", references="kb")
+
+# -- Reading texts -----------------------------------------------------------------------------
+
+
+def read_file(name, by):
+    """Yields (text, source) of a file: .jsonl, rows with "text" and whatever else; else plain text,
+    cut into paragraphs, lines or not at all (by). "-": standard input."""
+    cure = 'give a text file, or a .jsonl file with rows like {"text": "..."}'
+    if name == "-":
+        yield from cut(sys.stdin.read(), by, "standard input")
+    elif name.endswith(".jsonl"):
+        for line, row in enumerate(read_rows(name, dict(text=str), cure), start=1):
+            text = row.pop("text")
+            yield text, dict(row, file=name, line=line)
+    else:
+        yield from cut(read_text(name, cure), by, name)
+
+
+def cut(text, by, name):
+    """Yields (text, source) of the paragraphs or lines of a text, or of all of it."""
+    if by == "document":
+        yield text.strip(), dict(file=name, line=1)
+        return
+    mark = r"\n[ \t]*\n\s*" if by == "paragraph" else r"\n"
+    line = 1
+    at = 0
+    for end in [*re.finditer(mark, text), None]:
+        piece = text[at : end.start() if end else len(text)]
+        first = line + piece[: len(piece) - len(piece.lstrip())].count("\n")
+        if piece.strip():
+            yield piece.strip(), dict(file=name, line=first)
+        line += piece.count("\n")
+        if end:
+            line += end.group().count("\n")
+            at = end.end()
+
+
+def fit(text, tokenizer, ref_len):
+    """Token lists of at most ref_len tokens (sec. 4.4): whole sentences where they fit."""
+    pieces = []
+    held = []
+    for sentence in re.split(r"(?<=[.!?])\s+", text):
+        tokens = tokenizer.encode(sentence)
+        if len(held) + len(tokens) > ref_len and held:
+            pieces.append(held)
+            held = []
+        held = held + tokens
+        while len(held) > ref_len:  # one sentence that is too long
+            pieces.append(held[:ref_len])
+            held = held[ref_len:]
+    return [*pieces, held] if held else pieces
+
+
+# -- Opening -----------------------------------------------------------------------------------
+
+
+def open_model(a):
+    return load_checkpoint(a.checkpoint)[0].to(find_device(a.device)).eval()
+
+
+def open_base(a):
+    """The base with its model: what changes gets its memory at once."""
+    return MemoryBank.open(a.kb, open_model(a))
+
+
+def show(texts, tokenizer, ids):
+    """Prints references: id, text, source."""
+    for text in texts.rows(ids):
+        words = tokenizer.decode(texts.tokens(text)).strip() if text.live else "(deleted)"
+        print(visible(f"{text.id}  {words}"))
+        if text.live:
+            print(visible(f"    {texts.origin(text.id)}"))
+
+
+def matching(texts, filters):
+    """The ids of the live references whose source says what the filters want."""
+    ids = texts.live()
+    if not filters:
+        return ids
+    keys = wanted(filters)
+    found = []
+    for start in range(0, len(ids), 1024):
+        rows = texts.rows(ids[start : start + 1024])
+        found += [text.id for text in rows if text.says(keys)]
+    return np.array(found, np.int64)
+
+
+# -- The commands ------------------------------------------------------------------------------
+
+
+def new(a):
+    """An empty knowledge base for the model, with the tokenizer of --data."""
+    check(not Texts.exists(a.kb), f"--kb {a.kb} is there already: give another path")
+    tokenizer = corpus.tokenizer(a.data)
+    model = open_model(a)
+    same = tuple(tokenizer.header) == model.config.header
+    check(same, f"--data {a.data} has another tokenizer than {a.checkpoint} wants")
+    none = corpus.References(Path(a.data, "new"), np.zeros(0), np.zeros(1), tokenizer.n_vocab)
+    bank = MemoryBank.create(a.kb, model, none, a.dtype)
+    Live.build(bank.references, a.embedder, progress=False)
+    print(f"{a.kb}: an empty knowledge base; fill it with: python kb.py add --kb {a.kb} FILE")
+
+
+def add(a):
+    """Texts from files, or standard input. Each that is very near an old one is named."""
+    bank = open_base(a)
+    live = Live.open(bank.references)
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
+    given = []
+    for name in a.files or ["-"]:
+        for text, source in read_file(name, a.by):
+            for tokens in fit(text, live.tokenizer, bank.references.ref_len):
+                given.append((tokens, dict(source, time=stamp)))
+    check(given, f"{', '.join(a.files or ['standard input'])}: no text in it")
+    began = time.time()
+    first = len(bank)
+    n_near = 0
+    steps = range(0, len(given), BATCH)
+    for start in tqdm(steps, f"{BATCH} texts", disable=len(given) < BATCH):
+        part = given[start : start + BATCH]
+        near = live.search([tokens for tokens, _ in part], 1) if a.near else None
+        ids = bank.add([tokens for tokens, _ in part], [source for _, source in part])
+        if near:
+            n_near += report_near(a, live, ids, *near, shown=n_near)
+    live.save()
+    n_new = len(bank) - first
+    rate = len(given) / (time.time() - began)
+    known = len(given) - n_new
+    print(
+        f"{a.kb}: {n_new:,} added, {known:,} known before; {rate:,.0f} texts/s, memories included"
+    )
+    if n_near > 10:
+        print(f"{n_near:,} are near old ones (similarity from {a.near}); 10 were shown")
+
+
+def report_near(a, live, ids, near, scores, shown):
+    """Names those new texts that are near an older one, 10 at most; how many there are."""
+    n_near = 0
+    for i, (old,), (score,) in zip(ids, near.tolist(), scores.tolist(), strict=True):
+        if old < 0 or old == i or score < a.near:
+            continue
+        n_near += 1
+        if shown + n_near <= 10:
+            old_text = live.tokenizer.decode(live.references[old]).strip()
+            text = live.tokenizer.decode(live.references[i]).strip()
+            print(visible(f"{i} is near {old} (similarity {score:.2f}): {old_text}"))
+            command = (
+                f"python kb.py replace --kb {a.kb} {old} {json.dumps(text, ensure_ascii=False)}"
+            )
+            print(
+                visible(
+                    f"  if it takes its place: {command} && python kb.py delete --kb {a.kb} {i}"
+                )
+            )
+    return n_near
+
+
+def replace(a):
+    """Another text for a reference; a deleted one lives again."""
+    bank = open_base(a)
+    tokenizer = corpus.tokenizer(a.kb)
+    pieces = fit(a.text, tokenizer, bank.references.ref_len)
+    line = f"the text is {len(pieces)} references long; the model takes {bank.references.ref_len}"
+    check(len(pieces) == 1, f"{line} tokens a reference: give a shorter one, or add the rest")
+    bank.replace(a.id, pieces[0], dict(time=time.strftime("%Y-%m-%dT%H:%M:%S")))
+    show(bank.references, tokenizer, [a.id])
+
+
+def delete(a):
+    """Forgets references: when this returns, their numbers and tokens are overwritten."""
+    bank = MemoryBank.open(a.kb)
+    bank.delete(a.ids)
+    print(f"forgotten: {', '.join(map(str, a.ids))} (their vectors stay in the index, unused, and")
+    print(f"traces in free pages, until: python kb.py compact --kb {a.kb})")
+
+
+def forget_like(a):
+    """Forgets what is similar to a text, after showing it (--yes: does not ask)."""
+    bank = MemoryBank.open(a.kb)
+    live = Live.open(bank.references)
+    ids, scores = live.search([a.text], min(1000, max(1, len(live))))
+    found = ids[0][(ids[0] >= 0) & (scores[0] >= a.near)].tolist()
+    check(found, f"{a.kb}: nothing is as similar as {a.near}: give a smaller --near")
+    show(bank.references, live.tokenizer, found)
+    if not a.yes:
+        check(sys.stdin.isatty(), f"{len(found)} would be forgotten: add --yes to forget them")
+        answer = input(f"forget these {len(found)}? [y/N] ")
+        if answer.strip().lower() != "y":
+            print("nothing was forgotten")
+            return
+    a.ids = found
+    delete(a)
+
+
+def list_texts(a):
+    """The references in order, or those whose source says key=value (--filter)."""
+    texts = Texts(a.kb)
+    ids = matching(texts, a.filter)
+    show(texts, corpus.tokenizer(a.kb), ids[a.start : a.start + a.limit])
+    print(f"{len(ids):,} references")
+
+
+def show_texts(a):
+    """Some references with their sources."""
+    show(Texts(a.kb), corpus.tokenizer(a.kb), a.ids)
+
+
+def search(a):
+    """The references that a text would recall, best first."""
+    from_here = Live.open(Texts(a.kb))
+    source = from_here
+    if a.filter:
+        source = Only(from_here, wanted(a.filter))
+    ids, scores = source.search([a.text], a.k)
+    for i, score in zip(ids[0].tolist(), scores[0].tolist(), strict=True):
+        if i >= 0:
+            print(f"similarity {score:.2f}", end="  ")
+            show(from_here.references, from_here.tokenizer, [i])
+    if (ids < 0).all():
+        print("the knowledge base knows nothing about this")
+
+
+def verify(a):
+    """Checks every text, every memory and the index; says what is missing and how it comes back."""
+    bank = MemoryBank.open(a.kb)
+    bank.references.verify()
+    print(f"texts: {bank.references.count_live():,} whole")
+    for store, name in ((bank.memories, "memories"), (bank.codes, "codes")):
+        if store is not None:
+            bank.store = store
+            missing = len(bank.verify())
+            cure = f"; python write.py --out {a.kb} writes them" if missing else ""
+            print(f"{name}: {missing:,} missing or damaged{cure}")
+    live = Live.open(bank.references)
+    print(f"index: {len(live):,} references, {live.embedder.id}")
+
+
+def compact(a):
+    """Rewrites texts and index without what was deleted; nothing of it is in any file then."""
+    bank = MemoryBank.open(a.kb)
+    before = size_of(a.kb)
+    bank.compact()
+    live = Live.open(bank.references)
+    Live.build(bank.references, live.meta["embedder"])
+    print(f"{a.kb}: {before:,} bytes before, {size_of(a.kb):,} now")
+
+
+def size_of(folder):
+    """The bytes that the files of a directory take on the disk."""
+    return sum(file.stat().st_blocks * 512 for file in Path(folder).rglob("*") if file.is_file())
+
+
+def merge(a):
+    """Adds all references of another base, with their sources; those known already are left out."""
+    bank = open_base(a)
+    other = Texts(a.other)
+    same = other.meta["tokenizer_id"] == bank.meta["tokenizer_id"]
+    check(same, f"{a.other} has another tokenizer than {a.kb}")
+    first = len(bank)
+    ids = other.live()
+    for start in tqdm(range(0, len(ids), BATCH), f"{BATCH} texts", disable=len(ids) < BATCH):
+        texts = other.rows(ids[start : start + BATCH])
+        sources = [dict(json.loads(text.source), base=str(a.other)) for text in texts]
+        bank.add([other.tokens(text) for text in texts], sources)
+    Live.open(bank.references).save()
+    print(f"{a.kb}: {len(bank) - first:,} of {len(ids):,} added; the others were known")
+
+
+def export(a):
+    """All live references as JSON lines: id, text, and what is known of where it comes from."""
+    texts = Texts(a.kb)
+    tokenizer = corpus.tokenizer(a.kb)
+    ids = matching(texts, a.filter)
+    with open(a.out, "w", encoding="utf-8") as file:
+        for i in tqdm(ids.tolist(), "references", disable=len(ids) < BATCH):
+            row = dict(texts.source(i), id=i, text=tokenizer.decode(texts[i]).strip())
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(f"{a.out}: {len(ids):,} references")
+
+
+def stats(a):
+    """What is in it, and whose."""
+    bank = MemoryBank.open(a.kb)
+    texts = bank.references
+    n = texts.count_live()
+    print(f"{a.kb}: {n:,} references, {len(texts) - n:,} deleted, {texts.version:,} changes so far")
+    print(f"memories: {bank.record_bytes:,} bytes each ({bank.meta['dtype']} {bank.shape})")
+    if bank.quantized:
+        print(f"codes: {bank.codes.record_bytes:,} bytes each ({bank.codes.codec.spec})")
+    print(f"model: {bank.meta['fingerprint']}; tokenizer: {bank.meta['tokenizer_id']}")
+    print(f"disk: {size_of(a.kb):,} bytes")
+
+
+def index(a):
+    """Makes the index anew: with another embedder, or where it is damaged."""
+    live = Live.build(Texts(a.kb), a.embedder, a.factory)
+    print(f"{live.path}: {len(live):,} references, {live.embedder.id}, {live.meta['factory']}")
+
+
+def calibrate(a):
+    """Learns from questions to tell that the base knows nothing about one; below that nothing is
+    recalled. --questions: rows with "question" and "reference", the id that answers it."""
+    cure = 'give .jsonl rows like {"question": "...", "reference": 17}'
+    rows = read_rows(a.questions, dict(question=str, reference=int), cure)
+    answerable = [(row["question"], row["reference"]) for row in rows]
+    unanswerable = []
+    if a.unanswerable:
+        rows = read_rows(a.unanswerable, dict(question=str), 'give rows like {"question": "..."}')
+        unanswerable = [row["question"] for row in rows]
+    live = Live.open(Texts(a.kb))
+    kept, wrong = live.calibrate(answerable, unanswerable, a.keep)
+    print(f"of questions that did not teach it: {kept:.3f} of the answerable still find something,")
+    print(f"{1 - wrong:.3f} of the unanswerable are recognised ({len(answerable):,} answerable)")
+
+
+# -- Command line ------------------------------------------------------------------------------
+
+
+def parser():
+    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, function, *flags, model=False):
+        c = commands.add_parser(name, help=" ".join(function.__doc__.split()), **form)
+        c.set_defaults(function=function)
+        c.add_argument("--kb", default=HERE, help="directory of the knowledge base")
+        if model:
+            c.add_argument("--checkpoint", default="checkpoints/toy", help="its model")
+            c.add_argument("--device", default="auto", help="cpu, cuda or auto")
+        for flag, options in flags:
+            c.add_argument(flag, **options)
+
+    ids = ("ids", dict(type=number(int, 0), nargs="+", metavar="ID"))
+    text = ("text", dict(metavar="TEXT"))
+    share = number(float, 0, 1)
+    near = ("--near", dict(type=share, default=NEAR, help="similarity; 0: name none"))
+    filters = ("--filter", dict(action="append", default=[], help="key=value of the source"))
+    embedder = ("--embedder", dict(default="hash", help="hash, hash:DIM, bge-m3 or hf:NAME"))
+    data = ("--data", dict(default="data/cities", help="a data set with the tokenizer"))
+    dtype = ("--dtype", dict(default="bfloat16", choices=["bfloat16", "float32"]))
+    by = ("--by", dict(default="paragraph", choices=["paragraph", "line", "document"]))
+    files = ("files", dict(nargs="*", metavar="FILE", help=".txt or .jsonl; none or -: stdin"))
+    command("new", new, data, dtype, embedder, model=True)
+    command("add", add, files, by, near, model=True)
+    command("replace", replace, ("id", dict(type=number(int, 0), metavar="ID")), text, model=True)
+    command("delete", delete, ids)
+    command("forget-like", forget_like, text, near, ("--yes", dict(action="store_true")))
+    start = ("--start", dict(type=number(int, 0), default=0, help="skip so many"))
+    command("list", list_texts, filters, start, ("--limit", dict(type=number(int, 1), default=20)))
+    command("show", show_texts, ids)
+    command("search", search, text, filters, ("--k", dict(type=number(int, 1), default=5)))
+    command("verify", verify)
+    command("compact", compact)
+    command("merge", merge, ("other", dict(metavar="OTHER")), model=True)
+    command("export", export, filters, ("--out", dict(required=True, help="a .jsonl file")))
+    command("stats", stats)
+    factory = ("--factory", dict(help="FAISS factory string (None: chosen by size)"))
+    command("index", index, embedder, factory)
+    questions = ("--questions", dict(default="data/cities/questions.jsonl", help=".jsonl"))
+    none = ("--unanswerable", dict(help=".jsonl of questions that no reference answers"))
+    keep = ("--keep", dict(type=share, default=0.95, help="share that is to find something"))
+    command("calibrate", calibrate, questions, none, keep)
+    return p
+
+
+def main(argv=None):
+    a = parser().parse_args(argv)
+    a.function(a)
+
+
+if __name__ == "__main__":
+    run(main)

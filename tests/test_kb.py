@@ -1,0 +1,322 @@
+"""kb.py from the command line, several bases at once, and knowing that it does not know."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from world import PLACES, World, text_of
+
+import corpus
+import generate as generation
+import kb
+import retrieval
+import sample
+from bank import MemoryBank, Texts
+from common import UserError
+from generate import Several, generate
+from retrieval import Live, Only, Relevance
+
+ROOT = Path(corpus.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    tok = corpus.tokenizer(ROOT / "data/cities")
+    return World(tmp_path_factory.mktemp("kb") / "world", tok)
+
+
+@pytest.fixture
+def world(built, tmp_path):
+    mine = object.__new__(World)
+    mine.__dict__.update(vars(built))
+    shutil.copytree(built.bank, tmp_path / "kb.bank")
+    mine.bank = tmp_path / "kb.bank"
+    return mine
+
+
+def run(world, command, *args, path=None):
+    flags = ["--kb", path or world.bank]
+    if command in ("new", "add", "replace", "merge"):
+        flags += ["--checkpoint", world.checkpoint, "--device", "cpu"]
+    if command == "new":
+        flags += ["--data", world.data]
+    kb.main([command, *map(str, flags), *map(str, args)])
+
+
+def test_cut_and_fit(built):
+    """Paragraphs run together, lines miscounted, a long text cut off or without its last words."""
+    text = "\n\nOne. Two.\nThree.\n\n \t\nFour\n\n\n"
+    assert list(kb.cut(text, "paragraph", "f")) == [
+        ("One. Two.\nThree.", dict(file="f", line=3)),
+        ("Four", dict(file="f", line=7)),
+    ]
+    lines = [(words, source["line"]) for words, source in kb.cut(text, "line", "f")]
+    assert lines == [("One. Two.", 3), ("Three.", 4), ("Four", 7)]
+    assert list(kb.cut(text, "document", "f"))[0][0] == text.strip()
+    long = " ".join(text_of(i) for i in range(4)) + " No end"
+    pieces = kb.fit(long, built.tok, 29)
+    assert all(1 <= len(piece) <= 29 for piece in pieces) and len(pieces) > 2
+    assert "".join(built.tok.decode(piece) for piece in pieces).strip() == long
+    words = built.tok.decode(pieces[0]).strip()
+    assert words.endswith(".")  # whole sentences
+    assert kb.fit("a" * 300, built.tok, 29)[-1]
+    assert kb.fit("", built.tok, 29) == []
+
+
+def test_a_base_from_nothing(world, tmp_path, capsys):
+    """An empty base that cannot be opened or asked; texts without their sources; a copy added."""
+    path = tmp_path / "mine.kb"
+    run(world, "new", path=path)
+    with pytest.raises(UserError, match="is there already"):
+        run(world, "new", path=path)
+    run(world, "search", "Where is Abaholm?", path=path)
+    assert "knows nothing about this" in capsys.readouterr().out
+    (tmp_path / "a.txt").write_text("Zub City has 42 people.\n\nFoo City is in Barland.\n")
+    rows = [dict(text="Qux City has 7 people.", lang="de"), dict(text="Zub City has 42 people.")]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(world, "add", tmp_path / "a.txt", tmp_path / "b.jsonl", path=path)
+    assert "3 added, 1 known before" in capsys.readouterr().out
+    run(world, "list", path=path)
+    out = capsys.readouterr().out
+    assert f"file {tmp_path}/a.txt, line 3" in out and "lang de" in out and "3 references" in out
+    run(world, "list", "--filter", "lang=de", path=path)
+    assert "1 references" in capsys.readouterr().out
+    run(world, "export", "--out", tmp_path / "out.jsonl", path=path)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows][2] == "Qux City has 7 people." and rows[2]["lang"] == "de"
+    bank = MemoryBank.open(path, world.model)
+    assert bank.verify() == [] and len(Live.open(bank.references)) == 3
+    flags = world.args("--explain", prompt="How many people in Qux City?")
+    flags[flags.index("--bank")] = "--kb"
+    flags[flags.index("--kb") + 1] = str(path)
+    sample.main(flags)
+    assert "lang de" in capsys.readouterr().out
+
+
+def test_a_new_text_near_an_old_one_is_named(world, tmp_path, capsys):
+    """Two texts that contradict each other, and nobody says so; a printed command that fails."""
+    other = text_of(3).replace("6078", "6079")
+    assert other != text_of(3)
+    (tmp_path / "c.txt").write_text(f"{other}\n\nNothing like it at all\n")
+    run(world, "add", tmp_path / "c.txt")
+    out = capsys.readouterr().out
+    assert "17 is near 3 (similarity 0.8" in out and "18 is near" not in out
+    command = out.split("takes its place: python kb.py ")[1].split(" && ")[0]
+    assert command.startswith("replace --kb") and other in command
+    run(world, "replace", 3, other)
+    run(world, "delete", 17)
+    run(world, "search", "Dunholm", "--k", 1)
+    out = capsys.readouterr().out
+    assert other in out and Texts(world.bank).live().tolist() == [*range(17), 18]
+
+
+def test_forget_like_and_compact(world, capsys):
+    """A fact that is still there, in whatever file; others forgotten with it."""
+    with pytest.raises(UserError, match="nothing is as similar as 0.99"):
+        run(world, "forget-like", "Belholm", "--near", 0.99)
+    with pytest.raises(UserError, match="add --yes"):
+        run(world, "forget-like", text_of(1), "--near", 0.9)
+    run(world, "forget-like", text_of(1), "--near", 0.9, "--yes")
+    run(world, "compact")
+    out = capsys.readouterr().out
+    assert "forgotten: 1 " in out and "bytes before" in out
+    tokens = np.array(world.tok.encode(text_of(1)), "<u2").tobytes()
+    for file in world.bank.rglob("*"):
+        assert not file.is_file() or tokens not in file.read_bytes(), file
+    retriever, bank = world.open()
+    ids, _ = retriever.search([text_of(1)], 17)
+    assert 1 not in ids and (ids >= 0).sum() > 9
+    assert retriever.retriever.hidden == {1}  # nothing of it stands in the new index
+    assert bank.add([world.tok.encode(text_of(1))]) == [17]  # told again
+    assert retriever.search([text_of(1)], 1)[0].tolist() == [[17]]
+
+
+def test_the_commands_say_what_is_wrong(world, tmp_path, capsys, monkeypatch):
+    """A traceback; an escape sequence that reaches the terminal."""
+    for args, line in [
+        (["show", 99], "references 0 to 16, and no 99"),
+        (["delete", 99], "references 0 to 16, and no 99"),
+        (["replace", 2, "word " * 99], "references long"),
+        (["list", "--filter", "lang"], "give key=value"),
+        (["add", tmp_path / "none.txt"], "none.txt is missing"),
+        (["calibrate", "--questions", tmp_path / "none.jsonl"], "none.jsonl is missing"),
+    ]:
+        with pytest.raises(UserError, match=line):
+            run(world, *args)
+    with pytest.raises(UserError, match="texts.sqlite is missing"):
+        run(world, "list", path=tmp_path / "nowhere")
+    (tmp_path / "evil.txt").write_text("Evil \x1b[2J City has 3 people.")
+    run(world, "add", tmp_path / "evil.txt")
+    run(world, "show", 17)
+    out = capsys.readouterr().out
+    assert "\\x1b[2J City" in out and "\x1b" not in out
+    monkeypatch.setattr(sys, "stdin", open(tmp_path / "evil.txt"))
+    run(world, "add")
+    assert "0 added, 1 known before" in capsys.readouterr().out
+
+
+def test_verify_and_stats(world, capsys):
+    """Damage that nobody names, or a cure that does not help."""
+    with open(world.bank / "memories.bin", "r+b") as file:
+        file.seek(100)
+        file.write(b"xyz")
+    run(world, "verify")
+    out = capsys.readouterr().out
+    assert "memories: 1 missing or damaged; python write.py --out" in out and "17 whole" in out
+    run(world, "stats")
+    out = capsys.readouterr().out
+    assert "17 references, 0 deleted" in out and world.model.fingerprint() in out
+    run(world, "index", "--embedder", "hash:97")
+    assert "hash:97" in capsys.readouterr().out
+    assert world.open()[0].embedder.dim == 97
+
+
+# ---------------------------------------------------------------------------------------------
+# Several bases
+
+
+@pytest.fixture
+def two(world, tmp_path):
+    """The world's base, and one of 3 other texts."""
+    rows = ["Zub City has 42 people.", "Foo City is in Barland.", "Abaholm City has 9 people."]
+    texts = [world.tok.encode(row) for row in rows]
+    refs = corpus.References.create(world.data / "second", texts, world.tok.n_vocab)
+    bank = MemoryBank.create(tmp_path / "second.kb", world.model, refs)
+    Live.build(bank.references, progress=False)
+    first = world.open()
+    return Several([first[0], Live.open(bank.references)], [first[1], bank])
+
+
+def test_several_bases(world, two):
+    """Scores of two bases that do not compare; the memory of a row of the other base."""
+    ids, scores = two.search(["Where is Foo City?", text_of(2)], 4)
+    assert ids[0, 0] == Several.STEP + 1 and ids[1, 0] == 2
+    assert (np.diff(scores, axis=1) <= 0).all() and scores[1, 0] == pytest.approx(1, abs=1e-4)
+    pool = two.recall([2, Several.STEP + 1, 5, Several.STEP])
+    for m, i in enumerate([2, Several.STEP + 1, 5, Several.STEP]):
+        base, row = divmod(i, Several.STEP)
+        want = two.banks[base].recall([row])
+        assert torch.equal(pool.kv[m], want.kv[0]) and pool.count[m] == want.count[0]
+        assert two[i].tolist() == two.banks[base].references[row].tolist()
+    assert two.origin(Several.STEP + 2).endswith("second.kb, file second, row 2")
+    prompt = torch.tensor([[world.tok.bos, *world.tok.encode("Where is Foo City?")]])
+    out, trace = generate(world.model, prompt, 5, two, two)
+    assert Several.STEP + 1 in trace.recalls[0]["ids"]
+    assert out.shape == (1, prompt.shape[1] + 5)
+
+
+def test_several_bases_on_the_command_line(world, two, capsys):
+    """An answer that does not say from which base it comes."""
+    flags = world.args("--explain", prompt="How many people live in Zub City?")
+    at = flags.index("--bank")
+    flags[at : at + 2] = ["--kb", str(world.bank), "--kb", str(two.banks[1].path)]
+    sample.main(flags)
+    out = capsys.readouterr().out
+    assert f"from {two.banks[1].path}, file second, row 0" in out
+    assert f"from {world.bank}, file kb, row" in out
+
+
+def test_bases_of_other_embedders_are_refused(two):
+    """Cosines of different embedders put into one order."""
+    other = Live.build(two.banks[1].references, "hash:97", progress=False)
+    with pytest.raises(UserError, match="hash:512 and hash:97, do not compare"):
+        Several([two.sources[0], other], two.banks)
+
+
+def test_a_filter_on_the_source(world):
+    """A filter that only hides what was found, so that fewer come than there are."""
+    retriever, bank = world.open()
+    for i in (3, 11, 16):
+        bank.replace(i, bank.references[i], dict(lang="de"))
+    only = Only(retriever, dict(lang="de"))
+    ids, scores = only.search([text_of(3) + text_of(16) + text_of(11), text_of(11)], 4)
+    assert sorted(ids[0].tolist()) == [-1, 3, 11, 16] and ids[1, 0] == 11
+    assert (ids[:, 3] == -1).all() and (np.diff(scores, axis=1) <= 0).all()
+    assert (Only(retriever, dict(lang="xx")).search(["Abaholm"], 2)[0] == -1).all()
+    assert len(only) == 17
+
+
+# ---------------------------------------------------------------------------------------------
+# Knowing that it does not know
+
+
+def questions(names):
+    wordings = ["How many people live in {}?", "Which country is {} in?"]
+    return [wording.format(name) for name in names for wording in wordings]
+
+
+def test_it_knows_that_it_does_not_know(world, tmp_path, capsys):
+    """Five arbitrary memories for a question that nothing here is about."""
+    known = [f"{place}holm" for place in PLACES]
+    unknown = [f"{place}holz" for place in PLACES] + ["Zub", "Foo City", "Belgrad", "Nisburg"]
+    rows = []
+    for i, name in enumerate(known):
+        rows += [dict(question=q, reference=i) for q in questions([name])]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(world, "calibrate", "--questions", path)
+    assert "1.000 of the unanswerable are recognised" in capsys.readouterr().out
+    retriever, _ = world.open()
+    assert (retriever.search(questions(known), 3)[0][:, 0] >= 0).mean() >= 0.95
+    assert (retriever.search(questions(unknown), 3)[0] == -1).all()
+    sample.main(world.args(prompt="How many people live in Zubrowka?"))
+    assert "knows nothing about this: answered without a memory" in capsys.readouterr().out
+    sample.main(world.args(prompt="How many people live in Belholm?"))
+    assert "knows nothing" not in capsys.readouterr().out
+    # it stays with the base, also when the index is made anew, and damage is not believed
+    run(world, "index")
+    assert (world.open()[0].search(questions(unknown), 3)[0] == -1).all()
+    file = world.bank / Relevance.FILE
+    file.write_text(file.read_text().replace('"least"', '"lest"'))
+    with pytest.raises(UserError, match=f"{Relevance.FILE} is damaged"):
+        world.open()
+
+
+def test_the_index_follows_every_process(world):
+    """A fact that only the process that wrote it finds; a deleted one that others still find."""
+    a, bank = world.open()
+    b, _ = world.open()
+    i = bank.append(world.tok.encode("Zub City has 42 people."))
+    for live in (a, b):
+        assert live.search(["Zub City"], 1)[0].tolist() == [[i]]
+    bank.delete(i)
+    bank.replace(4, world.tok.encode("Gug City has 43 people."))
+    for live in (a, b):
+        assert i not in live.search(["Zub City"], 17)[0]
+        assert live.search(["Gug City"], 1)[0].tolist() == [[4]] and len(live) == 17
+    assert a.save() is a
+    again = world.open()[0]
+    assert again.search(["Gug City"], 1)[0].tolist() == [[4]]
+    b.save()  # out of date: not kept, and not wrong
+    assert world.open()[0].search(["Gug City"], 1)[0].tolist() == [[4]]
+
+
+def test_the_index_of_other_texts_is_refused(world, two):
+    """Ids that name other texts: a directory put together from two bases."""
+    shutil.rmtree(world.bank / "index")
+    shutil.copytree(two.banks[1].path / "index", world.bank / "index")
+    with pytest.raises(UserError, match="of other texts than those beside it.*kb.py index --kb"):
+        world.open()
+    shutil.rmtree(world.bank / "index")
+    retriever, _ = world.open()  # made anew
+    assert retriever.search([text_of(7)], 1)[0].tolist() == [[7]]
+
+
+def test_the_index_is_made_anew_once_most_is_new(world, monkeypatch):
+    """An embedder that learnt from nothing, in a base that has long been filled."""
+    monkeypatch.setattr(retrieval, "FEW", 5)
+    retriever, bank = world.open()
+    before = retriever.embedder.id
+    bank.add([world.tok.encode(f"Town {n} has {n * n} people.") for n in range(20)])
+    fresh = retriever.save()
+    assert fresh is not retriever and fresh.embedder.id != before
+    assert fresh.search(["Town 7"], 1)[0].tolist() == [[24]]
+
+
+def test_wanted():
+    """A value with "=" cut off."""
+    assert generation.wanted(["a=b=c", "d="]) == dict(a="b=c", d="")
