@@ -496,7 +496,9 @@ def main(argv=None):
     a = parser().parse_args(argv)
     prepare_json(a)
     started = time.time()
-    model, tokenizer = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
+    model, tokenizer = open_model(
+        a.checkpoint, a.data, a.device, n_recall=a.n_recall, verify=not a.no_verify
+    )
     references, retriever, bank = open_memory(a, model)
     codes = open_codes(a, bank)
     rows = find_rows(a, references, tokenizer)

@@ -491,6 +491,7 @@ def model_flags(parser, bank=True):
     add("--checkpoint", default="checkpoints/toy", help="a .pt file, or a directory of one")
     add("--data", default="data/cities", help="a prepared data set")
     add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
+    add("--no_verify", action="store_true", help="without the checkpoint's checksum: opens faster")
     add("--n_recall", type=number(int, 0), default=0, help="R; 0: that of the checkpoint")
     if bank:
         add("--references", default="kb", help="its knowledge base")
@@ -509,12 +510,12 @@ def place(template, data, references):
     return template.replace("{data}", name).replace("{references}", references)
 
 
-def open_model(checkpoint, data, device, dtype="auto", n_recall=0):
+def open_model(checkpoint, data, device, dtype="auto", n_recall=0, verify=True):
     """-> model and tokenizer, checked against each other; prints what runs and why.
 
     dtype: of the weights; auto: bfloat16 on a GPU that has it: decoding waits for their bytes.
     n_recall: R, other than the checkpoint's. (What a memory is depends on no R: any bank fits.)"""
-    model, meta = load_checkpoint(checkpoint)
+    model, meta = load_checkpoint(checkpoint, verify)
     device = find_device(device)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bfloat16" or dtype == "auto" and fast:

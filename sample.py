@@ -85,7 +85,9 @@ def main(argv=None):
     """Answers one prompt and prints what it took; returns the answer."""
     a = parser().parse_args(argv)
     check_flags(a)
-    model, tokenizer = open_model(a.checkpoint, a.data, a.device, a.dtype, a.n_recall)
+    model, tokenizer = open_model(
+        a.checkpoint, a.data, a.device, a.dtype, a.n_recall, verify=not a.no_verify
+    )
     cfg = model.config
     # what is wrong with the question is said before a fact is written
     prompt = tokenizer.encode(a.prompt)

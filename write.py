@@ -31,7 +31,8 @@ def main(args):
     check(args.batch > 0, f"--batch {args.batch}: at least 1")
     if args.codec:
         layout(args.codec)  # a string that is no codec is refused before the work
-    model = load_checkpoint(args.checkpoint)[0].to(find_device(args.device)).eval()
+    model = load_checkpoint(args.checkpoint, verify=not args.no_verify)[0]
+    model.to(find_device(args.device)).eval()
     bank = open_base(args, model)
     report(args, bank)
     check_space(args, bank)
@@ -140,6 +141,8 @@ def command_line(argv=None):
     p.add_argument("--embedder", help=embedder)
     p.add_argument("--factory", help="FAISS factory string of the index (None: chosen by size)")
     p.add_argument("--batch", type=int, default=64, help="references at a time")
+    no_verify = "without the checkpoint's checksum: opens faster"
+    p.add_argument("--no_verify", action="store_true", help=no_verify)
     p.add_argument("--device", default="auto", help="cuda, cpu, or auto: cuda where there is one")
     return p.parse_args(argv)
 

@@ -102,7 +102,9 @@ def main(argv=None):
         shots = load(a.shots_from)[: a.shots]
         line = f"{a.shots_from} has {len(shots)} examples, --shots wants {a.shots}"
         check(len(shots) == a.shots, line)
-    model, tokenizer = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
+    model, tokenizer = open_model(
+        a.checkpoint, a.data, a.device, n_recall=a.n_recall, verify=not a.no_verify
+    )
     references, retriever, bank = open_memory(a, model)
     results = answer(model, tokenizer, rows, shots, Filtered(retriever, references), bank)
     names = dict(CONDITIONS)

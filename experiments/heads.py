@@ -222,7 +222,9 @@ def parser():
 def main(argv=None):
     a = parser().parse_args(argv)
     prepare_json(a)
-    model, tokenizer = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
+    model, tokenizer = open_model(
+        a.checkpoint, a.data, a.device, n_recall=a.n_recall, verify=not a.no_verify
+    )
     references, retriever, bank = open_memory(a, model)
     rows = every_wording(find_rows(a, references, tokenizer))
     asker = Asker(model, tokenizer, references, retriever, bank)

@@ -65,7 +65,7 @@ def main(argv=None):
     json_flag(p)
     a = p.parse_args(argv)
     prepare_json(a)
-    model, tokenizer = open_model(a.checkpoint, a.data, a.device)
+    model, tokenizer = open_model(a.checkpoint, a.data, a.device, verify=not a.no_verify)
     references = corpus.References.open(Path(a.data, a.references))
     rows = load_questions(a.questions_file or f"{a.data}/questions.jsonl", a.questions)
     questions = [row["question"] for row in rows]

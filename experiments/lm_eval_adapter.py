@@ -74,7 +74,9 @@ class Memory3LM(LM):
         parser = argparse.ArgumentParser("memory3", allow_abbrev=False)
         model_flags(parser)
         a = parser.parse_args([f"--{name}={value}" for name, value in flags.items()])
-        self.model, self.tokenizer = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
+        self.model, self.tokenizer = open_model(
+            a.checkpoint, a.data, a.device, n_recall=a.n_recall, verify=not a.no_verify
+        )
         self.retriever = self.bank = None
         if bank:
             a.bank = bank

@@ -124,7 +124,9 @@ def parser():
 def main(argv=None):
     a = parser().parse_args(argv)
     prepare_json(a)
-    model, _ = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
+    model, _ = open_model(
+        a.checkpoint, a.data, a.device, n_recall=a.n_recall, verify=not a.no_verify
+    )
     windows, n = open_text(a, model.config)
     print(f"{n} windows of {windows.T} tokens of {a.data}/{a.split}\n")
     conditions = [condition for condition in CONDITIONS if condition != "oracle"]
