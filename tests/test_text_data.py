@@ -30,6 +30,7 @@ read = importlib.import_module("read")
 references = importlib.import_module("references")
 rules = importlib.import_module("rules")
 shape = importlib.import_module("shape")
+splits = importlib.import_module("splits")
 vocabulary = importlib.import_module("vocabulary")
 sys.path.remove(str(HERE))
 
@@ -60,7 +61,7 @@ def texts_of(path, **options):
     return [document.text for document in read_all(path, **options)[0]]
 
 
-@pytest.mark.parametrize("module", [read, references, rules])
+@pytest.mark.parametrize("module", [read, references, rules, splits])
 def test_docstrings(module):
     """A worked example that its function no longer gives."""
     found = doctest.testmod(module)

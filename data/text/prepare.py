@@ -32,9 +32,11 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 import read  # noqa: E402
+import splits  # noqa: E402
 import vocabulary  # noqa: E402
 from references import references_of  # noqa: E402
 from rules import Rules, Scorer, digest_of, shingles  # noqa: E402
+from splits import DROPPED, HELDOUT, TRAIN, TRAIN_AND_KB, VAL  # noqa: E402
 
 import corpus  # noqa: E402
 from common import (  # noqa: E402
@@ -48,9 +50,6 @@ from common import (  # noqa: E402
     write_json,
 )  # fmt: skip
 
-# What becomes of a document. KB: its references are in the knowledge base, too.
-DROPPED, TRAIN, TRAIN_AND_KB, HELDOUT, VAL = range(5)
-PERMUTATIONS = 128  # of a MinHash
 TOKENIZER_TEXT = 30_000_000  # characters that a new tokenizer is trained on
 
 
@@ -82,7 +81,8 @@ def read_part(job):
     options, part, stem = job
     counts = Counter()
     scorer = Scorer.open(options.quality) if options.quality else None
-    about = dict(digest=[], place=[], share=[], in_kb=[], score=[], characters=[], signature=[])
+    rows = []  # numbers about each document, as splits.py wants them
+    signatures = []
     with open(f"{stem}.jsonl.tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
         for document in read.read_documents(part, options.text_field, options.title_field, counts):
             counts["read"] += 1
@@ -94,28 +94,31 @@ def read_part(job):
                 continue
             row = dict(text=document.text, title=document.title)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            about["digest"].append(digest_of(document.text))
-            source = f"{document.file} {document.place}"
-            about["place"].append(_hash(options.seed, source))
-            about["share"].append(_hash(options.seed + 1, source) / 2**64)
-            about["in_kb"].append(_in_folder(document, options.kb))
-            about["score"].append(scorer.score(document.text) if scorer else 0.0)
-            about["characters"].append(len(document.text))
+            rows.append(numbers_of(document, options, scorer))
             if options.near:
-                about["signature"].append(_signature(document.text))
+                signatures.append(signature_of(document.text))
     os.replace(f"{stem}.jsonl.tmp", f"{stem}.jsonl")
-    arrays = dict(
-        digest=np.array(about["digest"], np.uint64),
-        place=np.array(about["place"], np.uint64),
-        share=np.array(about["share"], np.float32),
-        in_kb=np.array(about["in_kb"], bool),
-        score=np.array(about["score"], np.float32),
-        characters=np.array(about["characters"], np.int32),
-        signature=np.array(about["signature"], np.uint32),
-    )
+    about = np.array(rows, NUMBERS)
+    arrays = {name: about[name] for name in NUMBERS.names}
+    arrays["signature"] = np.array(signatures, np.uint32).reshape(-1, splits.PERMUTATIONS)
     replace_file(f"{stem}.npz", lambda file: np.savez(file, **arrays))
     write_json(f"{stem}.json", counts)
     return counts
+
+
+NUMBERS = np.dtype(
+    [("digest", "u8"), ("place", "u8"), ("share", "f4"), ("in_kb", "?"), ("score", "f4")]
+)
+
+
+def numbers_of(document, options, scorer):
+    """(digest, place, share, in_kb, score) of a document: see splits.py."""
+    source = f"{document.file} {document.place}"
+    place = _hash(options.seed, source)
+    share = _hash(options.seed + 1, source) / 2**64
+    in_kb = _in_folder(document, options.kb)
+    score = scorer.score(document.text) if scorer else 0.0
+    return digest_of(document.text), place, share, in_kb, score
 
 
 def _hash(seed, source):
@@ -132,8 +135,9 @@ def _in_folder(document, kb):
     return file == Path(kb) or Path(kb) in file.parents
 
 
-def _signature(text):
-    sketch = optional("datasketch").MinHash(num_perm=PERMUTATIONS, seed=1)
+def signature_of(text):
+    """The MinHash of a text: (128,) numbers below 2^32."""
+    sketch = optional("datasketch").MinHash(num_perm=splits.PERMUTATIONS, seed=1)
     sketch.update_batch(shingles(text))
     return sketch.hashvalues
 
@@ -141,93 +145,13 @@ def _signature(text):
 # -- Step 2: which documents are training text, knowledge base, held out ----------------------
 
 
-def choose_roles(stems, options, counts):
-    """Says for every document what becomes of it: arrays of roles, one a part."""
+def roles_of(stems, options, counts):
+    """What becomes of every document (see splits.py): an array of roles for each part."""
     parts = [dict(np.load(f"{stem}.npz")) for stem in stems]
-    lengths = [len(part["digest"]) for part in parts]
-
-    def everywhere(name):
-        return np.concatenate([part[name] for part in parts])
-
-    n = sum(lengths)
-    roles = np.full(n, DROPPED, np.uint8)
-    _, first = np.unique(everywhere("digest"), return_index=True)
-    alive = np.zeros(n, bool)
-    alive[first] = True
-    counts["exact duplicates"] = n - int(alive.sum())
-    if options.near:
-        rows = np.concatenate([part["signature"].reshape(-1, PERMUTATIONS) for part in parts])
-        copies = near_duplicates(rows, alive, options.near)
-        alive[copies] = False
-        counts["near-duplicates"] = len(copies)
-    if options.quality:
-        score = everywhere("score")
-        limit = np.quantile(score[alive], 1 - options.keep) if alive.any() else 0.0
-        low = alive & (score < limit)
-        alive[low] = False
-        counts[f"quality below {limit:.2f}"] = int(low.sum())
-
-    kept = np.flatnonzero(alive)
-    order = kept[np.argsort(everywhere("place")[kept], kind="stable")]  # in an order of chance
-    check(len(order), _nothing_left(counts))
-    if options.kb == "all":
-        in_kb = np.ones(n, bool)
-    elif options.kb.startswith("share:"):
-        in_kb = everywhere("share") < float(options.kb.removeprefix("share:"))
-    else:
-        in_kb = everywhere("in_kb")
-    of_kb = order[in_kb[order]]
-    check(len(of_kb), f"--kb {options.kb}: none of the {len(order):,} documents is among these")
-    heldout = of_kb[: _share(options.heldout, len(of_kb))]
-    roles[order] = np.where(in_kb[order], TRAIN_AND_KB, TRAIN)
-    roles[heldout] = HELDOUT
-    rest = order[roles[order] != HELDOUT]
-    roles[rest[: _share(options.val, len(rest))]] = VAL
-    check((roles == TRAIN).any() or (roles == TRAIN_AND_KB).any(), _too_few(order))
-    counts["kept"] = len(order)
-    counts["of the training text"] = int(((roles == TRAIN) | (roles == TRAIN_AND_KB)).sum())
-    counts["of the knowledge base"] = int(((roles == HELDOUT) | (roles == TRAIN_AND_KB)).sum())
-    counts["in the knowledge base only"] = int((roles == HELDOUT).sum())
-    counts["in neither"] = int((roles == VAL).sum())
-    return np.split(roles, np.cumsum(lengths)[:-1])
-
-
-def _share(share, n):
-    """How many of n: at least one, if the share is above 0 and there are two or more."""
-    if share == 0 or n < 2:
-        return 0
-    return min(max(1, round(share * n)), n)
-
-
-def near_duplicates(signatures, alive, threshold):
-    """Documents that are nearly an earlier one's copy (4.2): their numbers.
-
-    signatures (n, 128): two texts of Jaccard similarity J agree in about a share J of a row. Only
-    those are compared that agree in one of 32 bands of 4: at J = 0.7 all but 1 pair in 5,000.
-    """
-    band = 4
-    first = {}  # (where, what is there): the first document with it
-    copies = []
-    for i in tqdm(np.flatnonzero(alive).tolist(), "near-duplicates"):
-        row = signatures[i]
-        keys = [(at, row[at : at + band].tobytes()) for at in range(0, PERMUTATIONS, band)]
-        others = sorted({first[key] for key in keys if key in first})
-        if any((signatures[other] == row).mean() >= threshold for other in others):
-            copies.append(i)
-            continue
-        for key in keys:
-            first.setdefault(key, i)
-    return np.array(copies, int)
-
-
-def _nothing_left(counts):
-    said = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n)
-    return f"no document is left ({said}); give other text, or --min_words 1 and the like"
-
-
-def _too_few(order):
-    line = f"{len(order)} documents are too few to hold some out of the training text"
-    return f"{line}: give more text, or --heldout 0 --val 0"
+    about = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    roles = splits.choose_roles(about, options, counts)
+    borders = np.cumsum([len(part["digest"]) for part in parts])
+    return np.split(roles, borders[:-1])
 
 
 # -- Step 3: the tokenizer --------------------------------------------------------------------
@@ -409,7 +333,7 @@ def prepare(options, out, processes, command):
     jobs = [(options, parts[i], stems[i]) for i in todo]
     in_processes(read_part, jobs, processes, [parts[i].bytes for i in todo], "reading")
     counts = _add_up(f"{stem}.json" for stem in stems)
-    roles = choose_roles(stems, options, counts)
+    roles = roles_of(stems, options, counts)
 
     if not (work / "tokenizer.json").exists():
         texts = sample_texts(stems, roles)
