@@ -269,20 +269,37 @@ def main(argv=None):
             nats_alone=float(alone_nats.mean()),
             exact_alone=float(alone_exact.mean()),
         )
-    lines = [["memories for", "exact", "nats per answer", "bytes per reference", "layer.head"]]
-    for row in table:
-        kept = row["heads"] if 0 < row["bytes"] < bank.record_bytes else ""
-        cells = [f"{row['exact']:.3f}", f"{row['nats']:.2f}", f"{row['bytes']:,}"]
-        lines.append([row["choice"], *cells, kept])
-    print(f"\n{columns(*lines)}\n")
-    lines = [["layer.head", "exact without it", "nats", "exact with it alone", "nats"]]
-    for name, x in single.items():
-        cells = [f"{x['exact_without']:.3f}", f"{x['nats_without']:.2f}"]
-        lines.append([name, *cells, f"{x['exact_alone']:.3f}", f"{x['nats_alone']:.2f}"])
-    print(columns(*lines))
     result = dict(questions=len(rows), heads=n_heads, choices=table, single=single)
+    print("\n" + tables(result))
     write_result(a, result)
     return result
+
+
+def spread(rows, key, digits):
+    """The mean of several rows, and the lowest and highest; of one row its number."""
+    values = [row[key] for row in rows]
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def tables(result):
+    """The two tables in Markdown; random choices of one size in one row: mean [lowest, highest]."""
+    by_choice = {}
+    for row in result["choices"]:
+        by_choice.setdefault(row["choice"], []).append(row)
+    lines = [["memories for", "exact", "nats per answer", "bytes per reference", "layer.head"]]
+    for choice, rows in by_choice.items():
+        few = len(rows) == 1 and not choice.startswith("all")
+        heads = rows[0]["heads"].replace(",", " ") if few else ""
+        size = f"{rows[0]['bytes']:,}"
+        lines.append([choice, spread(rows, "exact", 3), spread(rows, "nats", 2), size, heads])
+    singles = [["layer.head", "exact without it", "nats", "exact with it alone", "nats"]]
+    for name, x in result["single"].items():
+        cells = [f"{x['exact_without']:.3f}", f"{x['nats_without']:.2f}"]
+        singles.append([name, *cells, f"{x['exact_alone']:.3f}", f"{x['nats_alone']:.2f}"])
+    return columns(*lines) + "\n\n" + columns(*singles)
 
 
 if __name__ == "__main__":
