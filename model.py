@@ -113,8 +113,6 @@ class Config:
             f"rope_low {self.rope_low} is not below rope_high {self.rope_high}",
         )
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; RoPE turns pairs")
-        n_weights = self.n_params + 2 * self.vocab_size * self.n_embd
-        check(n_weights < 1e12, f"sizes of {n_weights:.3g} weights in all: a trillion is too much")
         if self.memory_heads != "all":
             self.memory_heads = self._sorted_heads()
         check(len(self.header) > 0, "header is empty; it is at least the BOS")
