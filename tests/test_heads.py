@@ -113,3 +113,11 @@ def test_main(world, tmp_path, capsys):
         heads.main([*argv[:-3], "4"])
     with pytest.raises(SystemExit):
         heads.main([*argv, "--examples", "3"])
+
+
+def test_the_evidence_is_the_measured_one():
+    """A table edited by hand, or older than the result beside it."""
+    result = json.loads((ROOT / "experiments/results/heads.json").read_text())
+    table = heads.tables(result).split("\n\n")[0]
+    evidence = (ROOT / "experiments/README.md").read_text()
+    assert f"<!-- heads -->\n{table}\n<!-- /heads -->" in evidence
