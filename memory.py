@@ -368,7 +368,7 @@ def by_chunk(x, kv_heads, chunk_len, n_header):
     chunk is padded with zeros.
     """
     padding = (n_header - x.shape[2]) % chunk_len
-    x = F.pad(x, (0, 0, -n_header, padding))  # (B, H, c*C, d): less n_header rows is no header
+    x = F.pad(x, (0, 0, -n_header, padding))  # (B, H, c*C, d): -n_header cuts it off
     x = x.unflatten(2, (-1, chunk_len))  # (B, H, c, C, d)
     x = x.transpose(1, 2).flatten(0, 1)  # (B*c, H, C, d)
     x = x.unflatten(1, (kv_heads, -1))  # (B*c, Hkv, G, C, d)
