@@ -28,7 +28,7 @@ import argparse
 import math
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -151,13 +151,17 @@ def last_new(sentence, is_new):
 
 
 def new_words(texts, tokenizer, data, progress=True):
-    """The words of texts (in lower case) that no training text of the data set has."""
-    words = set()
+    """The words of texts (in lower case) that no training text of the data set has.
+
+    Where there is no training text here to look at: the words that one of the texts alone has."""
+    n_texts = Counter()  # that have a word
     for text in texts:
-        words.update(word.casefold() for word in WORD.findall(text))
+        n_texts.update({word.casefold() for word in WORD.findall(text)})
+    words = set(n_texts)
     splits = [split for split in TRAINING if Path(data, f"{split}.bin").exists()]
     if not splits:
-        print(f"{data} has no training text here: what it says cannot be left out of the items")
+        print(f"{data} has no training text here: rare words are asked for, which it may have")
+        words = {word for word, n in n_texts.items() if n == 1}
     block, margin = 1 << 18, 32  # tokens; the margin is read twice, for words cut by a block's end
     for split in splits:
         tokens = corpus.open_tokens(data, split)

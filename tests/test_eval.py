@@ -471,15 +471,16 @@ def test_cloze_items():
 def test_new_words_are_in_no_training_text(world, tok, capsys):
     """A word counted as new that stands where one block of the text ends and the next begins."""
     texts = [text_of(i) for i in range(17)]
-    every = new_words(texts, tok, world.data)
-    assert {"abaholm", "3039", "people"} <= every
+    rare = new_words(texts, tok, world.data)
+    every = {word.casefold() for text in texts for word in text.replace(".", " ").split()}
+    assert rare == every - {"people", "has", "is", "in"} and {"abaholm", "3039"} <= rare
     assert "has no training text here" in capsys.readouterr().out
     said = tok.encode("Other words. ") * 30_000 + tok.encode("The people of Abaholm: 3039,") * 9_000
     assert len(said) > 1 << 18
     corpus.write_tokens(world.data / "explicit.bin", said, tok.n_vocab)
     left = new_words(texts, tok, world.data, progress=False)
     (world.data / "explicit.bin").unlink()
-    assert every - left == {"abaholm", "3039", "people", "of"} & every
+    assert every - left == {"abaholm", "3039", "people"}
     assert "has no training text here" not in capsys.readouterr().out
 
 
