@@ -419,7 +419,8 @@ def test_the_knowledge_base_is_what_the_flag_says(folder, tmp_path, cities):
     the folder."""
     folder.joinpath("books2").mkdir()
     folder.joinpath("books2/x.md").write_text(f"# Other\n\n{article(99)}")
-    meta = run_prepare([folder], tmp_path / "a", "--kb", str(folder / "books"))
+    books = os.path.relpath(folder / "books")  # however it is written
+    meta = run_prepare([folder], tmp_path / "a", "--kb", books)
     kb = corpus.References.open(tmp_path / "a/kb")
     titles = {cities.decode(kb[i]).strip().partition(":")[0] for i in range(len(kb))}
     assert titles <= {f"Place {i}" for i in range(0, 60, 3)} and len(titles) >= 19
@@ -492,6 +493,15 @@ def test_what_is_there_is_not_made_again(folder, tmp_path, capsys):
     (tmp_path / "other/meta.json").write_text('{"n_vocab": 9}')
     with pytest.raises(UserError, match="holds another data set"):
         run_prepare([folder], tmp_path / "other")
+
+
+def test_the_output_is_no_input(folder, tmp_path):
+    """prepare.py . --out out/mine reads its own meta.json, and the second time its own prompts."""
+    first = run_prepare([folder], folder / "out/mine")
+    again = run_prepare([folder], folder / "out/mine")
+    assert first == again and first["files"] == 64
+    (folder / "new.md").write_text(f"# New\n\n{article(1234)}")
+    assert run_prepare([folder], folder / "out/mine")["files"] == 65
 
 
 def test_near_duplicates(tmp_path):

@@ -14,6 +14,7 @@ Stopped and called again it goes on where it was.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -131,8 +132,9 @@ def _in_folder(document, kb):
     """Whether a document's file is the one that --kb names, or in the folder that it names."""
     if kb == "all" or kb.startswith("share:"):
         return False
-    file = Path(document.file)
-    return file == Path(kb) or Path(kb) in file.parents
+    file = Path(os.path.abspath(document.file))
+    folder = Path(os.path.abspath(kb))
+    return file == folder or folder in file.parents
 
 
 def signature_of(text):
@@ -194,28 +196,32 @@ REFERENCES = ("kb_heldout", "kb_seen")
 
 
 def encode_part(job):
-    """Leaves the tokens of a part in <work>/00012.<name>.bin. Returns how many of each."""
+    """Leaves the tokens of a part in <work>/00012.<name>.bin, and the lengths of its references in
+    .idx; .tokens.json, the counts, comes last. Returns the counts."""
     options, folder, stem, role = job
     tokenizer = _open_tokenizer(folder)
     dtype = corpus.dtype_for(tokenizer.n_vocab)
-    tokens = {name: [] for name in SPLITS + REFERENCES}
-    lengths = {name: [] for name in REFERENCES}
-    for row, number in zip(_rows(stem), role, strict=True):
-        if number == DROPPED:
-            continue
-        split = {HELDOUT: "heldout", VAL: "val"}.get(int(number), "train")
-        ids = [tokenizer.bos, *tokenizer.encode(full_text(row))]
-        tokens[split].append(np.array(ids, dtype))
-        if number in (HELDOUT, TRAIN_AND_KB):
-            name = "kb_heldout" if number == HELDOUT else "kb_seen"
-            for ids in references_of(row["text"], row["title"], tokenizer, options.ref_len):
-                tokens[name].append(np.array(ids, dtype))
-                lengths[name].append(len(ids))
     counts = Counter()
-    for name, rows in tokens.items():
-        rows = np.concatenate(rows) if rows else np.zeros(0, dtype)
-        counts[name] = len(rows)
-        _write_array(f"{stem}.{name}.bin", rows)
+    lengths = {name: [] for name in REFERENCES}
+    with contextlib.ExitStack() as stack:  # a part may be a file of any length: nothing is held
+        files = {}
+        for name in SPLITS + REFERENCES:
+            files[name] = stack.enter_context(open(f"{stem}.{name}.bin", "wb"))
+
+        def write(name, ids):
+            files[name].write(np.array(ids, dtype).tobytes())
+            counts[name] += len(ids)
+
+        for row, number in zip(_rows(stem), role, strict=True):
+            if number == DROPPED:
+                continue
+            split = {HELDOUT: "heldout", VAL: "val"}.get(int(number), "train")
+            write(split, [tokenizer.bos, *tokenizer.encode(full_text(row))])
+            if number in (HELDOUT, TRAIN_AND_KB):
+                name = "kb_heldout" if number == HELDOUT else "kb_seen"
+                for ids in references_of(row["text"], row["title"], tokenizer, options.ref_len):
+                    write(name, ids)
+                    lengths[name].append(len(ids))
     for name, numbers in lengths.items():
         counts[f"{name} references"] = len(numbers)
         _write_array(f"{stem}.{name}.idx", np.array(numbers, "<i8"))
@@ -316,7 +322,7 @@ def fingerprint_of(options, files):
 def prepare(options, out, processes, command):
     """Makes the data set; returns its manifest. What is there already is not made again."""
     out = Path(out)
-    files, skipped = read.find_files(options.inputs)
+    files, skipped = read.find_files(options.inputs, leave_out=out)
     check(files, f"{', '.join(options.inputs)}: no file of {' '.join(read.KINDS)} there")
     fingerprint = fingerprint_of(options, files)
     if (out / "meta.json").exists():

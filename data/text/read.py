@@ -68,13 +68,15 @@ def kind_of(path):
     return os.path.splitext(name)[1], packed
 
 
-def find_files(paths):
+def find_files(paths, leave_out=None):
     """All files of known kinds under `paths`, in a fixed order, and a Counter of what was skipped.
 
-    Names that begin with a dot are skipped; links to directories are not followed.
+    Names that begin with a dot are skipped, and the directory `leave_out` with all that is in it
+    (the output must not become input). Links to directories are not followed.
     """
     files = []
     skipped = Counter()
+    hidden = os.path.abspath(leave_out) if leave_out else None
     for path in map(Path, paths):
         check(path.exists(), f"{path}: no such file or directory")
         if path.is_file():
@@ -83,6 +85,9 @@ def find_files(paths):
             files.append(path)
             continue
         for folder, folders, names in os.walk(path):
+            if os.path.abspath(folder) == hidden:
+                folders.clear()  # os.walk goes no deeper here
+                continue
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 if name.startswith("."):
@@ -101,12 +106,15 @@ def make_parts(files, most=8 << 20):
     for path in files:
         size = path.stat().st_size
         kind, packed = kind_of(path)
+        # Only where lines are lines: a quoted field of a table may have line ends in it, a packed
+        # file has no middle, and in UTF-16 a line end is two bytes.
         if size > most and kind in BY_LINE and not packed and not _is_utf16(path):
             for start in range(0, size, most):
                 end = min(start + most, size)
                 parts.append(Part([path], start, end, end - start))
             continue
-        if part.files and (part.bytes + size > most or len(part.files) == 1000):
+        is_full = part.bytes + size > most or len(part.files) == 1000
+        if part.files and is_full:
             parts.append(part)
             part = Part([])
         part.files.append(path)
@@ -152,6 +160,7 @@ def _damage(packed):
 
 
 def _open(path, packed):
+    """The bytes of a file, unpacked."""
     if packed == ".gz":
         return gzip.open(path, "rb")
     if packed == ".zst":
@@ -164,6 +173,7 @@ UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def _is_utf16(path):
+    """Whether a file begins with the mark of UTF-16, which some editors call Unicode."""
     with open(path, "rb") as stream:
         return stream.read(2) in UTF16
 
@@ -198,6 +208,8 @@ def _from_text(stream, kind, path, part):
     """A text file: one document, or the stretch of a long one that begins in start..end."""
     limit = None
     if part.end is not None:
+        # from the first line that begins in the stretch to the first that begins behind it, so
+        # that each line belongs to one part, whoever reads the others
         begin = _line_at(stream, part.start, part.end)
         after = _line_at(stream, part.end, None)
         if begin is None or after == begin:
@@ -223,10 +235,13 @@ def _from_text(stream, kind, path, part):
 
 
 def _line_at(stream, at, end):
-    """Where the first line begins at or after byte `at` (before `end`, or None there is none)."""
+    """Where the first line begins at or after byte `at`; None if that is not before `end`.
+
+    end None: anywhere, at the latest at the end of the file.
+    """
     if at == 0:
         return 0
-    stream.seek(at - 1)
+    stream.seek(at - 1)  # the byte before: if it ends a line, the next begins at `at`
     while True:
         block = stream.read(BLOCK)
         if not block:
@@ -255,6 +270,7 @@ def _records(stream, kind, path, part, counts):
         except csv.Error as error:
             counts[f"{path}: a damaged table ({error}); what came before is read"] += 1
         return
+    # .json: an object has no end before its last byte, so it is held whole
     data = stream.read(LONGEST + 1)
     check(len(data) <= LONGEST, f"{path}: longer than 64 MB: give it as .jsonl, a line a document")
     try:
@@ -262,9 +278,12 @@ def _records(stream, kind, path, part, counts):
     except (ValueError, RecursionError):
         counts[f"{path} is no JSON"] += 1
         return
-    if isinstance(content, dict) and content and all(isinstance(x, dict) for x in content.values()):
-        content = list(content.values())
-    for number, record in enumerate(content if isinstance(content, list) else [content]):
+    if isinstance(content, dict) and content:
+        if all(isinstance(value, dict) for value in content.values()):
+            content = list(content.values())  # {name: record}
+    if not isinstance(content, list):
+        content = [content]
+    for number, record in enumerate(content):
         yield str(number), record
 
 
@@ -282,7 +301,7 @@ def _lines(stream, path, part, counts):
             return
         where = f"@{at}"
         at += len(line)
-        if len(line) == LONGEST and not line.endswith(b"\n"):
+        if len(line) == LONGEST and not line.endswith(b"\n"):  # skip the rest of it, unread
             counts["lines longer than 64 MB"] += 1
             while line and not line.endswith(b"\n"):
                 line = stream.readline(BLOCK)
@@ -297,6 +316,7 @@ def _lines(stream, path, part, counts):
 
 
 def _from_records(records, field, title_field, path, counts):
+    """Documents out of objects, rows and bare texts."""
     for where, record in records:
         title = ""
         text = record
@@ -361,6 +381,7 @@ class TextOfHtml(html.parser.HTMLParser):
 
 
 def _from_html(stream, path, counts):
+    """A page: its text, a block a line."""
     data = stream.read(LONGEST + 1)
     if len(data) > LONGEST:
         counts[f"{path}: a page longer than 64 MB"] += 1
