@@ -68,6 +68,7 @@ def fits(dtype, head_dim, group=1, keys=0):
     return dtype == BF16 and head_dim in range(16, 129, 16) and group <= 16 and keys <= 128
 
 
+# what C's pointers point to, by the names that _run is given
 TYPES = dict(
     bf16=BF16, f32=F32, i64=I64, i32=torch.int32, u8=torch.uint8, mask=torch.bool
 )  # fmt: skip
@@ -86,6 +87,7 @@ def _run(name, device, sizes, **tensors):
         for tensor in group:
             values.append(_pointer(name, tensor, TYPES[kind], device))
     function = getattr(libraries[device.type], name)
+    # C returns at once: the GPU works on its own, in the order of the stream
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
         with torch.cuda.device(device):  # a launch goes to the current GPU
@@ -97,6 +99,7 @@ def _run(name, device, sizes, **tensors):
 
 
 def _pointer(name, tensor, dtype, device):
+    """The address of a tensor's numbers. ValueError if they are not what C will take them for."""
     if tensor is None:
         return None
     if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
@@ -108,6 +111,8 @@ def _pointer(name, tensor, dtype, device):
 
 # -- The operators -----------------------------------------------------------------------------
 
+# An operator is a function that PyTorch knows: a schema that says what it changes, what it does on
+# a CPU (the emulator of the tests) and on CUDA, and what it would return for tensors without data.
 _memory3 = torch.library.Library("memory3", "DEF")
 
 
@@ -151,12 +156,13 @@ def _memory_sizes(strides, k, v, q, recall, chunk_len, n_header):
     n_chunks, n_recall = recall.shape[1:]
     if k.stride() != v.stride() or not k[0].is_contiguous():
         raise ValueError(f"kernels.memory_attention: keys of strides {k.stride()}, {v.stride()}")
-    strides.append(k.stride(0))
+    strides.append(k.stride(0))  # a pool has other layers between the memories of this one
     sizes = [batch, pool, heads, kv_heads, n, head_dim, slots, n_chunks, n_recall]
     return [_array(strides), *sizes, chunk_len, n_header]
 
 
 def _array(numbers):
+    """Numbers as an array of C's 64-bit integers: strides, in a long batch, go beyond 32 bits."""
     return (ctypes.c_longlong * len(numbers))(*numbers)
 
 
@@ -184,7 +190,7 @@ def memory_attention_by(function, out, lse, q, k, v, count, recall, chunk_len, n
     """memory_attention by a C function of the same arguments: there is a plain one to compare."""
     strides = _strides(function, q, out)
     sizes = _memory_sizes(strides, k, v, q, recall, chunk_len, n_header)
-    bf16 = [out[0, 0, 0], q[0, 0, 0], k[0], v[0]]
+    bf16 = [out[0, 0, 0], q[0, 0, 0], k[0], v[0]]  # where each begins, as a tensor without gaps
     _run(function, q.device, sizes, bf16=bf16, f32=[lse], i64=[count, recall])
 
 
@@ -217,7 +223,7 @@ def memory_attention_backward(
     first = torch.searchsorted(memories, rows)  # (M + 1,)
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse)  # (B, H, P+T): out . dout, from one kernel to the next
     strides = _strides("memory_attention_backward", q, out, dout, dq)
     sizes = _memory_sizes(strides, k, v, q, recall, chunk_len, n_header)
     bf16 = [dq[0, 0, 0], dout[0, 0, 0], out[0, 0, 0], dk, dv, q[0, 0, 0], k[0], v[0]]
@@ -255,7 +261,8 @@ def decode_attention(
     # Parts of 64 keys or more, and no more of them than keep a GPU of some 130 units busy.
     parts = min(-(-n_keys // 64), 512 // (batch * kv_heads))
     parts = max(1, parts)
-    y = q.new_empty(q.shape)
+    y = q.new_empty(q.shape)  # (B, H, dh)
+    # each part's own output and lse, before they are merged
     scratch = q.new_empty(batch * heads * parts * (head_dim + 1), dtype=F32)
     sizes = [_array(strides), batch, heads, kv_heads, n_keys, head_dim, first, slots, parts]
     tensors = dict(bf16=[y, q[0], k[0], v[0], keys[0, 0], values[0, 0]], f32=[scratch])
@@ -297,8 +304,8 @@ def select(q: Tensor, k: Tensor, mask: Tensor, s: int, approximate: bool) -> tup
     """memory.token_weights and memory.select_tokens: (N, Hkv, n) float32 and (N, Hkv, s) int64."""
     batch, heads, n, head_dim = q.shape
     kv_heads = k.shape[1]
-    weights = q.new_empty((batch, kv_heads, n), dtype=F32)
-    chosen = q.new_empty((batch, kv_heads, s), dtype=I64)
+    weights = q.new_empty((batch, kv_heads, n), dtype=F32)  # (N, Hkv, n)
+    chosen = q.new_empty((batch, kv_heads, s), dtype=I64)  # (N, Hkv, s)
     sizes = [batch, heads, kv_heads, n, head_dim, s, int(approximate)]
     tensors = dict(bf16=[q, k], f32=[weights], i64=[chosen], mask=[mask])
     _run("select_tokens", q.device, sizes, **tensors)
