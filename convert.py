@@ -36,10 +36,10 @@ FAMILIES = dict(
     qwen2=dict(qkv_bias=True, qk_norm=False),
     qwen3=dict(qkv_bias=False, qk_norm=True),
 )
-# the fields of Config that a config.json of theirs tells; the others are ours
+# the fields of Config that their config.json tells; the others are ours
 OF_WEIGHTS = """n_layer n_head n_kv_head head_dim mlp_width vocab_size header norm_eps tied width
     qkv_bias qk_norm rope_base rope_factor rope_low rope_high rope_original""".split()
-# of those, what the command line offers
+# of ours, those that the command line offers
 OF_MEMORIES = ("n_memory_layer", "memory_from", "memory_tokens", "n_recall", "chunk_len", "ref_len")
 SHARD = 2 << 30  # bytes of a file of weights that --to_hf writes, at most
 
@@ -89,8 +89,8 @@ def row_counts(config, ours):
 
 # -- Sources ----------------------------------------------------------------------------------
 #
-# Each has .made, a config.json as a dict; .names of its tensors, in Hugging Face's words; .dtype;
-# .copy(name, to) and .tokenizer().
+# Each has .made, a config.json as a dict; .names of its tensors, in Hugging Face's words;
+# .all_bfloat16; .copy(name, to) and .tokenizer().
 
 
 def copy_exactly(where, tensor, to):
@@ -114,15 +114,15 @@ class HuggingFace:
         files = sorted(self.path.glob("*.safetensors"))
         check(files, f"{path}: no .safetensors file in it: {self.cure}")
         self.file_of = {}
+        dtypes = set()
         for file in files:
             with self.open(file) as tensors:
                 for name in tensors.keys():
                     self.file_of[name] = file
+                    dtypes.add(tensors.get_slice(name).get_dtype())
         self.check_shards()
         self.names = set(self.file_of)
-        name = next(iter(self.names))
-        with self.open(self.file_of[name]) as tensors:
-            self.dtype = tensors.get_slice(name).get_dtype()
+        self.all_bfloat16 = dtypes == {"BF16"}
 
     def open(self, file):
         try:
@@ -134,10 +134,9 @@ class HuggingFace:
         """Every tensor that the index names is there: a missing file is named, not its tensors."""
         index = self.path / "model.safetensors.index.json"
         if index.exists():
-            for name, file in read_json(index, dict(weight_map=dict), self.cure)[
-                "weight_map"
-            ].items():
-                check(name in self.file_of, f"{self.path / file} is missing: copy it, too")
+            named = read_json(index, dict(weight_map=dict), self.cure)["weight_map"]
+            for name, file in named.items():
+                check(name in self.file_of, f"{self.path}/{file} is missing: copy it, too")
 
     def copy(self, name, to):
         """Copies a tensor into another one of the same shape."""
@@ -233,7 +232,7 @@ class Gguf:
             else:
                 self.tensors[self.their_name(tensor.name)] = tensor
         self.names = set(self.tensors)
-        self.dtype = "quantized"
+        self.all_bfloat16 = False
         self.made = self.config()
 
     def field(self, name, default=None):
@@ -258,6 +257,8 @@ class Gguf:
         def of(name, default=None):
             return self.field(f"{self.arch}.{name}", default)
 
+        check("model.embed_tokens.weight" in self.names, f"{self.path}: no token_embd.weight in it")
+        embedding = self.tensors["model.embed_tokens.weight"]
         heads = of("attention.head_count")
         width = of("embedding_length")
         made = dict(
@@ -271,7 +272,7 @@ class Gguf:
             rms_norm_eps=meant(of("attention.layer_norm_rms_epsilon")),
             rope_theta=meant(of("rope.freq_base", 10000.0)),
             max_position_embeddings=of("context_length"),
-            vocab_size=len(self.field("tokenizer.ggml.tokens")),
+            vocab_size=int(embedding.shape[-1]),  # its shapes are written backwards
             tie_word_embeddings="lm_head.weight" not in self.tensors,
             bos_token_id=self.field("tokenizer.ggml.bos_token_id", -1),
         )
@@ -348,21 +349,25 @@ def config_from(made, path, header, changes=None):
     check(family in FAMILIES, f"{path}: model_type {family!r}; there are {', '.join(FAMILIES)}")
 
     def of(name, default=None):
-        value = made.get(name)
+        """A whole number of theirs that is at least 1."""
+        value = made.get(name, default)
         if value is None:
-            check(default is not None, f"{path}: its config.json does not say {name}")
-            return default
+            value = default
+        check(value is not None, f"{path}: its config.json does not say {name}")
+        fits = type(value) is int and value >= 1
+        check(fits, f"{path}: its config.json has {name} {value!r}, which is no size")
         return value
 
+    # what is supported where it has this value, or none
+    plain = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, partial_rotary_factor=1)
+    for name, only in plain.items():
+        value = made.get(name)
+        check(value in (None, only), f"{path}: {name} {value!r} is not supported, only {only!r}")
+    ours = made.get("memory3", {})
+    check(isinstance(ours, dict), f"{path}: memory3 in its config.json is no object")
     heads = of("num_attention_heads")
     width = of("hidden_size")
     head_dim = of("head_dim", width // heads)
-    act = of("hidden_act", "silu")
-    check(act == "silu", f"{path}: hidden_act {act!r} is not supported, only silu")
-    for name in ("attention_bias", "mlp_bias"):
-        check(not made.get(name), f"{path}: {name} is not supported")
-    partial = of("partial_rotary_factor", 1.0)
-    check(partial == 1.0, f"{path}: partial_rotary_factor {partial} is not supported, only 1")
     shape = dict(
         n_layer=of("num_hidden_layers"),
         n_head=heads,
@@ -370,8 +375,8 @@ def config_from(made, path, header, changes=None):
         head_dim=head_dim,
         mlp_width=of("intermediate_size"),
         vocab_size=of("vocab_size"),
-        norm_eps=float(of("rms_norm_eps", 1e-6)),
-        tied=of("tie_word_embeddings", False),
+        norm_eps=made.get("rms_norm_eps", 1e-6),
+        tied=made.get("tie_word_embeddings", False),
         width=0 if width == heads * head_dim else width,
         header=tuple(header),
     )
@@ -379,7 +384,7 @@ def config_from(made, path, header, changes=None):
     # choice" of its authors for any model (theirs has the first half)
     shape["n_memory_layer"] = max(1, shape["n_layer"] // 2)
     shape["memory_from"] = shape["n_layer"] // 4
-    shape |= FAMILIES[family] | rope_fields(made, path) | made.get("memory3", {})
+    shape |= FAMILIES[family] | rope_fields(made, path) | ours
     shape |= changes or {}
     longest = longest_context(made, shape)
     wanted = shape.setdefault("max_context", min(longest, 8192))
@@ -390,18 +395,23 @@ def config_from(made, path, header, changes=None):
 
 def rope_fields(made, path):
     """The fields of RoPE, as older (rope_theta, rope_scaling) and newer files have them."""
-    scaling = made.get("rope_parameters") or made.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    base = scaling.get("rope_theta") or made.get("rope_theta") or 10000.0
-    found = dict(rope_base=float(base))
-    if kind == "llama3":
-        found["rope_factor"] = float(scaling["factor"])
-        found["rope_low"] = float(scaling["low_freq_factor"])
-        found["rope_high"] = float(scaling["high_freq_factor"])
-        found["rope_original"] = float(scaling["original_max_position_embeddings"])
-    else:
-        line = f"{path}: RoPE of type {kind!r} is not supported, only default and llama3"
-        check(kind == "default", line)
+    rope = made.get("rope_parameters") or made.get("rope_scaling") or {}
+    base = rope.get("rope_theta") or made.get("rope_theta") or 10000.0
+    found = dict(rope_base=base)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return found
+    line = f"{path}: RoPE of type {kind!r} is not supported, only default and llama3"
+    check(kind == "llama3", line)
+    theirs = dict(
+        rope_factor="factor",
+        rope_low="low_freq_factor",
+        rope_high="high_freq_factor",
+        rope_original="original_max_position_embeddings",
+    )
+    for name, its in theirs.items():
+        check(its in rope, f"{path}: its config.json does not say {its} of RoPE")
+        found[name] = rope[its]
     return found
 
 
@@ -475,7 +485,7 @@ def convert(path, out, dtype="auto", **changes):
     tokenizer = source.tokenizer()
     config = config_from(source.made, path, tokenizer.header, changes)
     if dtype == "auto":  # bfloat16 stays so; all else is exact in float32
-        dtype = "bfloat16" if source.dtype == "BF16" else "float32"
+        dtype = "bfloat16" if source.all_bfloat16 else "float32"
     dtype = getattr(torch, dtype)
     shapes = meta_weights(source, config, dtype)
     out = make_directory(out)
@@ -577,7 +587,7 @@ def made_from(config):
 
 def write_tokenizer(tokenizer, out):
     """A Tokenizer as tokenizer.json and tokenizer_config.json of Hugging Face."""
-    letters = {byte: letter for letter, byte in corpus._bytes_of_letters().items()}
+    letters = {byte: letter for letter, byte in corpus.bytes_of_letters().items()}
     ranks = tokenizer.encoding._mergeable_ranks
 
     def spelled(token):

@@ -221,7 +221,7 @@ def huggingface_parts(made, path):
         special[token["content"]] = token["id"]
 
     # vocab spells each byte as a printable letter; only what merges reach is a token
-    byte_of = _bytes_of_letters()
+    byte_of = bytes_of_letters()
     reached = list(byte_of)  # single bytes
     last = -1
     for merge in merges:
@@ -270,7 +270,7 @@ def _pattern_of(made, path):
     raise UserError(f"{path}: it cuts texts by {', '.join(map(str, kinds))} in a way unknown here")
 
 
-def _bytes_of_letters():
+def bytes_of_letters():
     """{letter: byte} of GPT-2's vocabulary files: printable bytes are themselves in Latin-1, the
     others are the letters from 256 on."""
     letters = {}

@@ -219,7 +219,8 @@ def test_shards(tmp_path, monkeypatch):
 
 
 def test_bfloat16_stays(tmp_path):
-    """Catches weights of 16 bits that become 32, or are rounded twice."""
+    """Catches weights of 16 bits that become 32, or are rounded twice; and one of 32 bits among
+    them that is rounded."""
     theirs = build_theirs("llama", tmp_path).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path)
     convert.convert(tmp_path, tmp_path / "ours", **CHANGES)
@@ -229,6 +230,10 @@ def test_bfloat16_stays(tmp_path):
     convert.to_huggingface(tmp_path / "ours", tmp_path / "back")
     made = json.loads((tmp_path / "back/config.json").read_text())
     assert made["torch_dtype"] == "bfloat16"
+    theirs.model.norm.float()
+    theirs.save_pretrained(tmp_path)
+    convert.convert(tmp_path, tmp_path / "mixed", **CHANGES)
+    assert load_checkpoint(tmp_path / "mixed")[0].embed.weight.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------
@@ -270,6 +275,11 @@ def test_older_and_newer_rope():
         (dict(mlp_bias=True), "mlp_bias"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (dict(num_hidden_layers=None), "does not say num_hidden_layers"),
+        (dict(num_hidden_layers="11"), "num_hidden_layers '11', which is no size"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "does not say low_freq_factor"),
+        (dict(memory3=[1]), "memory3 in its config.json is no object"),
+        (dict(memory3=dict(memory_token=3)), "unknown config names"),
+        (dict(rms_norm_eps="small"), "norm_eps small"),
     ],
 )
 def test_what_we_do_not_have_is_refused(changes, line):
@@ -459,7 +469,7 @@ def test_missing_bytes(tmp_path):
     ids that the model does not have."""
     tokenizers = pytest.importorskip("tokenizers")
     letters = set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    dropped = {letter for letter, byte in corpus._bytes_of_letters().items() if byte in (192, 255)}
+    dropped = {letter for letter, byte in corpus.bytes_of_letters().items() if byte in (192, 255)}
     theirs = write_tokenizer(tmp_path, alphabet=letters - dropped, n_vocab=301)
     ours = corpus.from_huggingface(tmp_path / "tokenizer.json")
     assert ours.n_vocab == theirs.get_vocab_size() == 301
