@@ -142,11 +142,16 @@ def open_tokenizer(path):
             raise UserError(f"{path} is damaged: rank {i} is no base64: {cure}") from None
     special = made.get("special", {"<s>": len(made["ranks"])})
     bos = made.get("bos", "<s>")
-    fits = isinstance(special, dict) and all(type(i) is int and i >= 0 for i in special.values())
-    check(fits and bos in special, f"{path} is damaged: its special tokens: {cure}")
+    fits = isinstance(special, dict) and all(_is_id(i) for i in special.values())
+    fits = fits and isinstance(bos, str) and bos in special
+    check(fits, f"{path} is damaged: its special tokens: {cure}")
     return build_tokenizer(
         path, ranks, made["pattern"], special, bos, made["name"], made["prefix_space"]
     )
+
+
+def _is_id(i):
+    return type(i) is int and i >= 0
 
 
 def build_tokenizer(path, ranks, pattern, special, bos, name, prefix_space):
@@ -156,6 +161,7 @@ def build_tokenizer(path, ranks, pattern, special, bos, name, prefix_space):
     """
     ids = [*ranks.values(), *special.values()]
     check(ranks, f"{path} is damaged: there is no token in it")
+    check(b"" not in ranks, f"{path} is damaged: a token of no bytes")
     check(len(ids) == len(set(ids)), f"{path} is damaged: two of its tokens have one id")
     n_vocab = max(ids, default=0) + 1
     check(n_vocab <= 1 << 24, f"{path} is damaged: a token with the id {n_vocab - 1}")
@@ -169,9 +175,11 @@ def build_tokenizer(path, ranks, pattern, special, bos, name, prefix_space):
         encoding = optional("tiktoken").Encoding(
             name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
-    except (ValueError, OverflowError) as error:
+        pieces = optional("regex").findall(pattern, "Aa\n1. ")  # tiktoken's own regular expressions
+    except Exception as error:  # both have errors of their own
         why = str(error).splitlines()[0]
         raise UserError(f"{path}: tiktoken cannot use its pattern ({why})") from None
+    check("" not in pieces, f"{path}: its pattern matches the empty text")
     return Tokenizer(encoding, special[bos], name, prefix_space, n_vocab)
 
 
@@ -196,7 +204,12 @@ def from_huggingface(path, bos=None):
     Its texts are brought to NFC first, as all of ours. UserError for a tokenizer of another kind.
     """
     made = read_json(path, {}, KINDS)
-    ranks, pattern, special, prefix_space = huggingface_parts(made, path)
+    try:
+        ranks, pattern, special, prefix_space = huggingface_parts(made, path)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of another shape
+        raise UserError(f"{path} is damaged ({error!r}): {KINDS}") from None
     if bos is None:
         bos = next((name for name in BOS_NAMES if name in special), None)
     check(bos in special, f"{path}: none of its special tokens is the BOS {bos or BOS_NAMES}")
@@ -219,12 +232,14 @@ def huggingface_parts(made, path):
     special = {}
     for token in made.get("added_tokens") or []:
         special[token["content"]] = token["id"]
+    for token, i in [*vocab.items(), *special.items()]:
+        check(isinstance(token, str) and _is_id(i), f"{path}: {token!r} has the id {i!r}: {KINDS}")
 
     # vocab spells each byte as a printable letter; only what merges reach is a token
     byte_of = bytes_of_letters()
     reached = list(byte_of)  # single bytes
     last = -1
-    for merge in merges:
+    for merge in merges:  # "a b", or ["a", "b"]
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         token = left + right
         check(token in vocab, f"{path}: the merge {token!r} is not in its vocabulary: {KINDS}")
@@ -247,9 +262,8 @@ def huggingface_parts(made, path):
 def _pattern_of(made, path):
     """(pattern, prefix_space): how a Hugging Face tokenizer cuts a text into pieces."""
     normalizer = made.get("normalizer") or dict(type="NFC")
-    check(
-        normalizer.get("type") == "NFC", f"{path}: it changes texts first ({normalizer}): {KINDS}"
-    )
+    line = f"{path}: it changes texts first ({normalizer}): {KINDS}"
+    check(normalizer.get("type") == "NFC", line)
     step = made.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", []) if step.get("type") == "Sequence" else [step]
     prefix_space = FIRST_SPACE in steps
@@ -288,15 +302,16 @@ def bytes_of_letters():
 def merge_tokenizers(first, second, name):
     """One vocabulary of two, each token once (4.3: LLaMA2's and a Chinese one became 60,299).
 
-    The tokens of `first` keep their ids, the new ones of `second` follow in their order, and then
-    the BOS. Texts are cut by the pattern of `first`.
+    The tokens of `first` in their order, then the new ones of `second` in theirs, then the BOS.
+    So a text of the first language keeps its tokens, and every byte is one in both. Texts are cut
+    by the pattern of `first`.
     """
-    tokens = sorted(first.encoding._mergeable_ranks, key=first.encoding._mergeable_ranks.get)
-    known = set(tokens)
-    for token in sorted(second.encoding._mergeable_ranks, key=second.encoding._mergeable_ranks.get):
-        if token not in known:
-            tokens.append(token)
-    ranks = {token: i for i, token in enumerate(tokens)}
+    ranks = {}
+    for tokenizer in (first, second):
+        known = tokenizer.encoding._mergeable_ranks
+        for token in sorted(known, key=known.get):
+            if token not in ranks:
+                ranks[token] = len(ranks)
     special = {"<s>": len(ranks)}
     return build_tokenizer(
         name, ranks, first.encoding._pat_str, special, "<s>", name, first.prefix_space

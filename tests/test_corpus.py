@@ -290,6 +290,8 @@ def test_a_saved_tokenizer_is_the_same(small, tmp_path):
         (dict(ranks=["!"]), "rank 0 is no base64"),
         (dict(ranks=[7]), "rank 0 is no base64"),
         (dict(pattern="("), "tiktoken cannot use its pattern"),
+        (dict(pattern="x*"), "its pattern matches the empty text"),
+        (dict(ranks=["", "eA=="]), "a token of no bytes"),
         (dict(pattern=7), "'pattern' is an integer"),
         (dict(prefix_space="no"), "'prefix_space' is a string, not true or"),
         (dict(special={"<s>": 3}), "two of its tokens have one id"),
@@ -397,6 +399,38 @@ def test_other_kinds_of_tokenizers_are_refused(tmp_path, change, line):
     with pytest.raises(UserError, match=line) as e:
         corpus.from_huggingface(path)
     assert one_line(e) and str(path) in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["ours", "theirs"])
+def test_any_damage_to_a_tokenizer_is_one_line(tmp_path, kind):
+    """A value of another type anywhere in the file: KeyError, TypeError, a panic of tiktoken that
+    no `except Exception` catches."""
+    path = tmp_path / "tokenizer.json"
+    byte_bpe(path, "split", n=300)
+    if kind == "ours":
+        corpus.open_tokenizer(path).save(path)
+    good = path.read_text()
+    rng = random.Random(4)
+    odd = [None, [], {}, 7, -1, 10**12, "", "x", True, 1.5, [None], {"a": None}, "a b c", ["a"]]
+    refused = 0
+    for _ in range(250):
+        made = json.loads(good)
+        place = made
+        while True:  # down to somewhere, often far down
+            keys = list(place) if isinstance(place, dict) else range(len(place))
+            key = rng.choice(list(keys))
+            inside = place[key]
+            if not isinstance(inside, dict | list) or not inside or rng.random() < 0.2:
+                break
+            place = inside
+        place[key] = rng.choice(odd)
+        path.write_text(json.dumps(made))
+        try:
+            corpus.open_tokenizer(path).encode("Any text 12")
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(path) in str(error)
+    assert refused > 50
 
 
 def test_merged_vocabularies(tok, tmp_path):
