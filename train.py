@@ -21,6 +21,7 @@ import shlex
 import signal
 import threading
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ import corpus
 import cost
 import parallel
 import retrieval
-from common import check, check_fields, find_device, replace_file, run
+from common import check, check_fields, find_device, make_directory, replace_file, run
 from memory import attention_path
 from model import PRESETS, Config, Memory3, load_checkpoint, read_checkpoint, save_checkpoint
 from optimizer import RoundedAdamW
@@ -47,7 +48,9 @@ class TrainConfig:
     """
 
     data: str = "data/cities"  # a prepared data set: its directory
-    stage: Annotated[str, "implicit", "explicit"] = "implicit"  # sec. 3.6
+    stage: Annotated[str, "implicit", "explicit"] = (
+        "implicit"  # without or with memories (sec. 3.6)
+    )
     split: str = ""  # training text; empty: train, or that of the explicit stage
     val: str = ""  # validation splits, comma-separated; empty: val,heldout of that stage
     out: str = "out/run"  # directory of the checkpoints and of log.jsonl
@@ -253,7 +256,10 @@ def open_run(cfg, config):
     verify = not cfg.no_verify
     if last.exists():
         model, saved = load_checkpoint(last, verify)
-        for name in ("stage", "data", "split", "init", "context", "batch", "query_shift", "seed"):
+        state, _ = read_checkpoint(last, verify=False)
+        a_run = "optimizer" in state and "train" in saved
+        check(a_run, f"{last} holds weights alone, no run: --init {last} with another --out")
+        for name in ("stage", "split", "init", "context", "batch", "query_shift", "seed"):
             before = saved["train"][name]
             now = getattr(cfg, name)
             line = f"{last} is of a run with --{name} {before}, not {now}: choose another --out"
@@ -261,12 +267,12 @@ def open_run(cfg, config):
         fits = config in (None, model.config)
         check(fits, f"{last} is a model of another shape: choose another --out")
         print(f"resuming {last} at step {saved['step']}")
-        return model, meta | saved, read_checkpoint(last, verify=False)[0]
+        return model, meta | saved, state
     if not cfg.init:
         check_room(config)
         return Memory3(config), meta, None
     model, before = load_checkpoint(cfg.init, verify)
-    print(f"starting from {cfg.init} ({before['stage']} stage, step {before['step']})")
+    print(f"starting from {cfg.init} ({before.get('stage')} stage, step {before.get('step')})")
     if config:  # the same weights, other memories: S, Lm, C ... can change between the stages
         weights = model.state_dict()
         model = Memory3(config)
@@ -290,6 +296,16 @@ def check_tokenizer(cfg, config, meta):
     line = f"the checkpoint's tokenizer is not that of {cfg.data} ({tokenizer.id})"
     check(known and fits, line)
     return tokenizer.id
+
+
+def check_data(cfg, windows, meta):
+    """Whether a resumed run goes on with its own text, wherever that lies now."""
+    first = np.ascontiguousarray(windows.tokens[:1_000_000])
+    identity = f"{len(windows.tokens)} tokens, crc32 of the first {zlib.crc32(first):08x}"
+    before = meta.get("text", identity)
+    line = f"{cfg.data}/{cfg.split}.bin is not the text of this run: {identity}, not {before}"
+    check(before == identity, line)
+    return identity
 
 
 def can_compile(device):
@@ -383,7 +399,7 @@ def open_log(out, step, rank=0):
     """log.jsonl, to append to: a row a step. Rows after `step`, of a run that was killed, go."""
     if rank > 0:
         return open(os.devnull, "w")
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     for left in out.glob("*.tmp"):
         left.unlink()  # half written when an earlier run was killed
     path = out / "log.jsonl"
@@ -506,6 +522,7 @@ def progress(row, meta, cfg, started, first):
 def main(cfg, config=None):
     """Trains; returns dict(model, losses, val, step). config: the model's shape; None = that of
     cfg.init. Resumes where cfg.out holds a last.pt of the same run."""
+    # Where: processes, device, dtype, directory
     rank, size, device = parallel.start(cfg.parallel, find_device(cfg.device))
     shared = cfg.batch % (size * max(1, cfg.micro_batch)) == 0
     check(shared, f"--batch {cfg.batch}: {size} processes cannot share it out evenly")
@@ -515,12 +532,16 @@ def main(cfg, config=None):
     out = Path(cfg.out)
     last = out / "last.pt"
 
+    # What: the model and its text, checked against each other
     model, meta, state = open_run(cfg, config)
     config = model.config
     tokenizer = check_tokenizer(cfg, config, meta)
-    meta |= dict(stage=cfg.stage, config=asdict(config), tokenizer=tokenizer, train=asdict(cfg))
     train = Windows(cfg, cfg.split, config)
+    text = check_data(cfg, train, meta)
+    meta |= dict(stage=cfg.stage, config=asdict(config), train=asdict(cfg))
+    meta |= dict(tokenizer=tokenizer, text=text)
     splits = {name: Windows(cfg, name, config) for name in cfg.val.split(",")}
+    # How: weights on the device, shared out among the processes, then the optimizer of these
     model.to(device, getattr(torch, cfg.param_dtype))
     model.recompute = cfg.recompute
     model.keep_hash(None)  # the weights will be others
@@ -544,6 +565,7 @@ def main(cfg, config=None):
     before = meta["seconds"]  # trained by earlier processes of this run
     with asked_to_stop() as asked:
         while not ended(meta, cfg):
+            # the gradient of cfg.batch windows
             began = time.time()
             lr = cfg.lr * meta["lr_scale"] * lr_at(meta["step"], cfg, meta["seconds"])
             for group in optimizer.param_groups:
@@ -570,6 +592,7 @@ def main(cfg, config=None):
             line = f"step {meta['step']}: the loss is {loss}, its gradient's norm {norm}"
             check(finite, f"{line}. Resume with a smaller --lr, or --back_off 0.5")
 
+            # the step
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             meta["step"] += 1
@@ -581,6 +604,7 @@ def main(cfg, config=None):
                 meta["seconds"] = seconds
             end = ended(meta, cfg)
 
+            # what is printed, validated, logged and saved
             rate = cfg.batch * cfg.context / (time.time() - began)
             row = dict(step=step, loss=loss, lr=lr, norm=norm, tokens_per_s=rate)
             if peak:
@@ -700,7 +724,8 @@ def command_line(argv=None):
     if args.resume:
         last = Path(args.resume) / "last.pt"
         check(last.exists(), f"--resume {args.resume}: no last.pt there, so no run to go on with")
-        settings = read_checkpoint(last, verify=False)[0]["meta"]["train"]  # main verifies it
+        settings = read_checkpoint(last, verify=False)[0]["meta"].get("train")  # main verifies it
+        check(settings, f"{last} holds weights alone, no run: --init {last} with another --out")
         known = [field.name for field in fields(TrainConfig) if field.name not in OF_THIS_TIME]
         settings = {name: settings[name] for name in known if name in settings}
         settings |= given(args, TrainConfig) | dict(out=args.resume)

@@ -35,6 +35,7 @@ CASES = {
     "--param_dtype bfloat16 --recompute": dict(param_dtype="bfloat16", recompute=True),
 }
 CARDS = (16, 24, 40, 80, 141)  # GB
+SOME = 16  # windows, so many that their activations are more than the optimizer's step takes
 
 
 class Counted(TorchDispatchMode):
@@ -120,18 +121,18 @@ def measured(config, cfg):
     return torch.cuda.max_memory_allocated()
 
 
-def windows_that_fit(one, eight, sixteen):
-    """Peaks of 1, 8, 16 windows -> bytes of one, of each more, and how many fit each of CARDS.
+def windows_that_fit(one, some, twice):
+    """Peaks of 1, SOME, 2 * SOME windows -> bytes of one, of each more, how many fit each of CARDS.
 
     With few windows the peak may be in the optimizer's step, which no window makes higher; with
     many it is at the end of the forward pass, and every window adds the same.
-    >>> windows_that_fit(10e9, 12e9, 20e9)
-    (10000000000.0, 1000000000.0, [12, 20, 36, 76, 137])
+    >>> windows_that_fit(10e9, 12e9, 28e9)
+    (10000000000.0, 1000000000.0, [20, 28, 44, 84, 145])
     """
-    each = (sixteen - eight) / 8
+    each = (twice - some) / SOME
     most = []
     for size in CARDS:
-        n = 8 + math.floor((1e9 * size - eight) / each)
+        n = SOME + math.floor((1e9 * size - some) / each)
         most.append(max(n, 0) if one <= 1e9 * size else 0)
     return one, each, most
 
@@ -162,10 +163,10 @@ def main(argv=None):
     rows = {}
     for stage in ("implicit", "explicit"):
         for flags, changes in CASES.items():
-            counts = [
-                counted(config, settings(stage, context, n, args.dtype, changes))
-                for n in (1, 8, 16)
-            ]
+            counts = []
+            for n in (1, SOME, 2 * SOME):
+                cfg = settings(stage, context, n, args.dtype, changes)
+                counts.append(counted(config, cfg))
             one, each, most = windows_that_fit(*counts)
             fits = "".join(f"{n:>5}" for n in most)
             line = f"{stage} {flags:36}{one / 1e9:9.2f}{each / 1e9:11.3f}{fits:>47}"

@@ -700,6 +700,37 @@ def test_out_of_another_run_is_not_continued(data, tmp_path):
     assert run(data, tmp_path / "out", steps=3)["step"] == 3  # the same run goes on
 
 
+def test_a_run_follows_its_text_and_takes_no_other(data, tmp_path):
+    """Catches a run that cannot go on because its data set was moved, and one that goes on with
+    another text of the same length."""
+    run(data, tmp_path / "out", steps=2, save_every=2, decay=0.0, warmup=0)
+    again = run(data, tmp_path / "again", steps=4, decay=0.0, warmup=0)
+    moved = data.rename(tmp_path / "moved")
+    flags = ["--resume", str(tmp_path / "out"), "--steps", "4", "--data", str(moved)]
+    result = train.main(*train.command_line(flags))
+    assert result["losses"] == again["losses"][2:]
+    put(moved, "train", pattern(10 * T + 3, seed=2))
+    with pytest.raises(UserError, match="train.bin is not the text of this run: 283 tokens"):
+        train.main(*train.command_line([*flags, "--steps", "5"]))
+
+
+def test_weights_alone_are_no_run(data, tmp_path):
+    """Catches a model.pt renamed to last.pt that ends in a traceback, and an --out that is a
+    file."""
+    run(data, tmp_path / "out", steps=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "out" / "model.pt").rename(tmp_path / "other" / "last.pt")
+    assert load_checkpoint(tmp_path / "other" / "last.pt")[1]["step"] == 1
+    for resume in (True, False):
+        with pytest.raises(UserError, match="last.pt holds weights alone, no run: --init"):
+            if resume:
+                train.main(*train.command_line(["--resume", str(tmp_path / "other")]))
+            run(data, tmp_path / "other", steps=2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file.* cannot be made a directory"):
+        run(data, tmp_path / "file")
+
+
 # ---------------------------------------------------------------------------------------------
 # Divergence
 
@@ -858,7 +889,7 @@ def test_grad_clip_0_clips_nothing(data, tmp_path):
 
 def test_a_model_beyond_this_machine_is_refused_before_it_is_made(data, tmp_path):
     """Catches gigabytes that are allocated, and then an error of PyTorch's."""
-    huge = shape(data, n_layer=1000, n_head=1000, head_dim=1000, mlp_width=2**20)
+    huge = shape(data, n_layer=300, n_head=160, head_dim=128, mlp_width=5000)
     with pytest.raises(UserError, match="GB of weights, .* GB of memory"):
         train.main(settings(data, tmp_path / "out"), huge)
 
