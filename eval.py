@@ -174,10 +174,11 @@ def new_words(texts, tokenizer, data, progress=True):
 
 def make_rows(a, references, tokenizer, seed=0):
     """Items from the references that are held out of training, in random order (see cloze)."""
-    heldout = len(references)
+    ids = references.live()
     if a.references == "kb":  # the manifest says how many of the first references are held out
-        heldout = min(heldout, corpus.manifest(a.data).get("heldout") or heldout)
-    order = np.random.default_rng(seed).permutation(heldout)
+        heldout = corpus.manifest(a.data).get("heldout") or len(references)
+        ids = ids[ids < heldout]
+    order = np.random.default_rng(seed).permutation(ids)
     some = order[: 20 * a.questions].tolist()  # enough, and no more than that
     texts = {i: tokenizer.decode(references[i]) for i in some}
     is_new = new_words(texts.values(), tokenizer, a.data)
@@ -194,10 +195,11 @@ def find_rows(a, references, tokenizer):
         rows = make_rows(a, references, tokenizer)
         line = f"{a.data}/{a.references}: no sentence with a number or name that training lacks"
         check(rows, f"{line}; give --questions_file FILE")
+    live = {-1, *references.live().tolist()}  # -1: not known
     for row in rows:
-        fits = row["reference"] < len(references)
         line = f"{path}: {row['question'][:40]!r} names reference {row['reference']}"
-        check(fits, f"{line}, and {a.data}/{a.references} has {len(references):,}")
+        there = f"{line}, which {a.data}/{a.references} has not, of {len(references):,}"
+        check(row["reference"] in live, there)
     return rows
 
 
@@ -212,6 +214,7 @@ class Asker:
         self.heads = heads  # the only ones with memories under the condition of this name
         self.tokenizer = tokenizer
         self.references = references
+        self.live = references.live()  # those that are not deleted
         self.retriever = retriever
         self.bank = bank
         self.codes = codes  # the bank, vector-quantized
@@ -242,7 +245,7 @@ class Asker:
         if condition in ("plain", "none", "rag"):
             return None, None  # nothing recalled
         if condition == "random":
-            return Random(len(self.references), seed=rows[0]["fact"]), self.bank
+            return Random(self.live, seed=rows[0]["fact"]), self.bank
         if condition == "oracle":
             return Given([[row["reference"]] for row in rows]), self.bank
         if condition == "quantized":

@@ -676,17 +676,20 @@ class Only:
 
 
 class Random:
-    """Recalls k memories at random, whatever the query: the noise baseline."""
+    """Recalls k memories at random, whatever the query: the noise baseline.
 
-    def __init__(self, n, seed=0):
-        self.n = n
+    ids: the references that there are, or how many from 0 on."""
+
+    def __init__(self, ids, seed=0):
+        self.ids = np.arange(ids) if isinstance(ids, int) else ids
         self.rng = np.random.default_rng(seed)
 
     def search(self, queries, k):
         shape = (len(queries), k)
-        if self.n == 0:
+        if len(self.ids) == 0:
             return np.full(shape, -1), np.full(shape, NOTHING)
-        return self.rng.integers(0, self.n, shape), np.zeros(shape)
+        drawn = self.rng.integers(0, len(self.ids), shape)
+        return self.ids[drawn], np.zeros(shape)
 
 
 class Given:

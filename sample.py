@@ -114,7 +114,7 @@ def main(argv=None):
     if not reads:
         retriever = bank = None  # they served --rag or --remember only
     elif a.memory == "random":
-        retriever = Random(len(references), a.seed)
+        retriever = Random(references.live(), a.seed)
 
     tokens = torch.tensor([[tokenizer.bos, *prompt]])  # (1, T)
     sampling = dict(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed)

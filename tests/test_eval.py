@@ -83,6 +83,13 @@ class Numbers:
         return [int(t) for t in text.split()]
 
 
+class Listed(list):
+    """References in RAM."""
+
+    def live(self):
+        return np.arange(len(self))
+
+
 @pytest.fixture
 def numbers(build, references):
     """An Asker on the tiny model of conftest.py, with 19 references in RAM, and 23 questions."""
@@ -99,7 +106,7 @@ def numbers(build, references):
         ]
         row = dict(question=texts[0], city=texts[1], sentences=texts[2:], relation="abc"[i % 3])
         rows.append(row | dict(reference=i % 19, fact=i, questions=texts[:1], answer="1"))
-    listed = [r[r >= 0].tolist() for r in refs]
+    listed = Listed(r[r >= 0].tolist() for r in refs)
     return Asker(model, Numbers(), listed, Log(19), bank, bank), rows
 
 
@@ -486,7 +493,7 @@ def test_new_words_are_in_no_training_text(world, tok, capsys):
 
 def test_items_are_made_from_what_is_held_out(world, tok, monkeypatch):
     """An item about a reference that is training text, too; the same items in another order."""
-    references = corpus.References.open(world.data / "kb")
+    references = world.open()[1].references
     a = evaluation.parser().parse_args(["--data", str(world.data), "--questions", "6"])
     rows = evaluation.make_rows(a, references, tok)
     assert len(rows) == 6 and rows == evaluation.make_rows(a, references, tok)
@@ -601,7 +608,7 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch):
         (dict(data=tmp_path / "nodata"), "nodata/meta.json is missing"),
         (dict(questions_file="nowhere.jsonl"), "nowhere.jsonl is missing"),
         (dict(questions_file=long), "are more than max_context = 190"),
-        (dict(questions_file=beyond), "names reference 17, and .* has 17"),
+        (dict(questions_file=beyond), "names reference 17, which .* has not, of 17"),
         (dict(checkpoint="nowhere.pt", json=tmp_path), "is a directory"),  # before the work
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=line) as e:
@@ -627,3 +634,19 @@ def test_docstrings():
     """A worked example that its function no longer gives."""
     found = doctest.testmod(evaluation)
     assert found.attempted >= 2 and not found.failed
+
+
+def test_what_was_deleted_is_not_asked_for(tok, tmp_path):
+    """A random memory that is gone ends the evaluation; an item, or a question, about a text that
+    was deleted."""
+    world = World(tmp_path / "world", tok)
+    bank = world.open()[1]
+    bank.delete([3, 5])
+    flags = ["--checkpoint", world.checkpoint, "--data", world.data, "--bank", world.bank]
+    flags = [*map(str, flags), "--device", "cpu", "--examples", "0"]
+    result = evaluation.main(flags)  # no questions: cloze
+    assert result["questions"] == 15 and result["hit_rate"] > 0.5
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(dict(question="Who is it?", answer="7", reference=5)))
+    with pytest.raises(ValueError, match="names reference 5, which"):
+        evaluation.main([*flags, "--questions_file", str(path)])
