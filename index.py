@@ -51,6 +51,7 @@ FIT = 1 << 20  # references, at most, from which an embedder learns its frequenc
 # Vectors from which lists and codes are learnt: FAISS asks for 39 a list, and codes want many
 TRAIN = 65_536
 A_LIST = 40
+CODES = 32_768  # vectors, at most, from which the codes of an inverted file are learnt
 # The kinds whose vectors can be coded apart and put in later, with their ids
 KINDS = ["IndexFlat", "IndexFlatIP", "IndexScalarQuantizer", "IndexPQ"]
 KINDS += ["IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"]
@@ -71,23 +72,26 @@ def cure_for(path, name=None):
 
 FLAT = 100_000  # references: up to so many every vector is compared, exactly
 SCALAR = 10_000_000  # references: up to so many a byte a number is kept, beyond it a quarter
-PROBES = 32  # lists that a query looks into
+GRAPH = 8192  # lists: beyond so many a graph finds them faster than comparing all
+PROBES = 128  # lists that a query looks into
 
 
 def choose_factory(n, dim=512):
     """The FAISS factory string for n vectors of `dim` numbers.
 
-    Exact up to FLAT. Beyond, about 4 sqrt(n) lists, found through a graph (HNSW); their vectors are
-    kept as a byte a number (SQ8) or, from SCALAR on, as product codes of 4 numbers a byte (PQ).
+    Exact up to FLAT. Beyond, about 4 sqrt(n) lists, beyond GRAPH of them found through a graph
+    (HNSW); their vectors are kept as a byte a number (SQ8) or, beyond SCALAR, as codes of 4 numbers
+    a byte (PQ). At a million, with 4,096 lists, a graph takes 1.4 to 1.9 times as long as comparing
+    a query with all centroids, for the same recall (experiments/index_at_size.py --factory).
     >>> choose_factory(20_000), choose_factory(1_000_000), choose_factory(112_000_000)
-    ('Flat', 'IVF4096_HNSW32,SQ8', 'IVF32768_HNSW32,PQ128')
+    ('Flat', 'IVF4096,SQ8', 'IVF32768_HNSW32,PQ128')
     """
     if n <= FLAT:
         return "Flat"
     lists = 1 << round(np.log2(4 * n**0.5))
-    if n <= SCALAR or dim % 4:
-        return f"IVF{lists}_HNSW32,SQ8"
-    return f"IVF{lists}_HNSW32,PQ{dim // 4}"
+    graph = "_HNSW32" if lists > GRAPH else ""
+    codes = "SQ8" if n <= SCALAR or dim % 4 else f"PQ{dim // 4}"
+    return f"IVF{lists}{graph},{codes}"
 
 
 def empty_index(factory, dim):
@@ -109,7 +113,7 @@ def empty_index(factory, dim):
         inner.cp.min_points_per_centroid = 1  # no warning: we choose how many there are
         quantizer = faiss.downcast_index(inner.quantizer)
         if isinstance(quantizer, faiss.IndexHNSW):
-            quantizer.hnsw.efSearch = 2 * PROBES  # lists it looks at to find the nearest ones
+            quantizer.hnsw.efSearch = 2 * PROBES  # lists it looks at to find the nearest
     return index
 
 
@@ -148,8 +152,9 @@ def predict(n, index):
         # an id each; a centroid and its 2 x 32 neighbours in the graph a list
         size += 8 * n + lists * (4 * index.d + 4 * 2 * 32)
     sample = sample_size(n, index)
-    residuals = min(sample, 100_000)  # what codes are learnt from
-    peak = max(size, 4 * index.d * (sample + residuals))
+    codes = min(sample, CODES) if lists else 0
+    # the sample; and, of what codes are learnt from, a copy and the residuals
+    peak = max(size, 4 * index.d * (sample + 2 * codes))
     return size, peak, 10 * sample * lists * index.d  # 10 rounds of k-means
 
 
@@ -304,7 +309,12 @@ def _train(index, factory, model, references, tokenizer):
         some = ids[i : i + BATCH]
         vectors[i : i + BATCH] = embed_references(model, references, tokenizer, some)
     try:
-        index.train(vectors)
+        if isinstance(index, optional("faiss").IndexIVF):
+            # The lists from all, the codes from every few: of these FAISS keeps two copies more
+            pointer = optional("faiss").swig_ptr(vectors)
+            index.train_q1(len(vectors), pointer, False, index.metric_type)
+            vectors = vectors[:: max(1, len(vectors) // CODES)]
+        index.train(np.ascontiguousarray(vectors))
     except RuntimeError as error:
         line = f"--factory {factory} cannot learn from {len(ids)} references: {_reason(error)}"
         raise UserError(line) from None
@@ -450,6 +460,12 @@ def search(index, vectors, k):
         scores[:, :there] = found_scores
     scores[ids < 0] = -np.inf
     return ids, scores
+
+
+def best_of(ids, scores, k):
+    """The k best of each row of ids and scores (n, m), best first; of equal ones the first."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]  # (n, k)
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
 
 
 def exact_index(dim):

@@ -10,6 +10,7 @@ means that nothing was found; such a place recalls no memory.
 """
 
 import argparse
+import io
 import re
 import shlex
 import shutil
@@ -28,6 +29,7 @@ from common import (
     number,
     optional,
     read_array,
+    read_bytes,
     read_json,
     replace_file,
     run,
@@ -39,6 +41,7 @@ from index import (
     FORMAT,
     META,
     NOTHING,
+    best_of,
     cure_for,
     encode_shard,
     exact_index,
@@ -142,7 +145,7 @@ def _best_window(t, r, floor, enough):
     return best
 
 
-# -- The index ---
+# -- The index --------------------------------------------------------------------------------
 
 
 class Retriever:
@@ -226,23 +229,21 @@ class Retriever:
         """The k references most similar to each query (cosine, sec. 3.1), best first.
 
         queries: n texts, or n token sequences: lists, or integers (n, m) with -1 = padding.
-        Returns ids (n, k) int64 and scores (n, k) float32. What scores no more than `least`, by
-        default 0, is not found: its id is -1, its score -1. So a query without any word finds
-        nothing, and one may ask for more references than there are.
+        Returns ids (n, k) int64 and scores (n, k) float32. What scores 0 or less has
+        nothing in common with the query: it is not found, its id is -1, its score NOTHING. So a
+        query without any word finds nothing, and one may ask for more references than there are.
         """
         check(k >= 1, f"{self.path}: {k} references asked for; ask for 1 or more")
         check(not isinstance(queries, str), "search takes a list of texts, not one text")
         vectors = self._embed(self._texts(queries))  # (n, dim)
         finite = np.isfinite(vectors).all(1)
-        vectors[~finite] = 0
+        vectors[~finite] = 0  # scores 0 with everything
         ids, scores = self._search_rows(vectors, k)
-        if self.fresh is not None and self.fresh.ntotal:
+        if self.fresh is not None:
             found, cosines = search(self.fresh, vectors, k)
             ids = np.concatenate([ids, found], 1)  # (n, 2k)
             scores = np.concatenate([scores, cosines], 1)
-            best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-            ids = np.take_along_axis(ids, best, 1)
-            scores = np.take_along_axis(scores, best, 1)
+            ids, scores = best_of(ids, scores, k)
         nothing = ~(scores > 0)
         ids[nothing] = -1
         scores[nothing] = NOTHING
@@ -265,22 +266,22 @@ class Retriever:
         return vectors
 
     def _search_rows(self, vectors, k):
-        """The k best rows of the index that are not hidden; NOTHING where there are no more."""
+        """The k best rows of the index that are not hidden; -inf where there are no more."""
         hidden = np.fromiter(self.hidden, np.int64, len(self.hidden))
         most = k
         while True:
-            ids, scores = search(self.index, vectors, most)
+            ids, scores = search(self.index, vectors, most)  # (n, most)
             out = np.isin(ids, hidden)
-            found = ((ids >= 0) & ~out).sum(1)
+            n_found = ((ids >= 0) & ~out).sum(1)  # (n,)
             exhausted = (ids < 0).any(1) | (most >= self.index.ntotal)
-            if not out.any() or (exhausted | (found >= k)).all():
+            if (exhausted | (n_found >= k)).all():
                 break
             most = 4 * most  # hidden rows stood in the way
         scores[out] = -np.inf
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(ids, best, 1), np.take_along_axis(scores, best, 1)
+        return best_of(ids, scores, k)
 
     def _has(self, i):
+        """Whether reference i is there, found or blank."""
         row = 0 <= i < self.index.ntotal and i not in self.hidden
         return row or i in self.blank or self._is_fresh(i)
 
@@ -335,6 +336,7 @@ class Retriever:
         return vectors
 
     def _put(self, ids, vectors):
+        """Takes in vectors (n, dim) of references that are not there; 0: one without a word."""
         ids = np.array(ids, np.int64)
         full = vectors.any(1)
         self.blank.update(ids[~full].tolist())
@@ -343,6 +345,7 @@ class Retriever:
         self.fresh.add_with_ids(vectors[full], ids[full])
 
     def _hide(self, ids):
+        """Forgets references, those that are there."""
         fresh = [i for i in ids if self._is_fresh(i)]
         if fresh:
             self.fresh.remove_ids(np.array(fresh, np.int64))
@@ -368,7 +371,7 @@ class Retriever:
             ids=optional("faiss").vector_to_array(self.fresh.id_map),
             vectors=vectors.reshape(-1, self.embedder.dim),
         )
-        with lock(self.path):
+        with lock(self.path):  # between looking and writing nobody else writes
             on_disk = self._changes(cure_for(self.path, self.embedder.name))
             version = int(on_disk["version"]) if on_disk else 0
             line = f"{self.path} was changed by another process since it was opened: open it again"
@@ -384,8 +387,9 @@ class Retriever:
         kinds["vectors"] = "f"
         if not path.exists():
             return None
+        data = read_bytes(path, cure)
         try:
-            file = np.load(path, allow_pickle=False)
+            file = np.load(io.BytesIO(data), allow_pickle=False)
             arrays = {name: file[name] for name in kinds}
         except Exception as error:  # NumPy's, zipfile's and zlib's own kinds of it
             raise UserError(f"{path} is damaged ({type(error).__name__}); {cure}") from None
