@@ -155,7 +155,12 @@ class KeyRetriever:
         """keys: an iterator over n (id, (count, dh)); in memory only, until save()."""
         i, head = parse_head(name, model.config)
         dim = model.config.head_dim
-        factory = vectors_index.choose_factory(n * model.config.memory_tokens, dim)
+        n_keys = n * model.config.memory_tokens
+        # keys are short: as many numbers as FLAT vectors of 512 are compared exactly
+        n_like = n_keys * dim // 512
+        factory = "Flat"
+        if n_like > vectors_index.FLAT:
+            factory = vectors_index.choose_factory(n_keys, dim)
         index = vectors_index.empty_index(factory, dim)
         arrays = []
         rows = {}
