@@ -102,9 +102,12 @@ def expected(made):
     return "fluent sentences in the manner of your text, right where it says a thing often"
 
 
-def report(made, minutes, n_tokens):
+def report(made, minutes, n_tokens, init):
     config = made.config
     implicit = IMPLICIT_SHARE * minutes
+    hope = (
+        f"what {init} can do, with some of your text's words and manner" if init else expected(made)
+    )
     print(
         f"text: {n_tokens:,} tokens; time: {minutes:g} minutes, of which {implicit:g} for the "
         f"implicit stage\n"
@@ -112,12 +115,12 @@ def report(made, minutes, n_tokens):
         f"memories; {config.n_params:,} weights besides the embeddings\n"
         f"speed here: {made.rate:,.0f} tokens a second, so {made.seen:,.0f} tokens in all: "
         f"{made.epochs:.1f} times the text, {made.seen / config.n_params:.1f} tokens a weight\n"
-        f"expect: {expected(made)}. Whether memories help is in the table at the end: compare its "
+        f"expect: {hope}. Whether memories help is in the table at the end: compare its "
         f"rows 'recalled' and 'random'."
     )
     if made.epochs > EPOCHS:
         print(f"the text is short for so many minutes: more text helps, more than {EPOCHS} epochs")
-    elif not is_fed(made):
+    elif not init and not is_fed(made):
         print("the time is short for any shape: more minutes help")
 
 
@@ -153,7 +156,7 @@ def main(argv=None):
         lengths = (a.chunk_len, a.ref_len, a.context)
         made = choose(a.data, a.minutes, *lengths, a.batch, a.device)
         flags = flags_of(made.config)
-    report(made, a.minutes, n_tokens)
+    report(made, a.minutes, n_tokens, a.init)
     flags += f" --context {a.context} --batch {a.batch}"
     # a warmup of 100 steps is for runs of thousands
     steps = made.rate * 60 * a.minutes * IMPLICIT_SHARE / needed
