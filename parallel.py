@@ -59,7 +59,8 @@ def share(kind, model, loss_on, dtype, device):
         shard(model, dtype)
     both = BothPasses(model, loss_on)
     if kind == "ddp":
-        return DistributedDataParallel(both)
+        # the gradients lie where they are exchanged: no second copy of them
+        return DistributedDataParallel(both, gradient_as_bucket_view=True)
     return both
 
 

@@ -9,6 +9,13 @@ The stages differ in the batch and in nothing else. Implicit: windows of text, a
 Explicit: the same, and each chunk of 64 tokens comes with the reference that retrieval found for
 it; the model writes these into memories on the fly and chunk c reads those of chunks c-4..c. The
 loss is over the text alone; its gradient reaches the writer through the kept keys and values.
+
+A run leaves in --out:
+    model.pt, meta.json    the weights at the end: what write.py, sample.py and eval.py open
+    last.pt                weights and optimizer of the last save: what --resume goes on from
+    best.pt                the same, where the loss on the first validation split was lowest
+    step_1000.pt ...       weights on the way, with --keep_every
+    log.jsonl              a row a step: loss, lr, norm, tokens/s, MFU, and validation now and then
 """
 
 import argparse
@@ -34,7 +41,7 @@ import corpus
 import cost
 import parallel
 import retrieval
-from common import check, check_fields, find_device, make_directory, replace_file, run
+from common import UserError, check, check_fields, find_device, make_directory, replace_file, run
 from memory import attention_path
 from model import PRESETS, Config, Memory3, load_checkpoint, read_checkpoint, save_checkpoint
 from optimizer import RoundedAdamW
@@ -176,7 +183,10 @@ def recall_table(ids, n_recall, shift=0):
 
 
 def loss_on(model, batch, device):
-    """The loss of one batch; writes its references first, where it has any."""
+    """The loss of one batch; writes its references first, where it has any.
+
+    batch: as of Windows.batch. Returns the mean of nats a token, a number with a gradient.
+    """
     batch = [x if x is None else x.to(device) for x in batch]
     tokens, targets, references, recall = batch
     memories = None
@@ -191,6 +201,10 @@ def loss_on(model, batch, device):
 
 def lr_at(step, cfg, seconds=0.0):
     """Warmup-stable-decay (sec. 5.1), as a share of cfg.lr; seconds: trained so far, for --minutes.
+
+          ____________
+         /            \\         up in `warmup` steps, then constant, and down in the last `decay`
+        /              \\        of all steps (paper: 10 %, "rapidly"; linear is our choice)
 
     >>> cfg = TrainConfig(steps=100, warmup=10, decay=0.1)
     >>> [lr_at(s, cfg) for s in (0, 9, 50, 95, 99)]
@@ -207,7 +221,11 @@ def lr_at(step, cfg, seconds=0.0):
 
 
 def make_optimizer(model, cfg):
-    """AdamW; weight decay on matrices only, not on norms."""
+    """AdamW; weight decay on matrices only, not on norms.
+
+    Weights in bfloat16 need an optimizer of their own: PyTorch's would keep its states in bfloat16.
+    fused: one kernel steps all weights.
+    """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
@@ -224,6 +242,7 @@ def clip_gradients(model, cfg):
     """Scales the gradients down to a norm of grad_clip; returns the norm that they had."""
     most = cfg.grad_clip or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    # under fsdp it is known in parts
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
@@ -237,6 +256,7 @@ def choose_dtype(cfg, device):
     """-> the dtype of the computation, and why: the fastest that the hardware has."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype), "asked for"
+    # emulated, or without AMX on a CPU, bfloat16 is slower than float32
     if device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -254,6 +274,8 @@ def open_run(cfg, config):
     meta = dict(step=0, position=0, seconds=0.0, best=None, lr_scale=1.0)
     last = Path(cfg.out) / "last.pt"
     verify = not cfg.no_verify
+
+    # goes on
     if last.exists():
         model, saved = load_checkpoint(last, verify)
         state, _ = read_checkpoint(last, verify=False)
@@ -268,9 +290,13 @@ def open_run(cfg, config):
         check(fits, f"{last} is a model of another shape: choose another --out")
         print(f"resuming {last} at step {saved['step']}")
         return model, meta | saved, state
+
+    # begins
     if not cfg.init:
         check_room(config)
         return Memory3(config), meta, None
+
+    # begins with the weights of another run: the explicit stage, after the implicit one
     model, before = load_checkpoint(cfg.init, verify)
     print(f"starting from {cfg.init} ({before.get('stage')} stage, step {before.get('step')})")
     if config:  # the same weights, other memories: S, Lm, C ... can change between the stages
@@ -289,7 +315,10 @@ def check_room(config):
 
 
 def check_tokenizer(cfg, config, meta):
-    """Whether the model reads the data's tokens as they were meant; returns the tokenizer's id."""
+    """Whether the model reads the data's tokens as they were meant; returns the tokenizer's id.
+
+    The same id of a token must be the same bytes, and the header must be what --init has learnt.
+    """
     tokenizer = corpus.tokenizer(cfg.data)
     known = meta.get("tokenizer") in (None, tokenizer.id)
     fits = tokenizer.n_vocab <= config.vocab_size and tuple(tokenizer.header) == config.header
@@ -330,7 +359,8 @@ def fit_micro_batch(cfg, windows, model, step_loss, cast, device, size):
     it fits.
     """
     micro = cfg.micro_batch or cfg.batch // size
-    if cfg.micro_batch or device.type != "cuda":
+    # fsdp: after half a pass its hooks would not know where they are, so it takes its whole share
+    if cfg.micro_batch or cfg.parallel == "fsdp" or device.type != "cuda":
         return micro
     while not fits(micro, windows, model, step_loss, cast, device):
         line = f"one window of {cfg.context} tokens does not fit: see benchmarks/fits.py"
@@ -341,7 +371,11 @@ def fit_micro_batch(cfg, windows, model, step_loss, cast, device, size):
 
 
 def fits(micro, windows, model, step_loss, cast, device):
-    """Whether loss and gradient of so many windows fit this GPU, and those of all processes."""
+    """Whether loss and gradient of so many windows fit this GPU, and those of all processes.
+
+    It is tried without ddp around the model, which would wait for the rest of a pass that failed.
+    """
+    step_loss = getattr(step_loss, "module", step_loss)
     batch = windows.batch([windows.window(i) for i in range(micro)], full_width=True)
     weights = sum(parallel.local(p).numel() for p in model.parameters())
     loss = states = None
@@ -499,6 +533,7 @@ def save(path, model, optimizer, meta, rank=0):
 
 
 def ended(meta, cfg):
+    """Whether the run has made its steps, or used its minutes."""
     if cfg.minutes:
         return meta["seconds"] >= 60 * cfg.minutes
     return meta["step"] >= cfg.steps
@@ -570,7 +605,13 @@ def main(cfg, config=None):
             lr = cfg.lr * meta["lr_scale"] * lr_at(meta["step"], cfg, meta["seconds"])
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = add_gradients(step_loss, train, meta["position"], cfg, cast, device, rank, size)
+            try:
+                loss = add_gradients(
+                    step_loss, train, meta["position"], cfg, cast, device, rank, size
+                )
+            except torch.OutOfMemoryError:
+                line = f"{micro} windows at a time do not fit this GPU"
+                raise UserError(f"{line}: a smaller --micro_batch, or --recompute") from None
             loss = parallel.reduce([loss], "mean", device)[0]
             norm = clip_gradients(model, cfg)
             meta["position"] += cfg.batch
@@ -679,7 +720,7 @@ def add_flags(parser, cls, defaults, skip=()):
             options = dict(action="store_true")
         elif kind is str and allowed:
             options = dict(choices=allowed)
-        # None: not given
+        # None: not given, so that what a checkpoint or a preset says stays
         parser.add_argument(f"--{field.name}", default=None, help=text, **options)
 
 
@@ -697,6 +738,7 @@ OF_THIS_TIME = ("parallel", "no_verify")
 
 
 def parse(argv):
+    """The flags, each None where it is not given. --help shows the defaults of the preset."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     preset = first.parse_known_args(argv)[0].preset  # its values are the defaults of the help
@@ -711,8 +753,12 @@ def parse(argv):
 
 
 def command_line(argv=None):
-    """-> TrainConfig, and the Config of a new model, or of one whose memories change, or None."""
+    """-> TrainConfig, and the Config of a new model, or of one whose memories change, or None.
+
+    UserError for flags that do not go together, before anything is made.
+    """
     args = parse(argv)
+    # weights that are there have a shape
     shape = given(args, Config)
     fixed = ["preset"] if args.preset else []
     fixed += [name for name in shape if args.resume or name not in OF_MEMORIES]
@@ -721,6 +767,8 @@ def command_line(argv=None):
         check(not fixed, f"--{flags}: a checkpoint has its shape already; leave that out")
     both = args.minutes and args.steps
     check(not both, "--minutes and --steps: give one, the run ends by it")
+
+    # a run goes on as it began, but for the flags that are given
     if args.resume:
         last = Path(args.resume) / "last.pt"
         check(last.exists(), f"--resume {args.resume}: no last.pt there, so no run to go on with")
@@ -730,10 +778,14 @@ def command_line(argv=None):
         settings = {name: settings[name] for name in known if name in settings}
         settings |= given(args, TrainConfig) | dict(out=args.resume)
         return TrainConfig(**settings), None
+
+    # a run begins with the weights of another
     cfg = TrainConfig(**given(args, TrainConfig))
     if cfg.init:
         saved = read_checkpoint(cfg.init, verify=False)[0]["meta"]["config"]
         return cfg, Config.from_dict(saved | shape)
+
+    # or with new ones; the data set's tokenizer says how many tokens there are
     check(args.preset, f"--preset is missing: {', '.join(PRESETS)}; or --init a checkpoint")
     tokenizer = corpus.tokenizer(cfg.data)
     shape |= dict(vocab_size=tokenizer.n_vocab, header=tuple(tokenizer.header))
