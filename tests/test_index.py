@@ -4,12 +4,14 @@ import doctest
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_retrieval import NAMES, Bytes, data, make, text  # noqa: F401
 
 import corpus
 import index
 import retrieval
 from common import UserError
+from experiments import index_at_size
 from retrieval import Retriever
 
 faiss = pytest.importorskip("faiss")
@@ -170,3 +172,14 @@ def test_lists_find_what_comparing_all_finds():
     found = index.search(lists, queries, 5)[0]
     shared = [len(set(a) & set(b)) / 5 for a, b in zip(true.tolist(), found.tolist(), strict=True)]
     assert np.mean(shared) > 0.9
+
+
+def test_the_experiment_runs(tmp_path, capsys):
+    """Figures that compare an index with itself; a second run that builds anew."""
+    flags = "--n 3000 --dim 24 --clusters 60 --queries 40 --factory IVF16,SQ8 --out".split()
+    flags += [str(tmp_path), "--tokenizer", str(ROOT / "data/cities")]
+    first = index_at_size.main([*flags, "--json", str(tmp_path / "a.json")])
+    assert first["recall_at_5"] > 0.9 and first["build_seconds"] > 0
+    assert (tmp_path / "a.json").exists() and "recall_at_5" in capsys.readouterr().out
+    again = index_at_size.main([*flags, "--probes", "1"])
+    assert "build_seconds" not in again and again["recall_at_5"] < first["recall_at_5"]

@@ -10,6 +10,7 @@ import corpus
 import inside
 import retrieval
 from common import UserError
+from experiments import inside as table
 from inside import KeyRetriever, parse_head, query_vectors, stored_keys, written_keys
 from memory import causal_attention, keep_tokens
 from model import apply_rope, rope_table
@@ -212,3 +213,24 @@ def test_command_line(world, monkeypatch, capsys):
     with pytest.raises(UserError, match="not with --embedder self:"):
         retrieval.main([*flags, "--shard", "1/2"])
     assert inside.FORMAT in (path / "kb.index" / "meta.json").read_text()
+
+
+def test_the_experiment_finds_what_search_finds(world, monkeypatch, capsys):
+    """A table whose rows are other heads than they say, or whose half is not the half."""
+    model, references, path = world
+    rows = []
+    for i, text in enumerate(TEXTS):
+        rows.append(dict(question=f"where is {text}", answer="x", reference=i, sentences=[]))
+    (path / "meta.json").write_text(json.dumps(dict(n_vocab=97)))
+    (path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(table, "open_model", lambda *_, **__: (model, Letters()))
+    result = table.main(["--data", str(path), "--json", str(path / "table.json")])
+    heads = [f"self:{layer}.{head}" for layer in range(3) for head in range(2)]
+    assert list(result) == ["hash", *heads]
+    for name in heads:
+        ids = make(world, name).search([row["question"] for row in rows], 5)[0]
+        hits = [i in ids[i] for i in range(8)]
+        assert result[name]["recall_at_5"] == np.mean(hits)
+    assert json.loads((path / "table.json").read_text()) == result
+    assert "| self:2.1 |" in capsys.readouterr().out
+    assert table.shared_words("is Zhmerynka big", "Zhmerynka is a town") == 0.5
