@@ -15,6 +15,7 @@ MODEL=${3:-}
 HERE=$(cd "$(dirname "$0")" && pwd)
 NAME=$(basename "${TEXT%/}")
 NAME=${NAME%%.*}
+NAME=${NAME// /_}   # flags below are cut at spaces
 OUT=${OUT:-out/$NAME}
 PREPARE=${PREPARE:-}     # more flags of data/text/prepare.py, such as --min_words 10
 TRAIN=${TRAIN:-}         # more flags of train.py

@@ -448,6 +448,17 @@ def test_several_processes_make_the_same(folder, tmp_path, monkeypatch):
     assert not multiprocessing.active_children()
 
 
+def killed(job):
+    os.kill(os.getpid(), 9)
+
+
+def test_a_process_that_is_killed(monkeypatch):
+    """For want of memory the kernel kills one: the others wait for it for ever."""
+    with pytest.raises(UserError, match="a process was killed.*fewer --processes"):
+        prepare.in_processes(killed, [1, 2, 3], 2, [1, 1, 1], "reading")
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.parametrize("step", ["read_part", "encode_part", "_join_files"])
 def test_stopped_anywhere_it_goes_on(folder, tmp_path, monkeypatch, step):
     """A run stopped after hours that begins again, or goes on with half of a part."""

@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
+from concurrent import futures
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -174,6 +175,7 @@ def sample_texts(stems, roles, most=TOKENIZER_TEXT):
 
 
 def _rows(stem):
+    """The documents of a part, one after the other: dict(text, title)."""
     with open(f"{stem}.jsonl", encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
@@ -230,6 +232,7 @@ def encode_part(job):
 
 
 def _write_array(path, array):
+    """The numbers of an array, as a file of nothing else."""
     replace_file(path, lambda file: file.write(array.tobytes()))
 
 
@@ -237,6 +240,7 @@ _opened = {}  # the tokenizer of this process
 
 
 def _open_tokenizer(folder):
+    """That of the unfinished data set, opened once in each process."""
     if folder not in _opened:
         _opened[folder] = corpus.open_tokenizer(f"{folder}/tokenizer.json")
     return _opened[folder]
@@ -271,6 +275,7 @@ def _join_files(path, sources):
 
 
 def _join_references(path, sources):
+    """The references of all parts: their tokens, and offsets out of their lengths."""
     _join_files(f"{path}.bin", [f"{source}.bin" for source in sources])
     lengths = np.concatenate([np.fromfile(f"{source}.idx", "<i8") for source in sources])
     if len(lengths):
@@ -285,28 +290,33 @@ def _join_references(path, sources):
 
 
 def in_processes(work, jobs, processes, sizes, title):
-    """Runs work(job) for every job, in so many processes, with a progress bar; adds up the
-    Counters that it returns."""
+    """Runs work(job) for every job, in so many processes, and adds up the Counters it returns.
+
+    sizes: bytes of each job, for the progress bar. UserError if a process was killed.
+    """
     total = Counter()
     bar = tqdm(total=sum(sizes), desc=title, unit="B", unit_scale=True)
-    if processes == 1 or len(jobs) <= 1:
-        for job, size in zip(jobs, sizes, strict=True):
-            total.update(work(job))
-            bar.update(size)
-        bar.close()
-        return total
-    # fork: processes share the modules that are loaded already
-    can_fork = "fork" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("fork" if can_fork else "spawn")
-    pool = context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    try:  # Ctrl-C is for this process only
-        for counts, size in zip(pool.imap(work, jobs), sizes, strict=True):
-            total.update(counts)
-            bar.update(size)
-    finally:
-        pool.terminate()
-        pool.join()
-        bar.close()
+    with bar:
+        if processes == 1 or len(jobs) <= 1:
+            for job, size in zip(jobs, sizes, strict=True):
+                total.update(work(job))
+                bar.update(size)
+            return total
+        # fork, where there is it: processes share the modules that are loaded already
+        can_fork = "fork" in multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("fork" if can_fork else "spawn")
+        # Ctrl-C is for this process only; the others end their part, which then counts
+        ignore = (signal.SIGINT, signal.SIG_IGN)
+        pool = futures.ProcessPoolExecutor(processes, context, signal.signal, ignore)
+        try:
+            for counts, size in zip(pool.map(work, jobs), sizes, strict=True):
+                total.update(counts)
+                bar.update(size)
+        except futures.process.BrokenProcessPool:
+            line = "a process was killed, perhaps for want of memory"
+            raise UserError(f"{line}: call it again with fewer --processes, it goes on") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
     return total
 
 
@@ -335,12 +345,14 @@ def prepare(options, out, processes, command):
     parts = read.make_parts(files)
     stems = [str(work / f"{i:05}") for i in range(len(parts))]
 
-    todo = [i for i in range(len(parts)) if not Path(f"{stems[i]}.json").exists()]
+    # files -> documents, each part in a file of JSON lines
+    todo = unfinished(stems, ".json")
     jobs = [(options, parts[i], stems[i]) for i in todo]
     in_processes(read_part, jobs, processes, [parts[i].bytes for i in todo], "reading")
     counts = _add_up(f"{stem}.json" for stem in stems)
     roles = roles_of(stems, options, counts)
 
+    # the tokenizer, trained on what has become training text
     if not (work / "tokenizer.json").exists():
         texts = sample_texts(stems, roles)
         made, said = vocabulary.choose(options.tokenizer, texts, out.name)
@@ -348,7 +360,8 @@ def prepare(options, out, processes, command):
         made.save(work / "tokenizer.json")
     tokenizer = corpus.open_tokenizer(work / "tokenizer.json")
 
-    todo = [i for i in range(len(parts)) if not Path(f"{stems[i]}.tokens.json").exists()]
+    # documents -> tokens, each part in files of its own
+    todo = unfinished(stems, ".tokens.json")
     jobs = [(options, str(work), stems[i], roles[i]) for i in todo]
     in_processes(encode_part, jobs, processes, [parts[i].bytes for i in todo], "encoding")
     tokens = _add_up(f"{stem}.tokens.json" for stem in stems)
@@ -402,6 +415,11 @@ def remove_derived(out):
             path.unlink()
 
 
+def unfinished(stems, suffix):
+    """Numbers of the parts whose last file is not there yet."""
+    return [i for i, stem in enumerate(stems) if not Path(stem + suffix).exists()]
+
+
 def start_work(out, fingerprint):
     """The directory of unfinished work: that of a run that was stopped, or an empty one."""
     work = make_directory(out / "work")
@@ -416,9 +434,10 @@ def start_work(out, fingerprint):
 
 
 def _add_up(paths):
+    """The sum of the counts in several files."""
     total = Counter()
     for path in paths:
-        total.update(read_json(path, {}, "run it again after removing it"))
+        total.update(read_json(path, {}, "remove it, and run this again"))
     return total
 
 
