@@ -54,6 +54,7 @@ CONDITIONS = dict(
     oracle="the right reference given",
     rag="text in context (RAG: the same {R} references)",
 )
+SEPARATING = ("oracle", "recalled", "rag")  # whose share of separable facts is printed
 HEADS = "recalled, memories of {K} of {N} heads"  # with --memory_heads: the condition `heads`
 
 # -- Questions --------------------------------------------------------------------------------
@@ -511,41 +512,45 @@ def main(argv=None):
     rows = find_rows(a, references, tokenizer)
     asker = Asker(model, tokenizer, references, retriever, bank, codes, a.memory_heads)
     check_lengths(asker, rows)
-    conditions = list(CONDITIONS)
-    words = dict(R=model.config.n_recall, embedder=retriever.meta["embedder"])
-    names = {condition: text.format(**words) for condition, text in CONDITIONS.items()}
-    if a.memory_heads:
-        some = replace(model.config, memory_heads=a.memory_heads)  # refuses what is no head
-        names["heads"] = HEADS.format(K=n_heads(some), N=n_heads(model.config))
-        conditions.insert(conditions.index("quantized"), "heads")
-    if codes is None:
-        conditions.remove("quantized")
-    known = all(row["reference"] >= 0 for row in rows)
-    if not known:
-        conditions.remove("oracle")
-        print("the right reference: left out, for not every question names it")
+    names = conditions_of(asker, rows)
     n_asked = len(every_wording(rows))
     print(f"{len(rows):,} facts, {n_asked:,} wordings, {len(references):,} references")
-    table = measure(asker, rows, conditions)
+    table = measure(asker, rows, names)
     print(f"\n{markdown(table, names)}\n")
     found = {condition: row.pop("found") for condition, row in table.items()}
-    hit_rate = found["recalled"] if known else None
-    if known:
+    hit_rate = found["recalled"] if "oracle" in names else None  # where references are known
+    if hit_rate is not None:
         top = f"among the top {model.config.n_recall}"
         print(f"hit rate: the right reference is {top} for {hit_rate:.3f} of the wordings")
-    shares = [
-        f"{c} {table[c]['separable']:.3f}" for c in ("oracle", "recalled", "rag") if c in table
-    ]
     print(
-        "separable facts (Definition 2.6; in every wording p <= 1/2 without memory, p >= 0.9 with"
+        "separable facts (Definition 2.6: in every wording p <= 1/2 without memory, >= 0.9 with):"
     )
-    print(f"it): {', '.join(shares)}")
+    shares = [f"{c} {table[c]['separable']:.3f}" for c in SEPARATING if c in table]
+    print(f"    {', '.join(shares)}")
     print(bank.stats())
     show_examples(rows[: a.examples], asker)
     result = dict(conditions=table, hit_rate=hit_rate, questions=len(rows), wordings=n_asked)
     result |= dict(references=len(references), seconds=time.time() - started)
     write_result(a, result)
     return result
+
+
+def conditions_of(asker, rows):
+    """{condition: its name in the table} of those that can be asked for; a word on each other."""
+    config = asker.model.config
+    words = dict(R=config.n_recall, embedder=asker.retriever.meta["embedder"])
+    names = {}
+    for condition, text in CONDITIONS.items():
+        names[condition] = text.format(**words)
+        if condition == "recalled" and asker.heads:
+            some = replace(config, memory_heads=asker.heads)  # refuses what is no head
+            names["heads"] = HEADS.format(K=n_heads(some), N=n_heads(config))
+    if asker.codes is None:  # open_codes has said why
+        del names["quantized"]
+    if any(row["reference"] < 0 for row in rows):
+        del names["oracle"]
+        print("the right reference: left out, for not every question names it")
+    return names
 
 
 def check_lengths(asker, rows):
