@@ -104,6 +104,7 @@ def tokenizer(name):
     path = Path(name, "tokenizer.json")
     if path.exists():
         return open_tokenizer(path)
+    # a data set may use tiktoken's or another data set's: its manifest names it
     if path.parent.is_dir() or os.sep in str(name):
         used = manifest(name, dict(tokenizer=str))["tokenizer"]
         if used in optional("tiktoken").list_encoding_names():
@@ -126,7 +127,11 @@ def _from_tiktoken(name):
 
 
 def open_tokenizer(path):
-    """A tokenizer.json, ours (what `Tokenizer.save` writes) or Hugging Face's."""
+    """A tokenizer.json, ours (what `Tokenizer.save` writes) or Hugging Face's.
+
+    Ours: name, pattern (how texts are cut into pieces), prefix_space, ranks (token i in base64,
+    null where id i is no token of text), special {text: id} and bos, one of these texts.
+    """
     cure = "take it again from where it came"
     made = read_json(path, {}, cure)
     if "ranks" not in made and "model" in made:
@@ -151,6 +156,7 @@ def open_tokenizer(path):
 
 
 def _is_id(i):
+    """Whether a value read from JSON can be a token's id; True is an int to Python."""
     return type(i) is int and i >= 0
 
 
@@ -159,6 +165,7 @@ def build_tokenizer(path, ranks, pattern, special, bos, name, prefix_space):
 
     path: what the errors name. special: {text: id}, one of which is the BOS.
     """
+    # what a file can hold and tiktoken cannot use
     ids = [*ranks.values(), *special.values()]
     check(ranks, f"{path} is damaged: there is no token in it")
     check(b"" not in ranks, f"{path} is damaged: a token of no bytes")
@@ -269,6 +276,7 @@ def _pattern_of(made, path):
     prefix_space = FIRST_SPACE in steps
     steps = [step for step in steps if step != FIRST_SPACE]
     kinds = [step.get("type") for step in steps]
+    # its last step turns pieces into bytes; the steps before it cut them
     check(kinds and kinds[-1] == "ByteLevel", f"{path}: not byte-level: {KINDS}")
     prefix_space = prefix_space or bool(steps[-1].get("add_prefix_space"))
     by_gpt2 = steps[-1].get("use_regex", True)
@@ -276,6 +284,7 @@ def _pattern_of(made, path):
         return GPT2_PATTERN, prefix_space
     if kinds == ["Digits", "ByteLevel"] and by_gpt2 and steps[0].get("individual_digits"):
         return DIGITS_PATTERN, prefix_space
+    # a pattern of its own, as Llama 3 and Qwen have: each match is a piece
     known = kinds == ["Split", "ByteLevel"] and not by_gpt2
     if known and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
         pattern = steps[0].get("pattern", {}).get("Regex")
@@ -353,7 +362,11 @@ def manifest(data_dir, schema=None):
 
 
 def dtype_for(n_vocab):
-    """The integers that hold the ids of a vocabulary, on disk."""
+    """The integers that hold the ids of a vocabulary, on disk.
+
+    >>> dtype_for(65_536).itemsize, dtype_for(65_537).itemsize
+    (2, 4)
+    """
     return np.dtype("<u2") if n_vocab <= 65536 else np.dtype("<u4")
 
 
@@ -365,6 +378,7 @@ def open_tokens(data_dir, split):
     path = _present(Path(data_dir) / f"{split}.bin")
     meta = manifest(data_dir)
     tokens = _map_tokens(path, meta["n_vocab"])
+    # the manifest knows how long the file was when it was made
     splits = meta.get("splits")
     length = splits.get(split) if isinstance(splits, dict) else None
     fits = length in (None, len(tokens))
@@ -456,6 +470,7 @@ class References:
         return len(self.offsets) - 1
 
     def __getitem__(self, i):
+        """The tokens of reference i, (n,) int64. IndexError for -1, too: it means none."""
         if not 0 <= i < len(self):
             raise IndexError(f"reference {i}; {self.path} has {len(self)}")
         return self.tokens[self.offsets[i] : self.offsets[i + 1]].astype(np.int64)
@@ -472,7 +487,9 @@ class References:
     @property
     def hash(self):
         """Names the references exactly: their tokens and where each begins."""
-        return hashlib.sha256(self.offsets.tobytes() + self.tokens.tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256(self.offsets)
+        digest.update(self.tokens)  # as it lies in the file, without a copy
+        return digest.hexdigest()[:16]
 
     def append(self, sequence):
         """Adds a reference; returns its id. Tokens go first: a kill leaves some no offset names."""
