@@ -43,4 +43,5 @@ toy: .venv/ready
 
 # Your own text (own.sh): make own TEXT=folder MINUTES=30 MODEL=
 own: .venv/ready
+	$(PY) -c "import tokenizers" 2>/dev/null || .venv/bin/pip install --quiet tokenizers
 	bash own.sh "$(TEXT)" "$(or $(MINUTES),30)" "$(MODEL)"
