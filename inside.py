@@ -64,25 +64,27 @@ def query_vectors(model, texts, i, head):
     cfg = model.config
     layer = cfg.memory_layers[i]
     group = cfg.n_head // cfg.n_kv_head
-    lengths = torch.tensor([len(text) for text in texts])
+    lengths = torch.tensor([len(text) for text in texts])  # (B,)
     n = int(lengths.max())
-    context = torch.zeros((len(texts), 1 + n), dtype=torch.int64)
+    context = torch.zeros((len(texts), 1 + n), dtype=torch.int64)  # padded on the right
     context[:, 0] = cfg.header[0]  # the BOS
     for row, text in zip(context, texts, strict=True):
         row[1 : 1 + len(text)] = torch.as_tensor(text, dtype=torch.int64)
     mask = (torch.arange(n) < lengths[:, None]).to(model.device)  # (B, n): True = real token
     n_header = len(cfg.header)
     first = n_header + 1  # of the text
-    header = torch.tensor(cfg.header).expand(len(texts), -1)
+    header = torch.tensor(cfg.header).expand(len(texts), -1)  # (B, P)
     tokens = torch.cat([header, context], 1).to(model.device)  # (B, P+1+n)
     at = torch.arange(tokens.shape[1], device=model.device)
-    at = torch.where(at < n_header, at, at + cfg.ref_len)  # a context's positions
-    cos, sin = rope_table(at, cfg)
+    at = torch.where(at < n_header, at, at + cfg.ref_len)  # where a context stands (sec. 3.2)
+    cos, sin = rope_table(at, cfg)  # (P+1+n, dh)
 
     def attend(l, q, k, v):
+        """Below the layer a plain decoder; there the queries and what is kept of them."""
         turned = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if l < layer:
             return causal_attention(*turned, v), None
+        # chosen before RoPE, as the tokens of a reference are; searching with it, as in reading
         rule = cfg.memory_tokens, cfg.approximate_weights, cfg.selection
         chosen = keep_tokens(q[:, :, first:], k[:, :, first:], mask, *rule)  # (B, Hkv, S)
         queries = turned[0][:, head * group : (head + 1) * group, first:]  # (B, G, n, dh)
@@ -91,7 +93,7 @@ def query_vectors(model, texts, i, head):
     x = model.embed(tokens)  # (B, P+1+n, d)
     for l in range(layer + 1):
         x, made = model._layer(l, x, attend)
-    queries, chosen = made
+    queries, chosen = made  # (B, G, n, dh), (B, S)
     queries = F.normalize(queries.float(), dim=-1).cpu()
     found = []
     for row, places in zip(queries, chosen.cpu(), strict=True):
@@ -105,7 +107,7 @@ def written_keys(model, references, i, head):
     """The keys of references (token ids), as a memory of theirs holds them: for each an array
     (count, dh) of unit vectors."""
     longest = max(len(reference) for reference in references)
-    tokens = torch.full((len(references), longest), -1)
+    tokens = torch.full((len(references), longest), -1)  # (N, n)
     for row, reference in zip(tokens, references, strict=True):
         row[: len(reference)] = torch.as_tensor(reference)
     return stored_keys(model.write(tokens), i, head)
@@ -114,7 +116,7 @@ def written_keys(model, references, i, head):
 def stored_keys(memories, i, head):
     """The same of memories that are there."""
     kept = memories.kv[:, i, 0, head].detach().float()  # (N, S, dh)
-    keys = F.normalize(kept, dim=-1).cpu().numpy()
+    keys = F.normalize(kept, dim=-1).cpu().numpy()  # (N, S, dh)
     return [row[:n] for row, n in zip(keys, memories.count.tolist(), strict=True)]
 
 
@@ -125,7 +127,8 @@ class KeyRetriever:
         rows.npy      (n, 3): id of a reference, the first of its rows, how many
         meta.json     whose keys these are
 
-    A change appends rows and forgets rows; save() writes all.
+    A change appends rows and forgets rows; save() writes all. What is forgotten is found no more,
+    but its keys lie in index.faiss until the index is made anew.
     """
 
     def __init__(self, path, index, rows, model, tokenizer, meta):
@@ -153,7 +156,7 @@ class KeyRetriever:
     @staticmethod
     def make(path, model, name, tokenizer, references_hash, n, keys):
         """keys: an iterator over n (id, (count, dh)); in memory only, until save()."""
-        i, head = parse_head(name, model.config)
+        parse_head(name, model.config)
         dim = model.config.head_dim
         n_keys = n * model.config.memory_tokens
         # keys are short: as many numbers as FLAT vectors of 512 are compared exactly
@@ -163,13 +166,14 @@ class KeyRetriever:
             factory = vectors_index.choose_factory(n_keys, dim)
         index = vectors_index.empty_index(factory, dim)
         arrays = []
-        rows = {}
+        rows = {}  # id -> (first row, how many)
         first = 0
         for id, array in keys:
             rows[id] = (first, len(array))
             first += len(array)
             arrays.append(array)
-        stacked = np.concatenate([*arrays, np.zeros((0, dim), np.float32)]).astype(np.float32)
+        nothing = np.zeros((0, dim), np.float32)  # so that no references are an index, too
+        stacked = np.concatenate([*arrays, nothing])  # (all keys, dh)
         if not index.is_trained:
             index.train(stacked[:: max(1, len(stacked) // 262_144)])
         index.add(stacked)
@@ -187,10 +191,12 @@ class KeyRetriever:
     def build(path, references, tokenizer_name, name, model, bank=None, progress=True):
         """Indexes the memories of references, and writes the directory `path`. bank: where they
         are (bank.MemoryBank); None: they are written once more, for their keys alone."""
+        check(model is not None, f"--embedder {name}: an index of whose keys? give --checkpoint")
         i, head = parse_head(name, model.config)
         n = len(references)
 
         def keys():
+            """(id, (count, dh)) of all references that are there."""
             for start in tqdm(range(0, n, BATCH), "reading keys", disable=not progress):
                 ids = [id for id in range(start, min(start + BATCH, n)) if len(references[id])]
                 if not ids:
@@ -260,13 +266,12 @@ class KeyRetriever:
         texts = [self._tokens(query) for query in queries]
         ids = np.full((len(texts), k), -1, np.int64)
         scores = np.full((len(texts), k), NOTHING, np.float32)
-        asked = [row for row, text in enumerate(texts) if len(text)]
+        asked = [row for row, text in enumerate(texts) if len(text)]  # the others find nothing
         for start in range(0, len(asked), BATCH):
             some = asked[start : start + BATCH]
             batch = [texts[row] for row in some]
-            for row, vectors in zip(
-                some, query_vectors(self.model, batch, self.i, self.head), strict=True
-            ):
+            searching = query_vectors(self.model, batch, self.i, self.head)
+            for row, vectors in zip(some, searching, strict=True):  # vectors (m, dh)
                 found, similarities = self._search_one(vectors, k)
                 ids[row, : len(found)] = found
                 scores[row, : len(found)] = similarities
@@ -281,21 +286,26 @@ class KeyRetriever:
 
     def _search_one(self, vectors, k):
         """vectors (m, dh) -> the ids and scores of at most k references, best first."""
+        # Whose keys are near to one of the vectors: only these references are scored ...
         rows, _ = vectors_index.search(self.index, vectors, FETCH)  # (m, FETCH)
         owners = self.owner[rows[rows >= 0]]
-        candidates = np.unique(owners[owners >= 0])
+        candidates = np.unique(owners[owners >= 0])  # (c,)
         if len(candidates) == 0:
             return candidates, np.zeros(0, np.float32)
-        counts = [self.rows[i][1] for i in candidates.tolist()]
-        places = [
-            np.arange(first, first + n) for first, n in map(self.rows.get, candidates.tolist())
-        ]
-        keys = self.index.reconstruct_batch(np.concatenate(places))  # (all their keys, dh)
-        cosines = vectors @ keys.T  # (m, keys)
-        starts = np.cumsum([0, *counts[:-1]])
-        best = np.maximum.reduceat(cosines, starts, axis=1)  # (m, candidates): MaxSim
-        scores = best.mean(0)
-        order = np.argsort(-scores, kind="stable")[:k]
+        # ... by all their keys
+        places = []
+        starts = []  # of each candidate's keys
+        n_keys = 0
+        for i in candidates.tolist():
+            first, count = self.rows[i]
+            places.append(np.arange(first, first + count))
+            starts.append(n_keys)
+            n_keys += count
+        keys = self.index.reconstruct_batch(np.concatenate(places))  # (n_keys, dh)
+        cosines = vectors @ keys.T  # (m, n_keys)
+        best = np.maximum.reduceat(cosines, starts, axis=1)  # (m, c): the max over each one's keys
+        scores = best.mean(0)  # (c,)
+        order = np.argsort(-scores, kind="stable")[:k]  # of equal scores the lower id
         order = order[scores[order] > 0]
         return candidates[order], scores[order]
 

@@ -455,16 +455,16 @@ class Live:
         return self.references.count_live()
 
     @staticmethod
-    def build(references, encoder="hash", factory=None, progress=True, model=None):
+    def build(references, encoder="hash", factory=None, progress=True, model=None, bank=None):
         """Indexes a knowledge base anew. The old index serves until the new one is whole. model:
-        for the encoder self:LAYER.HEAD."""
+        for the encoder self:LAYER.HEAD; bank: its memories, where they are written already."""
         path = Path(references.path, "index")
         new = path.with_name("index.new")
         old = path.with_name("index.old")
         name = str(references.path)
         how = Frozen(references), name, encoder
         if isinstance(encoder, str) and encoder.startswith("self:"):
-            made = inside.KeyRetriever.build(new, *how, model, progress=progress)
+            made = inside.KeyRetriever.build(new, *how, model, bank, progress)
         else:
             made = Retriever.build(new, *how, factory, progress)
         with references.transaction():  # one process at a time
@@ -568,7 +568,8 @@ class Live:
         self.refresh()
         retriever = self.retriever
         if retriever.n_changes > max(FEW, len(self) // 2):
-            return Live.build(self.references, self.meta["embedder"])
+            model = getattr(retriever, "model", None)  # a KeyRetriever's
+            return Live.build(self.references, self.meta["embedder"], model=model)
         retriever.meta["references"] = f"{self.base}:{self.version}"
         try:
             retriever.save()

@@ -37,7 +37,7 @@ def main(args):
     report(args, bank)
     check_space(args, bank)
     fill(bank, args.batch)
-    write_index(bank.references, args.embedder, args.factory, model)
+    write_index(bank, args.embedder, args.factory)
     if args.quantize or args.codec:
         quantize(bank, args.codec)
     return bank
@@ -89,17 +89,19 @@ def fill(bank, batch):
     print(f"{bank.path}: {done}")
 
 
-def write_index(references, encoder=None, factory=None, model=None):
+def write_index(bank, encoder=None, factory=None):
     """Makes what finds references by text, or brings it up to date. encoder None: the one there
     is, or hash."""
+    references = bank.references
+    how = dict(model=bank.model, bank=bank)
     if (references.path / "index" / "meta.json").exists():
-        live = Live.open(references, model).save()
+        live = Live.open(references, bank.model).save()
         same = encoder is None or full_name(encoder) == live.embedder.name
         same = same and factory in (None, live.meta.get("factory"))
         if not same:
-            live = Live.build(references, encoder or live.embedder.name, factory, model=model)
+            live = Live.build(references, encoder or live.embedder.name, factory, **how)
     else:
-        live = Live.build(references, encoder or "hash", factory, model=model)
+        live = Live.build(references, encoder or "hash", factory, **how)
     factory = live.meta.get("factory", "keys of the memories")
     print(f"{live.path}: {len(live):,} references, {live.embedder.id}, {factory}")
 
