@@ -431,6 +431,11 @@ class Several:
         base, row = divmod(int(i), self.STEP)
         return self.banks[base].references[row]
 
+    def live(self):
+        """The ids of all bases that are not deleted (n,)."""
+        ids = [base * self.STEP + bank.live() for base, bank in enumerate(self.banks)]
+        return np.concatenate(ids)
+
     def origin(self, i):
         base, row = divmod(int(i), self.STEP)
         return f"{self.banks[base].path}, {self.banks[base].references.origin(row)}"

@@ -207,6 +207,8 @@ def test_several_bases(world, two):
     out, trace = generate(world.model, prompt, 5, two, two)
     assert Several.STEP + 1 in trace.recalls[0]["ids"]
     assert out.shape == (1, prompt.shape[1] + 5)
+    two.banks[1].delete([1])
+    assert two.live().tolist() == [*range(17), Several.STEP, Several.STEP + 2]
 
 
 def test_several_bases_on_the_command_line(world, two, capsys):
