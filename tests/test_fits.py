@@ -1,10 +1,11 @@
 """benchmarks/fits.py: bytes counted on tensors without numbers."""
 
 import doctest
+import re
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from benchmarks import fits
 from common import UserError
@@ -68,3 +69,16 @@ def test_command_and_worked_example(capsys, monkeypatch):
         with pytest.raises(UserError, match=line):
             fits.main(["--preset", "toy", "--context", context])
     assert doctest.testmod(fits).failed == 0
+
+
+@pytest.mark.slow
+def test_page_shows_what_is_counted():
+    """Catches a table of benchmarks/scale.md that is no longer what its command counts."""
+    page = (ROOT / "benchmarks/scale.md").read_text()
+    rows = re.findall(r"^(\w+plicit) (.*?)  +([\d.]+)  +[\d.]+ ", page, re.M)
+    assert len(rows) == 2 * len(fits.CASES)
+    for stage, flags, shown in rows:
+        if flags == "--param_dtype bfloat16":
+            cfg = fits.settings(stage, 2048, 1, "bfloat16", fits.CASES[flags])
+            now = fits.counted(Config.preset("2.4b"), cfg) / 1e9
+            assert abs(now / float(shown) - 1) < 0.03
