@@ -3,9 +3,8 @@
     writing    token_weights -> select_tokens -> Memories          sec. 3.3
     reading    chunk_attention: memories, header and causal context in one softmax      eq. 3.1
 
-Shapes are named as at the top of model.py; besides, G = H / Hkv is the number of query heads that
-share a key-value head, and c the number of chunks of a sequence. Nothing here has weights: all is
-the decoder's own. kernels.cu has some of these functions again, for CUDA; the functions here say
+Shapes are named as at the top of model.py. Nothing here has parameters: a memory is made with the
+decoder's own weights. kernels.cu has some of these functions again, for CUDA; the ones here define
 what it must compute.
 """
 
@@ -42,14 +41,14 @@ class Memories:
 
     @staticmethod
     def empty(config, device="cpu"):
-        """A pool with nothing in it: header and context are read, no memory is (Table C.1)."""
+        """A pool without memories: only header and context are read (Table C.1)."""
         kv = torch.zeros((0, *config.memory_shape), device=device)
         count = torch.zeros(0, dtype=torch.int64, device=device)
         return Memories(kv, count)
 
     @staticmethod
     def cat(pools):
-        """One pool of several, in their order."""
+        """Joins several pools, in their order."""
         kv = torch.cat([pool.kv for pool in pools])
         count = torch.cat([pool.count for pool in pools])
         return Memories(kv, count)
@@ -58,9 +57,9 @@ class Memories:
 # -- Which heads keep memories -----------------------------------------------------------------
 #
 # All key-value heads of the memory layers do, unless Config.memory_heads names some of them (the
-# paper's Remark 3.3). In a pool every head has its place, so that eq. (3.1) is the same for all: a
-# head that keeps nothing has no slot filled. On disk only what is kept takes room. `heads` is
-# Config.kept_heads: pairs (index of a memory layer, key-value head), None = all.
+# paper's Remark 3.3). A pool has a place for every head, so that eq. (3.1) is the same for all: a
+# head that keeps nothing has no slot filled. On disk only the heads that keep something take room.
+# `heads` is Config.kept_heads: pairs (index of a memory layer, key-value head), None = all.
 
 
 def filled_slots(count, config):
@@ -76,9 +75,10 @@ def filled_slots(count, config):
 
 
 def pack_heads(kv, heads):
-    """What of a pool goes to disk: kv (M, Lm, 2, Hkv, S, x) -> (M, K, 2, S, x), x numbers or bytes.
+    """The part of a pool that goes to disk: kv (M, Lm, 2, Hkv, S, x) -> (M, K, 2, S, x).
 
-    K is the number of pairs in `heads`. With all heads kept a record is simply kv.
+    K is the number of pairs in `heads`, x that of numbers or bytes of a vector. If all heads keep
+    memories, the record is kv itself.
     """
     if heads is None:
         return kv
@@ -86,7 +86,7 @@ def pack_heads(kv, heads):
 
 
 def unpack_heads(packed, heads, n_layers, kv_heads):
-    """The way back: (M, K, 2, S, x) -> (M, Lm, 2, Hkv, S, x), zeros where nothing is kept."""
+    """Undoes pack_heads: (M, K, 2, S, x) -> (M, Lm, 2, Hkv, S, x), zeros where nothing is kept."""
     if heads is None:
         return packed
     pool_size, _, _, slots, width = packed.shape
@@ -107,10 +107,11 @@ def token_weights(q, k, mask, approximate=False):
     summed over the query heads that share a key-value head (the paper leaves this open).
     q (N, H, n, dh), k (N, Hkv, n, dh): before RoPE and without a causal mask, for a token must have
     the same chance to be kept wherever it stands. mask (N, n) bool: True where a real token is;
-    header and padding are neither i nor j. approximate: exp without the softmax's division, as the
-    paper ran it; scores are shifted by one constant a key-value head: exp cannot overflow, and the
-    order stays. Returns (N, Hkv, n) float32, zero at masked tokens. Sums in bfloat16 would change a
-    fifth of the choices. With q = 0 each of 3 tokens gets 1/3 from each:
+    header and padding are neither i nor j. approximate: the paper's faster weights, exp(score)
+    without the division of the softmax. Here one constant for each key-value head is subtracted
+    from the scores first, so that exp cannot overflow; the order of the weights stays the same.
+    Returns (N, Hkv, n) float32, zero at masked tokens. (Sums in bfloat16 would change a fifth of
+    the choices.) With q = 0, each of 3 tokens receives 1/3 from each of the 3:
 
     >>> token_weights(torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 4, 2), torch.arange(4)[None] < 3)
     tensor([[[1., 1., 1., 0.]]])
@@ -120,20 +121,20 @@ def token_weights(q, k, mask, approximate=False):
     q = q.float().unflatten(1, (kv_heads, -1))  # (N, Hkv, G, n, dh)
     k = k.float().unsqueeze(2)  # (N, Hkv, 1, n, dh)
     device = "cpu" if q.is_meta else q.device.type
-    with torch.autocast(device, enabled=False):  # or the product would be rounded to bfloat16
-        scores = q @ k.mT / math.sqrt(head_dim)  # (N, Hkv, G, n, n): i, j
+    with torch.autocast(device, enabled=False):  # else the product would be rounded to bfloat16
+        scores = q @ k.mT / math.sqrt(head_dim)  # (N, Hkv, G, n, n): rows i, columns j
 
     i_is_token = mask[:, None, None, :, None]  # (N, 1, 1, n, 1)
     j_is_token = mask[:, None, None, None, :]  # (N, 1, 1, 1, n)
     scores = scores.masked_fill(~(i_is_token & j_is_token), -math.inf)
     if approximate:
         peak = scores.amax((2, 3, 4), keepdim=True)  # (N, Hkv, 1, 1, 1)
-        peak = peak.clamp(min=torch.finfo(torch.float32).min)  # a reference without any token
+        peak = peak.clamp(min=torch.finfo(torch.float32).min)  # -inf in an empty reference
         a = (scores - peak).exp()
     else:
-        a = scores.softmax(-1)
-        a = a.nan_to_num()  # rows where i is padding: nothing to share out
-    return a.sum((2, 3))  # over the query heads and over i: (N, Hkv, n)
+        a = scores.softmax(-1)  # the paper's a~_{i,j}
+        a = a.nan_to_num()  # the rows in which i is padding: they give nothing
+    return a.sum((2, 3))  # over the query heads and over i: w_j, (N, Hkv, n)
 
 
 def select_tokens(weights, mask, s):
@@ -162,9 +163,9 @@ def keep_tokens(q, k, mask, s, approximate=False, selection=1):
     """The tokens that each key-value head of each reference keeps: indices (N, Hkv, s), -1 = none.
 
     q, k, mask, approximate: see token_weights. selection (Config.selection): the number of the
-    rule; 1 is that of sec. 3.3. Whoever changes the rule gives the new one the next number, here
-    and in the Config: then memories chosen by different rules have different fingerprints, and
-    kernels.cu, which knows one rule, is not asked for another. UserError for an unknown rule.
+    rule; 1 is that of sec. 3.3. If you change the rule, give it the next number, here and in the
+    Config: then memories chosen by different rules have different fingerprints, and kernels.cu,
+    which knows only one rule, is not used for another. UserError for an unknown rule.
     """
     check(selection == 1, f"selection {selection}: memory.keep_tokens knows only rule 1")
     group = q.shape[1] // k.shape[1]
@@ -183,14 +184,15 @@ def attention_path(device, dtype, n, dh=64, group=1, keys=0):
     """Which code computes attention over n tokens, and why: every entry point prints it.
 
     "math" is plain products; "cpu-flash", "flash" and "cudnn" are PyTorch's fused attention;
-    "kernel" is one of the latter two, and kernels.cu for memories. dh numbers a head; group: H/Hkv;
-    keys: R*S, 0 = none.
+    "kernel" is "flash" or "cudnn" for the context and kernels.cu for the memories.
+    dh: numbers of a head; group: H/Hkv; keys: memory keys that a query reads, R*S, 0 = none.
     """
-    # Measured, forward and backward, 4 heads of 32, one thread: fused / plain takes 6.5, 4.9, 2.1,
-    # 1.45 at n = 39, 128, 256, 512 in bfloat16 (AMX), 1.18, 0.92, 0.57 at 39, 64, 256 in float32
-    few = 512 if dtype == torch.bfloat16 else 63
-    if device.type == "cpu" and n > few:
-        return "cpu-flash", f"more than {few} tokens in {dtype}"
+    # Measured, forward and backward, 4 heads of 32, one thread: time of fused / plain is 6.5, 4.9,
+    # 2.1, 1.45 at n = 39, 128, 256, 512 in bfloat16 (AMX); 1.18, 0.92, 0.57 at n = 39, 64, 256 in
+    # float32. So on a CPU plain products compute up to so many tokens:
+    most_plain = 512 if dtype == torch.bfloat16 else 63
+    if device.type == "cpu" and n > most_plain:
+        return "cpu-flash", f"more than {most_plain} tokens in {dtype}"
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type != "cuda" or not half or dh % 8 != 0:
         return "math", f"{n} tokens in {dtype}, heads of {dh}, on {device.type}"
@@ -203,9 +205,9 @@ def attention_path(device, dtype, n, dh=64, group=1, keys=0):
 
 
 def fused_on_cuda(device):
-    """Which fused attention of PyTorch's is the faster on this GPU: "cudnn" from Hopper on."""
-    # Measured on an H200, 4 x 2048 tokens, 40 heads of 80: cuDNN takes 0.34 + 1.05 ms, forward and
-    # backward, flash 0.53 + 1.69.
+    """Which of PyTorch's fused attentions is faster on this GPU: "cudnn" from Hopper on."""
+    # Measured on an H200, 4 x 2048 tokens, 40 heads of 80, forward + backward: cuDNN takes
+    # 0.34 + 1.05 ms, flash 0.53 + 1.69 ms.
     if torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0):
         return "cudnn"
     return "flash"
@@ -241,7 +243,10 @@ def _causal_scores(q, k):
 
 
 def _causal_forward(q, k, v, path):
-    """-> out (B, H, n, dh), lse (B, H, n), and what the backward of this path wants besides."""
+    """-> out (B, H, n, dh), lse (B, H, n), and what else the backward of this path needs.
+
+    lse: the logarithm of the sum of exp(score) over the keys of each query.
+    """
     if path == "cpu-flash":
         op = aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = op(q, k, v, is_causal=True)
@@ -249,11 +254,11 @@ def _causal_forward(q, k, v, path):
     if path == "flash":
         op = aten._scaled_dot_product_flash_attention
         out, lse, *saved, _ = op(q, k, v, is_causal=True)
-        return out, lse, saved  # lengths and the state of a dropout that there is not
+        return out, lse, saved  # lengths, and the random state of a dropout that is off
     if path == "cudnn":
         op = aten._scaled_dot_product_cudnn_attention
-        out, lse, *saved, _ = op(q, k, v, None, True, is_causal=True)  # no bias; with the lse
-        return out, lse.view(q.shape[:3]), saved  # the same
+        out, lse, *saved, _ = op(q, k, v, None, True, is_causal=True)  # no bias; return the lse
+        return out, lse.view(q.shape[:3]), saved  # as for flash
     scores = _causal_scores(q, k)  # (B, Hkv, G, n, n)
     lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)  # (B, Hkv, G, n)
     p = (scores - lse.unsqueeze(-1)).exp().to(v.dtype)
@@ -262,7 +267,7 @@ def _causal_forward(q, k, v, path):
 
 
 def _causal_backward(dout, q, k, v, out, lse, path, saved):
-    """The causal part's share of dq, and dk, dv, given the merged out and lse."""
+    """dk, dv, and the causal part's share of dq, given the merged out and lse -> dq, dk, dv."""
     if path == "cpu-flash":
         op = aten._scaled_dot_product_flash_attention_for_cpu_backward
         return op(dout, q, k, v, out, lse, 0.0, True)
@@ -295,21 +300,23 @@ def _causal_backward(dout, q, k, v, out, lse, path, saved):
 #
 # Every context token attends [memories of its chunk | header + causal context] in one softmax. A
 # mask over all of that would be nearly all False, and no fused kernel takes it. But a softmax over
-# two sets of keys is two softmaxes, weighed by how much each set had to say:
+# two sets of keys is two softmaxes, each weighted by its share of the sum. With lse, the logarithm
+# of the sum of exp(score):
 #
 #     lse = log(exp(lse_1) + exp(lse_2))        out = exp(lse_1-lse) out_1 + exp(lse_2-lse) out_2
 #
 # so the causal part goes to PyTorch's fused attention and the memory part, C queries by R*S keys,
 # is a small batched product, or our kernel. The backward needs no new mathematics: the gradient of
 # a softmax is p * (dp - sum(out * dout)) with p = exp(score - lse), so each part's own backward,
-# given the MERGED out and lse, is exactly its share. (Autograd fails: it knows no gradient of lse.)
+# given the MERGED out and lse, is exactly its share. (Autograd of the two calls would be wrong: it
+# knows no gradient of lse.)
 
 
 def memory_attention(out, lse, q, mem_k, mem_v, count, recall, chunk_len, n_header):
     """The memories' part of eq. (3.1): merges it into the causal part, in place.
 
     out (B, H, P+T, dh) and lse (B, H, P+T) come in as the causal part's and go out as those of the
-    whole softmax. The header attends no memory. For the rest see chunk_attention.
+    whole softmax. The header attends no memory. The other arguments: see chunk_attention.
     """
     kv_heads = mem_k.shape[1]
     queries = by_chunk(q, kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, dh)
@@ -327,7 +334,7 @@ def memory_attention(out, lse, q, mem_k, mem_v, count, recall, chunk_len, n_head
     p = (scores - lse_by_chunk).exp().to(values.dtype)  # each slot's share of the whole softmax
     memory_out = by_token(p @ values, causal_lse)  # (B, H, T, dh)
     causal_share = (causal_lse - merged_lse).exp()
-    causal_out = out[:, :, n_header:] * causal_share  # in the precision of lse
+    causal_out = out[:, :, n_header:] * causal_share  # (B, H, T, dh), in the precision of lse
     out[:, :, n_header:] = causal_out + memory_out
 
 
@@ -362,34 +369,34 @@ def memory_attention_backward(
 
 
 def by_chunk(x, kv_heads, chunk_len, n_header):
-    """x (B, H, P+T, d) -> (B*c, Hkv, G*C, d): a row for each chunk, without the header.
+    """x (B, H, P+T, e) -> (B*c, Hkv, G*C, e): a row for each chunk, without the header.
 
     The queries of the G heads of a group lie in one row, since they read the same keys. The last
-    chunk is padded with zeros.
+    chunk is padded with zeros. e is dh, or 1 for the lse.
     """
-    padding = (n_header - x.shape[2]) % chunk_len
-    x = F.pad(x, (0, 0, -n_header, padding))  # (B, H, c*C, d): -n_header cuts it off
-    x = x.unflatten(2, (-1, chunk_len))  # (B, H, c, C, d)
-    x = x.transpose(1, 2).flatten(0, 1)  # (B*c, H, C, d)
-    x = x.unflatten(1, (kv_heads, -1))  # (B*c, Hkv, G, C, d)
-    return x.flatten(2, 3)  # (B*c, Hkv, G*C, d)
+    padding = (n_header - x.shape[2]) % chunk_len  # so that C divides T + padding
+    x = F.pad(x, (0, 0, -n_header, padding))  # (B, H, c*C, e): the minus cuts the header off
+    x = x.unflatten(2, (-1, chunk_len))  # (B, H, c, C, e)
+    x = x.transpose(1, 2).flatten(0, 1)  # (B*c, H, C, e)
+    x = x.unflatten(1, (kv_heads, -1))  # (B*c, Hkv, G, C, e)
+    return x.flatten(2, 3)  # (B*c, Hkv, G*C, e)
 
 
 def by_token(x, like):
-    """The way back: x (B*c, Hkv, G*C, d) -> (B, H, T, d), whose B, H and T are those of `like`."""
+    """Undoes by_chunk: x (B*c, Hkv, G*C, e) -> (B, H, T, e); B, H and T are those of `like`."""
     batch, heads, length = like.shape[:3]
     group = heads // x.shape[1]
-    x = x.unflatten(2, (group, -1))  # (B*c, Hkv, G, C, d)
-    x = x.flatten(1, 2)  # (B*c, H, C, d)
-    x = x.unflatten(0, (batch, -1))  # (B, c, H, C, d)
-    x = x.transpose(1, 2).flatten(2, 3)  # (B, H, c*C, d)
+    x = x.unflatten(2, (group, -1))  # (B*c, Hkv, G, C, e)
+    x = x.flatten(1, 2)  # (B*c, H, C, e)
+    x = x.unflatten(0, (batch, -1))  # (B, c, H, C, e)
+    x = x.transpose(1, 2).flatten(2, 3)  # (B, H, c*C, e)
     return x[:, :, :length]  # without the padding of the last chunk
 
 
 def recalled(mem, recall):
     """The keys, or values, that each chunk reads: mem (M, Hkv, S, dh) -> (B*c, Hkv, R*S, dh).
 
-    -1 in the recall table stands for no memory; memory 0 comes in its place, to be masked.
+    -1 in the recall table stands for no memory; memory 0 takes its place, and empty_slots masks it.
     """
     rows = recall.clamp(min=0).flatten(0, 1)  # (B*c, R)
     x = mem[rows]  # (B*c, R, Hkv, S, dh)
@@ -397,7 +404,7 @@ def recalled(mem, recall):
 
 
 def empty_slots(count, recall, mem):
-    """Which of the R*S slots of a chunk hold nothing: count (M, Hkv) -> (B*c, Hkv, 1, R*S) bool."""
+    """Which of a chunk's R*S slots hold nothing: count (M, Hkv) -> (B*c, Hkv, 1, R*S) bool."""
     rows = recall.flatten(0, 1)  # (B*c, R)
     filled = count[rows.clamp(min=0)]  # (B*c, R, Hkv)
     filled = filled.masked_fill(rows.unsqueeze(-1) < 0, 0)
@@ -414,7 +421,10 @@ def memory_scores(queries, keys, empty, dtype):
 
 
 def sum_over_readers(grad, mem, recall):
-    """grad (B*c, Hkv, R*S, dh), of what each chunk read -> (M, Hkv, S, dh), of the pool."""
+    """The gradient of the pool (M, Hkv, S, dh) from that of what each chunk read of it.
+
+    grad (B*c, Hkv, R*S, dh). A memory's gradient is the sum over all chunks that read it.
+    """
     rows = recall.clamp(min=0).flatten()  # (B*c*R,)
     grad = grad.unflatten(2, (recall.shape[2], mem.shape[2]))  # (B*c, Hkv, R, S, dh)
     grad = grad.transpose(1, 2).flatten(0, 1)  # (B*c*R, Hkv, S, dh)
@@ -429,7 +439,7 @@ class _ChunkAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header, path):
         ctx.on_cuda = path in ("flash", "cudnn", "kernel")
         ctx.use_kernel = path == "kernel"
-        if ctx.use_kernel:  # on a CPU where a test has put it there
+        if ctx.use_kernel:  # for the memories; on a CPU only in tests, which emulate it there
             path = fused_on_cuda(q.device) if q.is_cuda else "cpu-flash"
         q, k, v = (_rows(x, ctx.on_cuda) for x in (q, k, v))
         mem_k, mem_v = (_rows(x, ctx.on_cuda) for x in (mem_k, mem_v))
@@ -463,9 +473,10 @@ class _ChunkAttention(torch.autograd.Function):
 
 
 def _rows(x, on_cuda):
-    """x (..., dh) as attention takes it: on CUDA wherever it lies, if only the dh numbers of a row
-    are neighbours (a copy of all queries costs as much as reading the memories); on a CPU without
-    any gap."""
+    """x (..., dh) as attention takes it: contiguous; on CUDA any strides between rows will do.
+
+    There a copy of all queries would cost as much as reading the memories.
+    """
     if on_cuda and x.stride(-1) == 1:
         return x
     return x.contiguous()
@@ -476,11 +487,12 @@ def chunk_attention(q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header, p
 
     q (B, H, P+T, dh), k v (B, Hkv, P+T, dh): header then context, after RoPE.
     mem_k mem_v (M, Hkv, S, dh): one layer of the pool; count (M,): filled slots of each memory, or
-    (M, Hkv), where its heads differ.
-    recall (B, c, R) int64: which memories chunk c = context tokens [cC, (c+1)C) reads, -1 = none;
-    c = ceil(T / C). They need no order and no mask among each other (parallel positions, sec. 3.2).
-    path: forces one of attention_path's names (tests). Returns (B, H, P+T, dh). UserError for a
-    table of another shape, or one that names memories of an empty pool.
+    (M, Hkv) where its heads differ.
+    recall (B, c, R) int64: recall[b, i] are the memories that chunk i of sequence b reads, context
+    tokens [iC, (i+1)C); -1 = none. Their order does not matter: all share one interval of positions
+    (sec. 3.2).
+    path: forces one of attention_path's names (for tests). Returns (B, H, P+T, dh). UserError for
+    a table of another shape, or for one that names memories of an empty pool.
     """
     batch, heads, length, head_dim = q.shape
     pool_size, kv_heads, slots = mem_k.shape[:3]
@@ -509,29 +521,31 @@ def chunk_attention(q, k, v, mem_k, mem_v, count, recall, chunk_len, n_header, p
 
 
 def decode_attention(q, k, v, keys, values, valid, length, n_header):
-    """One new token a sequence: adds its k v (B, Hkv, dh) to the cache, attends all that is there.
+    """Eq. (3.1) for one new token a sequence: adds its k v (B, Hkv, dh) to the cache, attends all.
 
-    q (B, H, dh); keys values (B, Hkv, N, dh), changed in place -> (B, H, dh). There is nothing to
-    merge: the cache of a memory layer is [header | memory slots | context]. valid (B, Hkv, slots)
-    bool: which slots to read; a layer without memories has none. length (1,): keys so far, with the
-    new one, which is the last; the rest is masked: no shape changes, a CUDA graph replays.
+    q (B, H, dh); keys values (B, Hkv, n_keys, dh): a layer of the cache, changed in place. Returns
+    (B, H, dh). Nothing needs merging: a memory layer's cache is [header | memory slots | context].
+    valid (B, Hkv, slots) bool: which slots to read; a layer without memories has no slots. length
+    (1,): how many keys there are, the new one included; it is the last. What lies beyond is masked
+    and not cut off, so that no shape changes and a CUDA graph can be replayed.
     """
     kv_heads, n_keys, head_dim = keys.shape[1:]
     slots = valid.shape[2]
     if runs_kernel(q, q.shape[1] // kv_heads):
+        # kernels.cu wants each sequence's heads side by side
         q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))
         return kernels.decode_attention(q, k, v, keys, values, valid, length, n_header, slots)
     keys.index_copy_(2, length - 1, k.unsqueeze(2))
     values.index_copy_(2, length - 1, v.unsqueeze(2))
-    if q.device.type == "cpu":  # where it costs nothing to look at the length
+    if q.device.type == "cpu":  # here it costs nothing to look at the length
         n_keys = int(length)
         keys = keys[:, :, :n_keys]
         values = values[:, :, :n_keys]
     q = q.unflatten(1, (kv_heads, -1))  # (B, Hkv, G, dh)
-    scores = q @ keys.mT / math.sqrt(head_dim)  # (B, Hkv, G, N)
+    scores = q @ keys.mT / math.sqrt(head_dim)  # (B, Hkv, G, n_keys)
     slot_scores = scores[..., n_header : n_header + slots]  # a view
     slot_scores.masked_fill_(~valid.unsqueeze(2), -math.inf)
-    not_yet = torch.arange(n_keys, device=q.device) >= length  # (N,)
+    not_yet = torch.arange(n_keys, device=q.device) >= length  # (n_keys,)
     scores = scores.masked_fill(not_yet, -math.inf)
     y = scores.softmax(-1) @ values  # (B, Hkv, G, dh)
     return y.flatten(1, 2)  # (B, H, dh)
@@ -540,12 +554,13 @@ def decode_attention(q, k, v, keys, values, valid, length, n_header):
 def fill_slots(kv, memories, table, n_header, codec=None):
     """Writes memories table[b] of a pool into the slots of sequence b, in place.
 
-    kv (Lm, 2, B, Hkv, N, dh): the cache of the memory layers; table (B, R) int64, -1 = none (what
-    its slots then hold is not to be read). codec: memories.kv are its codes.
+    kv (Lm, 2, B, Hkv, n_keys, dh): the cache of the memory layers. table (B, R) int64, -1 = none:
+    whatever its slots then hold must not be read. codec: if given, memories.kv are its codes.
     """
     if codec and runs_kernel(kv, 1):
-        fields = torch.tensor(codec.fields, dtype=torch.int32, device=kv.device)  # (F, 2)
-        fields = torch.cat([fields, codec.first[:, None]], 1)  # (F, 3)
+        # of each number in a code: its first bit, its bits, and the table's row of its centroid 0
+        fields = torch.tensor(codec.fields, dtype=torch.int32, device=kv.device)  # (numbers, 2)
+        fields = torch.cat([fields, codec.first[:, None]], 1)  # (numbers, 3)
         table = table.contiguous()
         kernels.decode_codes(kv, memories.kv, codec.table, fields, table, n_header)
         return

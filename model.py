@@ -5,6 +5,8 @@ Legend, used in every file:
     S memory_tokens 8    P header tokens       M memories in the pool        N references
     L n_layer            Lm n_memory_layer     H n_head              Hkv n_kv_head
     dh head_dim          d = H*dh              W mlp_width           V vocab_size
+    c chunks, ceil(T/C)  G = H/Hkv query heads that share a key-value head
+    n tokens, of a reference or of whatever else a function is given
 
 One sequence, two formats:
     plain            context at positions 0..T-1: exactly an ordinary decoder
@@ -62,10 +64,10 @@ PRESETS = dict(
 class Config:
     """The shape of a model and of its memories. The defaults are the paper's (sec. 3.3, 3.4)."""
 
-    # each with its lowest and highest value, or type alone
+    # Annotated[type, lowest value, highest value]; the comments are the help of the flags
     n_layer: Annotated[int, 1, 1000] = 44  # L
-    n_memory_layer: Annotated[int, 1, 1000] = 22  # Lm: this many layers write and read memories ...
-    memory_from: Annotated[int, 0, 1000] = 0  # ... from this one on (see sec. 3.3)
+    n_memory_layer: Annotated[int, 1, 1000] = 22  # Lm: so many layers write and read memories ...
+    memory_from: Annotated[int, 0, 1000] = 0  # ... and this is the first of them (sec. 3.3)
     n_head: Annotated[int, 1, 1024] = 40  # H
     n_kv_head: Annotated[int, 1, 1024] = 8  # Hkv
     head_dim: Annotated[int, 2, 1024] = 80  # dh
@@ -83,43 +85,35 @@ class Config:
     width: Annotated[int, 0, 2**20] = 0  # d, where it is not H*dh (Qwen3); 0 = H*dh
     qkv_bias: bool = False  # the projections q, k, v add a bias (Qwen2)
     qk_norm: bool = False  # RMSNorm of each head's q and k, before RoPE (Qwen3)
-    rope_factor: Annotated[float, 1, 1e6] = 1.0  # slow angles of RoPE turn so much slower (Llama 3)
-    rope_low: Annotated[float, 1e-6, 1e6] = 1.0  # slow: at most this many turns ...
-    rope_high: Annotated[float, 1e-6, 1e6] = 4.0  # fast, as before: more than this many ...
-    rope_original: Annotated[float, 1, 1e9] = 8192.0  # ... within so many tokens
+    rope_factor: Annotated[float, 1, 1e6] = (
+        1.0  # RoPE's low frequencies are divided by it (Llama 3)
+    )
+    rope_low: Annotated[float, 1e-6, 1e6] = 1.0  # low: fewer turns in rope_original tokens
+    rope_high: Annotated[float, 1e-6, 1e6] = 4.0  # not low: more turns in rope_original tokens
+    rope_original: Annotated[float, 1, 1e9] = 8192.0  # tokens of its first context (Llama 3)
     tied: bool = False  # input and output embeddings share weights; not in the paper
     approximate_weights: bool = False  # sec. 3.3: exp without the normalisation
-    memory_heads: str = "all"  # or some: layer.head of each that keeps memories, as 2.0,2.1,3.7
-    selection: Annotated[int, 1, 2**16] = 1  # the rule that keeps tokens, memory.keep_tokens
+    memory_heads: str = "all"  # or layer.head of each that keeps memories: 2.0,2.1,3.7
+    selection: Annotated[int, 1, 2**16] = 1  # number of the rule in memory.keep_tokens
 
     def __post_init__(self):
         self.header = tuple(int(t) for t in self.header)
         check_fields(self)
-        check(
-            self.n_memory_layer <= self.n_layer,
-            f"n_memory_layer {self.n_memory_layer} > n_layer {self.n_layer}",
-        )
-        check(
-            self.memory_layers.stop <= self.n_layer,
-            f"memory_from {self.memory_from} + n_memory_layer {self.n_memory_layer} is more than "
-            f"n_layer {self.n_layer}",
-        )
-        check(
-            self.n_head % self.n_kv_head == 0,
-            f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}",
-        )
-        check(
-            self.rope_low < self.rope_high,
-            f"rope_low {self.rope_low} is not below rope_high {self.rope_high}",
-        )
+        layers = f"n_memory_layer {self.n_memory_layer}"
+        line = f"{layers} > n_layer {self.n_layer}"
+        check(self.n_memory_layer <= self.n_layer, line)
+        line = f"memory_from {self.memory_from} + {layers} is more than n_layer {self.n_layer}"
+        check(self.memory_layers.stop <= self.n_layer, line)
+        line = f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
+        check(self.n_head % self.n_kv_head == 0, line)
+        line = f"rope_low {self.rope_low} is not below rope_high {self.rope_high}"
+        check(self.rope_low < self.rope_high, line)
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; RoPE turns pairs")
         if self.memory_heads != "all":
             self.memory_heads = self._sorted_heads()
-        check(len(self.header) > 0, "header is empty; it is at least the BOS")
-        check(
-            0 <= min(self.header) and max(self.header) < self.vocab_size,
-            f"header {self.header}: its ids are below vocab_size {self.vocab_size}",
-        )
+        check(len(self.header) > 0, "header is empty; it must have at least the BOS")
+        line = f"header {self.header}: its ids must lie below vocab_size {self.vocab_size}"
+        check(0 <= min(self.header) and max(self.header) < self.vocab_size, line)
 
     def _sorted_heads(self):
         """memory_heads checked, each once and in order: the same heads are the same text."""
@@ -220,10 +214,11 @@ def stretch(freq, config):
     Angles that turn less than rope_low times within the original context turn rope_factor times
     slower, those above rope_high as before, and those between by a share of both.
     """
-    c = config
-    turns = c.rope_original * freq / (2 * math.pi)  # (dh/2,)
-    share = ((turns - c.rope_low) / (c.rope_high - c.rope_low)).clamp(0, 1)  # of the old angle
-    return share * freq + (1 - share) * freq / c.rope_factor
+    cfg = config
+    turns = cfg.rope_original * freq / (2 * math.pi)  # (dh/2,)
+    slow_to_fast = (turns - cfg.rope_low) / (cfg.rope_high - cfg.rope_low)  # (dh/2,)
+    share = slow_to_fast.clamp(0, 1)  # of the old angle
+    return share * freq + (1 - share) * freq / cfg.rope_factor
 
 
 def apply_rope(x, cos, sin):
@@ -234,7 +229,7 @@ def apply_rope(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """The projections of an attention layer. What is attended between them, others decide."""
+    """The projections of an attention layer. Which keys are attended is decided by its callers."""
 
     def __init__(self, config):
         super().__init__()
@@ -248,16 +243,17 @@ class Attention(nn.Module):
 
     def project(self, x, cos=None, sin=None):
         """x (B, n, d) -> q (B, H, n, dh), k v (B, Hkv, n, dh); without cos and sin, before RoPE."""
-        c = self.config
+        cfg = self.config
         x = self.qkv(x)  # (B, n, (H + 2 Hkv) * dh)
-        x = x.unflatten(-1, (-1, c.head_dim)).transpose(1, 2)  # (B, H + 2 Hkv, n, dh)
-        qk, v = x.split([c.n_head + c.n_kv_head, c.n_kv_head], dim=1)
-        if c.qk_norm:
-            q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 1).to(v.dtype)  # autocast: float32
+        x = x.unflatten(-1, (-1, cfg.head_dim)).transpose(1, 2)  # (B, H + 2 Hkv, n, dh)
+        qk, v = x.split([cfg.n_head + cfg.n_kv_head, cfg.n_kv_head], dim=1)
+        if cfg.qk_norm:
+            q, k = qk.split([cfg.n_head, cfg.n_kv_head], dim=1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 1)
+            qk = qk.to(v.dtype)  # under autocast a norm returns float32
         if cos is not None:
             qk = apply_rope(qk, cos, sin)
-        q, k = qk.split([c.n_head, c.n_kv_head], dim=1)
+        q, k = qk.split([cfg.n_head, cfg.n_kv_head], dim=1)
         return q, k, v
 
     def merge(self, y):
@@ -289,15 +285,16 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
-        self.fuse = False
+        self.fuse = False  # see Memory3.fuse
 
     def forward(self, x, attend, cos=None, sin=None):
-        """x (B, n, d) -> x after this layer, and what `attend` made besides (else None).
+        """x (B, n, d) -> x after this layer, and what `attend` made besides.
 
-        attend(q, k, v) is what happens between projecting and finishing: it gets q (B, H, n, dh)
-        and k v (B, Hkv, n, dh), before RoPE unless cos and sin are given, and returns y
-        (B, H, n, dh) and what it made. y None: nobody needs x any more, and None comes back.
-        (All that leaves a layer is returned by it: recomputation and FSDP look at nothing else.)
+        attend(q, k, v) -> y, made is the attention itself; Memory3.forward and Memory3.write each
+        bring their own. It gets q (B, H, n, dh) and k v (B, Hkv, n, dh), before RoPE unless cos and
+        sin are given. It returns the output y (B, H, n, dh), or None if nobody needs x any more (x
+        is then None as well), and `made`: the layer's part of a memory when writing, else None.
+        (Results leave a layer only by being returned: recomputation and FSDP see nothing else.)
         """
         begin, finish = self.parts()
         q, k, v = begin(self, x, cos, sin)
@@ -322,9 +319,9 @@ class Block(nn.Module):
 
 @functools.cache
 def fused_parts():
-    """Block.begin and Block.finish, compiled: what lies between two matrix products becomes one
-    kernel. Each is compiled once for all layers. The cache and the attention stay outside of them:
-    the compiler would copy the whole cache to add one token to it."""
+    """Block.begin and Block.finish, compiled once for all layers: whatever lies between two matrix
+    products becomes one kernel. The cache and the attention stay outside, for the compiler would
+    copy the whole cache to add one token to it."""
     begin = torch.compile(Block.begin, dynamic=False)
     finish = torch.compile(Block.finish, dynamic=False)
     return begin, finish
@@ -332,7 +329,7 @@ def fused_parts():
 
 # -- The loss ----------------------------------------------------------------------------------
 
-MOST_LOGITS = 2**25  # of the loss, at a time: 128 MB in float32
+MOST_LOGITS = 2**25  # that the loss computes at a time: 128 MB in float32
 
 
 def cross_entropy(head, x, targets):
@@ -341,10 +338,10 @@ def cross_entropy(head, x, targets):
 
 
 class _LossInParts(torch.autograd.Function):
-    """The loss and its gradients, part by part: a part's logits are gone when the next one's come.
+    """The loss and its gradients, part by part, so that only one part's logits exist at a time.
 
-    A loss is one number, so its gradient is known up to a factor before the backward begins. Each
-    part computes its own at once, and no logits are kept or made twice.
+    The loss is one number, so before the backward begins its gradients are known up to one factor.
+    Each part computes its own at once: no logits are kept, and none are computed twice.
     """
 
     @staticmethod
@@ -377,7 +374,7 @@ class _LossInParts(torch.autograd.Function):
 
 
 def loss_in_parts(head, x, targets):
-    """As cross_entropy, without the logits of all tokens at once (and with a few, in one part)."""
+    """Like cross_entropy, but never with more than MOST_LOGITS logits at once."""
     size = max(1, MOST_LOGITS // head.out_features)
     if len(x) <= size:
         return cross_entropy(head, x, targets)
@@ -388,11 +385,11 @@ def loss_in_parts(head, x, targets):
 
 
 class Memory3(nn.Module):
-    """The decoder. forward reads memories, write makes them, decode goes on token by token.
+    """The decoder: forward reads memories, write makes them, decode adds one token at a time.
 
-    recompute (False): with True the backward computes each layer's activations again instead of
-    keeping them, in forward and in write: the memory of one layer instead of all, for a third more
-    time. The gradients are the same, to the last bit on a CPU.
+    recompute: True makes the backward of forward and write compute each layer's activations again,
+    instead of keeping them. It takes the RAM of one layer instead of all, and a third more time;
+    the gradients are the same, to the last bit on a CPU.
     """
 
     def __init__(self, config):
@@ -405,9 +402,9 @@ class Memory3(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         self.recompute = False
-        self.known_hash = None  # of the weights, from a checkpoint or before they were rounded
+        self.known_hash = None  # of the weights, as long as they do not change: see keep_hash
         self.apply(self._init)
-        for name, p in self.named_parameters():  # GPT-2's: keep the residual's size over depth
+        for name, p in self.named_parameters():  # as in GPT-2: deep residuals do not grow
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * config.n_layer))
 
@@ -423,10 +420,10 @@ class Memory3(nn.Module):
         return self.embed.weight.device
 
     def fingerprint(self):
-        """A hash of the writer: whose memories these are (Remark A.1). 16 hex digits.
+        """Names the writer of memories: only it can read them (Remark A.1). 16 hex digits.
 
-        It covers the weights and the config, and so the selection (memory_tokens, approximate_
-        weights) and the tokenizer's header, but not what only the reader needs.
+        It covers the weights and the config, and with it the selection (memory_tokens,
+        approximate_weights) and the tokenizer's header, but no field that only reading needs.
         """
         config = asdict(self.config)
         for reader in ("n_recall", "chunk_len", "max_context"):
@@ -435,14 +432,14 @@ class Memory3(nn.Module):
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
     def weights_hash(self):
-        """The hash of the weights, in hex: known of a checkpoint's until one of them changes."""
+        """The hash of the weights, in hex; that of a checkpoint is known until a weight changes."""
         trained = any(p.grad is not None for p in self.parameters())
         if self.known_hash is None or trained or self._changes() > self.known_at:
             return hash_weights(self.state_dict())
         return self.known_hash
 
     def keep_hash(self, digest):
-        """digest: the hash of the weights as they are now, or of those that they are made from."""
+        """digest: the hash of the weights as they are, or as they were before rounding."""
         self.known_hash = digest
         self.known_at = self._changes()
 
@@ -451,16 +448,16 @@ class Memory3(nn.Module):
         return sum(p._version for p in self.parameters())
 
     def rounded(self, dtype):
-        """The model with weights in `dtype`, to generate; keeps its fingerprint, for its banks."""
+        """The model with weights in `dtype`, for generation; it keeps fingerprint and banks."""
         digest = self.weights_hash()
         self.to(dtype)
         self.keep_hash(digest)
         return self
 
     def fuse(self, yes=True):
-        """Runs what lies between the matrix products of a layer through torch.compile, or not.
+        """Compiles what lies between the matrix products of a layer (torch.compile), or does not.
 
-        The first steps then wait for the compiler, the later ones start fewer kernels.
+        The first steps then wait for the compiler; later ones start fewer kernels.
         """
         for block in self.blocks:
             block.fuse = yes
@@ -469,7 +466,7 @@ class Memory3(nn.Module):
         return torch.tensor(self.config.header, device=self.device).expand(batch, -1)  # (B, P)
 
     def _layer(self, l, x, attend, cos=None, sin=None):
-        """Block l; attend(l, q, k, v) is told which. With `recompute`, again in the backward."""
+        """Runs block l with its attend(l, q, k, v); with `recompute` the backward does so again."""
         block = self.blocks[l]
         args = (x, functools.partial(attend, l), cos, sin)
         if self.recompute and torch.is_grad_enabled():
@@ -483,43 +480,43 @@ class Memory3(nn.Module):
 
         tokens (B, T) int64; targets (B, T), -1 = ignored.
         memories: None = the plain decoder; a pool of Memories (even an empty one) = the format
-        with header (sec. 3.2). recall (B, ceil(T/C), R) int64: rows of the pool, -1 = none; None =
-        no chunk reads any. cache: an empty Cache, which is filled (the prefill of a prompt, under
-        torch.no_grad); then only the last token has logits.
-        Returns logits (B, T, V) and the mean cross-entropy (None without targets). With
-        return_logits=False and targets, logits are None, and never there all at once.
+        with header (sec. 3.2). recall (B, c, R) int64: the rows of the pool that each chunk reads,
+        -1 = none; None = no chunk reads any. cache: an empty Cache, to be filled with the prompt
+        (under torch.no_grad); logits then come for the last token only: (B, 1, V).
+        Returns logits (B, T, V) and the mean cross-entropy (None without targets). With targets and
+        return_logits=False the logits are None, and never all in RAM at once.
         """
-        c = self.config
+        cfg = self.config
         B, T = tokens.shape
-        check(
-            T <= c.max_context, f"{T} tokens; the context is at most max_context = {c.max_context}"
-        )
+        line = f"{T} tokens; the context is at most max_context = {cfg.max_context}"
+        check(T <= cfg.max_context, line)
         P = 0
         positions = torch.arange(T, device=tokens.device)
         if memories is not None:
-            P = len(c.header)
+            P = len(cfg.header)
             tokens = torch.cat([self._header(B), tokens], 1)  # (B, P+T)
             header = torch.arange(P, device=tokens.device)
-            positions = torch.cat([header, positions + P + c.ref_len])  # (P+T,)
-        cos, sin = rope_table(positions, c)  # (P+T, dh)
+            positions = torch.cat([header, positions + P + cfg.ref_len])  # (P+T,)
+        cos, sin = rope_table(positions, cfg)  # (P+T, dh)
         reading = memories is not None and recall is not None
         if reading:
             layers = memories.kv.unbind(1)  # Lm times (M, 2, Hkv, S, dh)
-            filled = filled_slots(memories.count, c)  # (Lm, M, Hkv)
+            filled = filled_slots(memories.count, cfg)  # (Lm, M, Hkv)
 
         def attend(l, q, k, v):
-            """What layer l does between projecting and finishing; it makes nothing besides."""
+            """The attention of layer l when reading, eq. (3.1); nothing is made (see Block)."""
             if cache is not None:
                 cache.fill(l, k, v)
-            if not reading or l not in c.memory_layers:
+            if not reading or l not in cfg.memory_layers:
                 return causal_attention(q, k, v), None
-            i = l - c.memory_from
+            i = l - cfg.memory_from
             mem_k, mem_v = layers[i].to(q.dtype).unbind(1)  # (M, Hkv, S, dh) twice
-            pool = mem_k, mem_v, filled[i]
-            return chunk_attention(q, k, v, *pool, recall, c.chunk_len, P), None
+            count = filled[i]  # (M, Hkv)
+            y = chunk_attention(q, k, v, mem_k, mem_v, count, recall, cfg.chunk_len, P)
+            return y, None
 
         x = self.embed(tokens)  # (B, P+T, d)
-        for l in range(c.n_layer):
+        for l in range(cfg.n_layer):
             x, _ = self._layer(l, x, attend, cos, sin)
         if cache is not None:
             cache.length += T
@@ -536,9 +533,9 @@ class Memory3(nn.Module):
         return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
 
     def decode(self, tokens, cache):
-        """One more token a sequence: tokens (B,) -> logits (B, V). The cache holds all before it.
+        """Reads one more token of each sequence: (B,) -> logits (B, V). The cache has the rest.
 
-        A memory layer's buffer is [header | memory slots | context]: with the memories in place,
+        A memory layer's buffer is [header | memory slots | context]: since the memories are in it,
         eq. (3.1) is ordinary attention over one buffer.
         """
         begin, finish = self.blocks[0].parts()
@@ -558,56 +555,65 @@ class Memory3(nn.Module):
         Returns Memories with kv (N, Lm, 2, Hkv, S, dh), and with return_indices also which tokens
         each head kept: (N, Lm, Hkv, S), -1 = none. Differentiable through keys and values.
         """
-        c = self.config
+        cfg = self.config
         references = references.to(self.device)
         mask = references >= 0  # (N, n): True where a real token is
         N, n = references.shape
-        check(1 <= n <= c.ref_len, f"references of {n} tokens; the model takes 1 to {c.ref_len}")
+        line = f"references of {n} tokens; the model takes 1 to {cfg.ref_len}"
+        check(1 <= n <= cfg.ref_len, line)
         if not torch.compiler.is_compiling():
             gap = mask[:, 1:] & ~mask[:, :-1]
             check(not gap.any(), "padding stands before a token: references are left-aligned")
-        P = len(c.header)
+        P = len(cfg.header)
         tokens = torch.cat([self._header(N), references.clamp(min=0)], 1)  # (N, P+n)
-        cos, sin = rope_table(torch.arange(P + n, device=tokens.device), c)  # (P+n, dh)
-        last = c.memory_layers[-1]
-        if c.kept_heads is not None:
-            one = torch.ones(1, dtype=torch.int64, device=self.device)
-            keeps = filled_slots(one, c).unsqueeze(-1) > 0  # (Lm, 1, Hkv, 1)
+        cos, sin = rope_table(torch.arange(P + n, device=tokens.device), cfg)  # (P+n, dh)
+        last = cfg.memory_layers[-1]
+        if cfg.kept_heads is not None:
+            # which heads would fill a slot of a memory that has one token
+            one_token = torch.ones(1, dtype=torch.int64, device=self.device)
+            keeps = filled_slots(one_token, cfg).unsqueeze(-1) > 0  # (Lm, 1, Hkv, 1)
 
         def attend(l, q, k, v):
-            """What layer l does between projecting and finishing; it makes its part of the memory:
-            (N, 2, Hkv, S, dh), and which tokens it kept (N, Hkv, S)."""
+            """The attention of layer l when writing. It makes the layer's part of the memory,
+            (N, 2, Hkv, S, dh), and which tokens that keeps, (N, Hkv, S)."""
             made = None
-            if l in c.memory_layers:
+            if l in cfg.memory_layers:
+                own_q = q[:, :, P:]  # (N, H, n, dh): before RoPE, without the header
+                own_k = k[:, :, P:]  # (N, Hkv, n, dh)
+                size = cfg.memory_tokens
+                approximate = cfg.approximate_weights
                 with torch.no_grad():  # the choice has no gradient; what was chosen does
-                    rule = c.memory_tokens, c.approximate_weights, c.selection
-                    index = keep_tokens(q[:, :, P:], k[:, :, P:], mask, *rule)  # (N, Hkv, S)
-                    if c.kept_heads is not None:
-                        index = index.masked_fill(~keeps[l - c.memory_from], -1)
+                    index = keep_tokens(own_q, own_k, mask, size, approximate, cfg.selection)
+                    if cfg.kept_heads is not None:
+                        index = index.masked_fill(~keeps[l - cfg.memory_from], -1)
             q = apply_rope(q, cos, sin)
             k = apply_rope(k, cos, sin)
-            if l in c.memory_layers:
-                made = torch.stack([kept(k, index, P), kept(v, index, P)], 1), index
+            if l in cfg.memory_layers:
+                memory = torch.stack([kept(k, index, P), kept(v, index, P)], 1)
+                made = (memory, index)  # (N, 2, Hkv, S, dh), (N, Hkv, S)
             if l == last:
-                return None, made  # the references leave: nothing is needed after their keys
+                return None, made  # references are dropped here: only their keys were needed
             # padding is on the right, so the causal mask already hides it from real tokens
             return causal_attention(q, k, v), made
 
         x = self.embed(tokens)  # (N, P+n, d)
-        layers = []
+        parts = []  # of the memory, one for each memory layer
+        indices = []
         for l in range(last + 1):
             x, made = self._layer(l, x, attend)
             if made is not None:
-                layers.append(made)
-        kv = torch.stack([kv for kv, _ in layers], 1)  # (N, Lm, 2, Hkv, S, dh)
-        memories = Memories(kv, mask.sum(1).clamp(max=c.memory_tokens))
+                parts.append(made[0])
+                indices.append(made[1])
+        kv = torch.stack(parts, 1)  # (N, Lm, 2, Hkv, S, dh)
+        count = mask.sum(1).clamp(max=cfg.memory_tokens)  # (N,)
+        memories = Memories(kv, count)
         if not return_indices:
             return memories
-        return memories, torch.stack([index for _, index in layers], 1)  # (N, Lm, Hkv, S)
+        return memories, torch.stack(indices, 1)  # (N, Lm, Hkv, S)
 
 
 def kept(x, index, n_header):
-    """The keys, or values, of the kept tokens, zero in slots that stay empty.
+    """The keys, or values, of the kept tokens; zero in slots that stay empty.
 
     x (N, Hkv, P+n, dh), index (N, Hkv, S) of the tokens after the header, -1 = none
     -> (N, Hkv, S, dh).
@@ -619,40 +625,40 @@ def kept(x, index, n_header):
 
 
 class Cache:
-    """Keys and values of B sequences while they are generated, preallocated.
+    """The keys and values of B sequences while they are generated, preallocated.
 
     Layer l holds (2, B, Hkv, P + slots + max_context, dh), in the order [header | memory slots |
     context]; only memory layers have slots, R*S of them. header=False: the plain format, without
-    header and slots. length (1,): context tokens in it so far; on the device, as all is done in
-    place, in shapes that never change: what a CUDA graph of `decode` needs.
+    header and slots. length (1,): how many context tokens it holds. length is a tensor on the
+    device, all changes are in place, and shapes never change: a CUDA graph of `decode` needs that.
     """
 
     def __init__(self, config, batch, max_context, header=True, dtype=torch.float32, device="cpu"):
-        c = config
+        cfg = config
         self.config = config
-        self.n_header = len(c.header) if header else 0
-        self.n_slots = c.n_recall * c.memory_tokens if header else 0
+        self.n_header = len(cfg.header) if header else 0
+        self.n_slots = cfg.n_recall * cfg.memory_tokens if header else 0
 
         def buffers(n_layers, n_keys):
-            shape = (n_layers, 2, batch, c.n_kv_head, n_keys, c.head_dim)
+            shape = (n_layers, 2, batch, cfg.n_kv_head, n_keys, cfg.head_dim)
             return torch.zeros(shape, dtype=dtype, device=device)
 
         # the memory layers in one tensor: their slots are all filled at once
-        self.memory_kv = buffers(c.n_memory_layer, self.n_header + self.n_slots + max_context)
-        plain_kv = buffers(c.n_layer - c.n_memory_layer, self.n_header + max_context)
-        before = c.memory_from  # how many plain layers come before the memory layers
+        self.memory_kv = buffers(cfg.n_memory_layer, self.n_header + self.n_slots + max_context)
+        plain_kv = buffers(cfg.n_layer - cfg.n_memory_layer, self.n_header + max_context)
+        before = cfg.memory_from  # how many plain layers come before the memory layers
         self.kv = [*plain_kv[:before], *self.memory_kv, *plain_kv[before:]]
 
         # which slots are to be read; layers without slots have none to read
-        shape = (c.n_memory_layer, batch, c.n_kv_head, self.n_slots)
+        shape = (cfg.n_memory_layer, batch, cfg.n_kv_head, self.n_slots)
         self.valid = torch.zeros(shape, dtype=bool, device=device)
         self.no_slots = self.valid[0, :, :, :0]
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
-        start = self.n_header + c.ref_len if header else 0  # the position of the first token
-        self.rope = rope_table(torch.arange(start, start + max_context, device=device), c)
+        start = self.n_header + cfg.ref_len if header else 0  # the position of the first token
+        self.rope = rope_table(torch.arange(start, start + max_context, device=device), cfg)
 
     def clear(self):
-        """Empty again: no context, no memories."""
+        """Empties the cache: no context, no memories."""
         self.length.zero_()
         self.valid.zero_()
 
@@ -667,35 +673,37 @@ class Cache:
             buffer[:, :, start:end] = x[:, :, P:]
 
     def grow(self):
-        """Room for one more token; cos and sin (1, dh) of its position."""
+        """Makes room for one more token; returns cos and sin (1, dh) of its position."""
         cos, sin = self.rope
         cos = cos[self.length]
         sin = sin[self.length]
         self.length += 1
-        # how many keys there are then, in a layer without and in one with memories
+        # how many keys `attend` finds, in a layer without memories and in one with them
         self.end = self.n_header + self.length
         self.memory_end = self.end + self.n_slots
         return cos, sin
 
     def attend(self, l, q, k, v):
-        """Adds the new token's k v (B, Hkv, 1, dh) to layer l, and attends all that is in it.
+        """Adds the new token's k v (B, Hkv, 1, dh) to layer l, then attends all keys in it.
 
-        q (B, H, 1, dh) -> (B, H, 1, dh).
+        q (B, H, 1, dh) -> (B, H, 1, dh). `grow` has made room for the token.
         """
         end = self.end
         valid = self.no_slots
         if l in self.config.memory_layers:
             end = self.memory_end
             valid = self.valid[l - self.config.memory_from]  # (B, Hkv, R*S)
-        new = q[:, :, 0], k[:, :, 0], v[:, :, 0]  # (B, H or Hkv, dh)
-        keys, values = self.kv[l]  # (B, Hkv, N, dh) twice
-        y = decode_attention(*new, keys, values, valid, end, self.n_header)  # (B, H, dh)
-        return y.unsqueeze(2)
+        q = q.squeeze(2)  # (B, H, dh)
+        k = k.squeeze(2)  # (B, Hkv, dh)
+        v = v.squeeze(2)  # (B, Hkv, dh)
+        keys, values = self.kv[l]  # (B, Hkv, n_keys, dh) twice
+        y = decode_attention(q, k, v, keys, values, valid, end, self.n_header)  # (B, H, dh)
+        return y.unsqueeze(2)  # (B, H, 1, dh)
 
     def load_memories(self, memories, table, codec=None):
         """Overwrites the memory slots in place: sequence b now reads memories table[b].
 
-        table (B, R) rows of the pool, -1 = none. codec: the pool's kv are its codes.
+        table (B, R): rows of the pool, -1 = none. codec: if given, memories.kv are its codes.
         """
         self.valid.zero_()
         if len(memories) == 0:
@@ -712,9 +720,9 @@ class Cache:
 
 # -- Checkpoints ------------------------------------------------------------------------------
 #
-# A checkpoint is one file that may be copied and renamed: what torch.save writes of
-# dict(model=weights by name, meta=dict, optimizer=dict or nothing), then a checksum of all bytes
-# before it. meta["weights"] is the hash of the weights: the model's identity (see fingerprint).
+# A checkpoint is one file, which may be copied and renamed. It is what torch.save writes of
+# dict(model=weights by name, meta=dict, optimizer=dict or nothing), followed by a checksum of all
+# those bytes. meta["weights"] is the hash of the weights: the model's identity (see fingerprint).
 
 CHECKSUM = "crc32 "  # a checkpoint ends with this and eight hex digits: 14 bytes
 
@@ -728,7 +736,7 @@ def hash_weights(weights):
         digest.update(tensor.flatten().view(torch.uint8).numpy())
         return digest.digest()
 
-    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run while it works
+    with ThreadPoolExecutor() as pool:  # hashlib releases Python's lock while it works
         digests = pool.map(hash_tensor, sorted(weights))
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
@@ -736,7 +744,7 @@ def hash_weights(weights):
 def check_finite(weights, file):
     """UserError if a number of a state dict is nan or infinite."""
     for name, tensor in weights.items():
-        low, high = torch.aminmax(tensor.detach())  # nan is both, if there is one
+        low, high = torch.aminmax(tensor.detach())  # both are nan if any number is
         finite = math.isfinite(low) and math.isfinite(high)
         check(finite, f"{file}: weight {name} holds nan or infinite numbers; nothing is done")
 
@@ -759,9 +767,9 @@ class SummedFile:
 def save_checkpoint(path, weights, meta, optimizer=None):
     """Writes a checkpoint beside its place and renames it: a kill leaves the old one.
 
-    weights: a state dict, all finite, or UserError. meta: dict with at least config, the Config as
-    a dict. optimizer: its state, for what a run resumes. Beside a model.pt lies meta.json, the same
-    meta for people to read.
+    weights: a state dict; UserError unless all of it is finite. meta: a dict with at least config,
+    the Config as a dict. optimizer: its state, so that the run can be resumed. Beside a model.pt
+    the same meta is written as meta.json, for people to read.
     """
     path = Path(path)
     check_finite(weights, path)
@@ -777,7 +785,7 @@ def save_checkpoint(path, weights, meta, optimizer=None):
 
     copy = path.with_name("meta.json")
     if path.name == "model.pt":
-        copy.unlink(missing_ok=True)  # at no time does one of other weights lie there
+        copy.unlink(missing_ok=True)  # so that it is never that of other weights
     replace_file(path, write)
     if path.name == "model.pt":
         write_json(copy, meta)
@@ -797,11 +805,11 @@ def checksum_fault(file):
 
 
 def read_checkpoint(path, verify=True):
-    """-> dict(model, meta, and optimizer where there is one) of a checkpoint, and its file's path.
+    """-> dict(model, meta, and optimizer if there is one) of a checkpoint, and the file's path.
 
-    path: a .pt file, or a directory that holds model.pt. The tensors are mapped from the file, read
-    when they are used: copy them. verify: the checksum first, one pass over the file.
-    Raises UserError for what is no whole checkpoint.
+    path: a .pt file, or a directory that holds model.pt. The tensors are mapped from the file and
+    read when they are used: copy them. verify: check the checksum first, one pass over the file.
+    UserError for anything but a whole checkpoint.
     """
     path = Path(path)
     file = path / "model.pt" if path.is_dir() else path
@@ -822,9 +830,9 @@ def read_checkpoint(path, verify=True):
 
 
 def load_checkpoint(path, verify=True):
-    """-> model, on the CPU with weights of the file's dtype, and meta (config, stage, step,
-    tokenizer id ...). path: a .pt file of train.py, or a directory that holds model.pt. verify:
-    False saves a pass over the file and one over the weights."""
+    """-> the model, on the CPU and in the file's dtype, and meta (config, stage, step, tokenizer id
+    ...). path: a .pt file of train.py, or a directory that holds model.pt. verify=False saves a
+    pass over the file and one over the weights."""
     state, file = read_checkpoint(path, verify)
     meta = state["meta"]
     try:
