@@ -5,8 +5,10 @@ The runs of a test share one start of the processes, which takes longer than the
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from model import load_checkpoint, read_checkpoint
 STAGES = ("implicit", "explicit")
 KINDS = ("ddp", "fsdp")
 STEPS = 4
+START = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 # What every process executes: argv is a list of runs, JSON. stop: raise there, as a kill would.
 SCRIPT = """
@@ -71,8 +74,7 @@ train.run(train.cli)
 
 def torchrun(folder, *command, timeout=100):
     """Two processes -> what torchrun said, when all has ended."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    argv = [*start, *map(str, command)]
+    argv = [*START, *map(str, command)]
     return subprocess.run(argv, capture_output=True, text=True, cwd=folder, timeout=timeout)
 
 
@@ -211,6 +213,28 @@ def test_an_error_of_one_process_ends_the_run(world):
     minutes = int(re.search(r"waits (\d+) minutes", done.stdout)[1])
     assert minutes * 60 == train.parallel.TIMEOUT.total_seconds()
     assert done.stdout.count("weights:") == 1  # rank 0 alone prints
+
+
+@pytest.mark.slow
+def test_the_sigterm_of_a_batch_system_saves(world):
+    """Catches hours of many GPUs that are lost when their time is over, processes that stop after
+    different steps and wait for each other, and a checkpoint of a step that is half done."""
+    out = world / "sigterm"
+    flags = ["--data", world / "tiny", "--preset", "toy", "--n_layer", 4, "--context", 28]
+    flags += ["--batch", 2, "--out", out, "--steps", 100_000, "--save_every", 100_000]
+    command = [*START, ROOT / "train.py", *flags, "--device", "cpu", "--parallel", "fsdp"]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, cwd=world)
+    for _ in range(600):
+        if (out / "log.jsonl").exists() and len(log(out)) > 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert f"which is saved; go on with python train.py --resume {out}" in said
+    steps = [row["step"] for row in log(out)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 3
+    assert load_checkpoint(out / "last.pt")[1]["step"] == len(steps)
+    assert not list(out.glob("*.tmp"))
 
 
 def test_processes_that_do_not_fit_are_refused(tmp_path, monkeypatch):
