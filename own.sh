@@ -77,10 +77,12 @@ EXPLICIT=$(awk "BEGIN { print 0.4 * $MINUTES }")
 # shellcheck disable=SC2086
 run train.py $SHAPE --data "$OUT" --stage implicit --split train --val "$SPLITS" \
   --minutes "$IMPLICIT" --out "$OUT/implicit" $TRAIN
-# the shape is that of the implicit stage's checkpoint; the window is the same
+# the shape is that of the implicit stage's checkpoint; window and warmup are the same
+WARMUP=${SHAPE##*--warmup }
 # shellcheck disable=SC2086
 run train.py --init "$OUT/implicit" --data "$OUT" --stage explicit --split train --val "$SPLITS" \
-  --context "$CONTEXT" --minutes "$EXPLICIT" --decay 0.4 --lr 1e-3 --out "$OUT/model" $TRAIN
+  --context "$CONTEXT" --warmup "$WARMUP" --minutes "$EXPLICIT" --decay 0.4 --lr 1e-3 \
+  --out "$OUT/model" $TRAIN
 cp "$OUT/tokenizer.json" "$OUT/model/"   # so that MODEL=$OUT/model can be gone on with
 
 step "5 of 7: the knowledge base becomes memories (sec. 3.1)"
