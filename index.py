@@ -169,8 +169,12 @@ def encode_shard(
     All that `join` needs then lies in `path`/parts. Returns the fitted embedder.
     """
     parts = Path(path, "parts")
-    with lock(path):
-        plan, model, index = _prepare(path, references, tokenizer_name, encoder, factory, progress)
+    try:
+        with lock(path):
+            how = references, tokenizer_name, encoder, factory, progress
+            plan, model, index = _prepare(path, *how)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("before anything was embedded: nothing is kept") from None
     tokenizer = corpus.tokenizer(tokenizer_name)
     quantizer = exact_quantizer(index)
     i, n_shards = shard
@@ -187,15 +191,20 @@ def encode_shard(
         n_blank = np.count_nonzero(known < start + done)
         blank_file.truncate(8 * n_blank)
         with tqdm(total=stop - start, initial=done, desc="embedding", disable=not progress) as bar:
-            for first in range(start + done, stop, BATCH):
-                ids = np.arange(first, min(first + BATCH, stop), dtype="<i8")
-                vectors = embed_references(model, references, tokenizer, ids)  # (n, dim)
-                blank = ids[~vectors.any(1)]
-                blank_file.write(blank.tobytes())
-                blank_file.flush()  # first: a code vouches for what is said of its reference
-                code_file.write(encode(index, vectors, quantizer).tobytes())
-                code_file.flush()
-                bar.update(len(ids))
+            try:
+                for first in range(start + done, stop, BATCH):
+                    ids = np.arange(first, min(first + BATCH, stop), dtype="<i8")
+                    vectors = embed_references(model, references, tokenizer, ids)  # (n, dim)
+                    blank = ids[~vectors.any(1)]
+                    blank_file.write(blank.tobytes())
+                    blank_file.flush()  # first: a code vouches for what is said of its reference
+                    code_file.write(encode(index, vectors, quantizer).tobytes())
+                    code_file.flush()
+                    bar.update(len(ids))
+                    done += len(ids)
+            except KeyboardInterrupt:
+                kept = f"after {done:,} of {stop - start:,} references, which are kept"
+                raise KeyboardInterrupt(f"{kept}: the same command goes on") from None
     return model
 
 

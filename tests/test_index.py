@@ -103,7 +103,8 @@ def test_a_shard_that_is_killed_goes_on(data, many, monkeypatch):  # noqa: F811
     parts = data / "kb.index" / "parts"
     for start in (0, 8, 16):
         embedded.clear()
-        with pytest.raises(KeyboardInterrupt):
+        line = f"after {start + 8} of 47 references, which are kept: the same command goes on"
+        with pytest.raises(KeyboardInterrupt, match=line):
             Retriever.build(*how, progress=False)
         assert embedded == [start, start + 4, start + 8]
         with (parts / "1-of-1.codes").open("ab") as file:
@@ -111,9 +112,22 @@ def test_a_shard_that_is_killed_goes_on(data, many, monkeypatch):  # noqa: F811
         with (parts / "1-of-1.blank").open("ab") as file:
             file.write(np.array([30], "<i8").tobytes())
     monkeypatch.setattr(index, "embed_references", real)
+    with monkeypatch.context() as m:
+        m.setattr(index, "_train", dying_at_once)
+        with pytest.raises(KeyboardInterrupt, match="nothing is kept"):
+            Retriever.build(*how, "SQ8", progress=False)
+        with pytest.raises(KeyboardInterrupt, match="after 8 of 47"):
+            m.setattr(index, "_train", lambda *_: None)
+            m.setattr(index, "embed_references", dying)
+            embedded.clear()
+            Retriever.build(*how, progress=False)
     again = Retriever.build(*how, progress=False)
     assert np.array_equal(again.index.reconstruct_n(0, 47), vectors)
     assert again.meta == whole.meta
+
+
+def dying_at_once(*_):
+    raise KeyboardInterrupt
 
 
 def test_parts_of_something_else(data, many):  # noqa: F811
