@@ -548,10 +548,14 @@ class Memory3(nn.Module):
         x = self.norm(x[:, 0])  # (B, d)
         return self.head(x)
 
-    def write(self, references, return_indices=False):
+    def write(self, references, return_indices=False, documents=None):
         """Encodes references into explicit memories (sec. 3.2, 3.3).
 
         references (N, n) int64, -1 = padding at the end, 1 <= n <= ref_len.
+        documents (N,) int64: whole documents (Remark 3.2). Rows that follow each other and have the
+        same number are the pieces of one document, which is encoded as one sequence before its keys
+        and values are cut: a piece sees those before it. A document has at most max_context +
+        ref_len tokens: the model knows no positions beyond. None: each reference is encoded alone.
         Returns Memories with kv (N, Lm, 2, Hkv, S, dh), and with return_indices also which tokens
         each head kept: (N, Lm, Hkv, S), -1 = none. Differentiable through keys and values.
         """
@@ -565,21 +569,36 @@ class Memory3(nn.Module):
             gap = mask[:, 1:] & ~mask[:, :-1]
             check(not gap.any(), "padding stands before a token: references are left-aligned")
         P = len(cfg.header)
-        tokens = torch.cat([self._header(N), references.clamp(min=0)], 1)  # (N, P+n)
-        cos, sin = rope_table(torch.arange(P + n, device=tokens.device), cfg)  # (P+n, dh)
+        sequences = references  # (D, L): what is encoded; D = N and L = n but for documents
+        if documents is not None:
+            sequences, row, place = join_pieces(references, documents.to(self.device))
+            longest = sequences.shape[1]
+            most = cfg.max_context + cfg.ref_len
+            check(longest <= most, f"a document of {longest} tokens; the most at once is {most}")
+        D, L = sequences.shape
+        tokens = torch.cat([self._header(D), sequences.clamp(min=0)], 1)  # (D, P+L)
+        cos, sin = rope_table(torch.arange(P + L, device=tokens.device), cfg)  # (P+L, dh)
         last = cfg.memory_layers[-1]
         if cfg.kept_heads is not None:
             # which heads would fill a slot of a memory that has one token
             one_token = torch.ones(1, dtype=torch.int64, device=self.device)
             keeps = filled_slots(one_token, cfg).unsqueeze(-1) > 0  # (Lm, 1, Hkv, 1)
 
+        def own(x):
+            """Of each reference its own tokens: x (D, h, P+L, dh) -> (N, h, n, dh)."""
+            if documents is None:
+                return x[:, :, P:]  # all but the header
+            x = x.transpose(1, 2)  # (D, P+L, h, dh)
+            x = x[row[:, None], P + place]  # (N, n, h, dh)
+            return x.transpose(1, 2)
+
         def attend(l, q, k, v):
             """The attention of layer l when writing. It makes the layer's part of the memory,
             (N, 2, Hkv, S, dh), and which tokens that keeps, (N, Hkv, S)."""
             made = None
             if l in cfg.memory_layers:
-                own_q = q[:, :, P:]  # (N, H, n, dh): before RoPE, without the header
-                own_k = k[:, :, P:]  # (N, Hkv, n, dh)
+                own_q = own(q)  # (N, H, n, dh): before RoPE, without the header
+                own_k = own(k)  # (N, Hkv, n, dh)
                 size = cfg.memory_tokens
                 approximate = cfg.approximate_weights
                 with torch.no_grad():  # the choice has no gradient; what was chosen does
@@ -589,14 +608,19 @@ class Memory3(nn.Module):
             q = apply_rope(q, cos, sin)
             k = apply_rope(k, cos, sin)
             if l in cfg.memory_layers:
-                memory = torch.stack([kept(k, index, P), kept(v, index, P)], 1)
+                if documents is None:
+                    own_k = own(k)  # (N, Hkv, n, dh)
+                else:
+                    # wherever a piece stands in its document, in memory it lies at P, P+1, ...
+                    own_k = apply_rope(own_k, cos[P : P + n], sin[P : P + n])
+                memory = torch.stack([kept(own_k, index), kept(own(v), index)], 1)
                 made = (memory, index)  # (N, 2, Hkv, S, dh), (N, Hkv, S)
             if l == last:
                 return None, made  # references are dropped here: only their keys were needed
             # padding is on the right, so the causal mask already hides it from real tokens
             return causal_attention(q, k, v), made
 
-        x = self.embed(tokens)  # (N, P+n, d)
+        x = self.embed(tokens)  # (D, P+L, d)
         parts = []  # of the memory, one for each memory layer
         indices = []
         for l in range(last + 1):
@@ -612,16 +636,46 @@ class Memory3(nn.Module):
         return memories, torch.stack(indices, 1)  # (N, Lm, Hkv, S)
 
 
-def kept(x, index, n_header):
+def kept(x, index):
     """The keys, or values, of the kept tokens; zero in slots that stay empty.
 
-    x (N, Hkv, P+n, dh), index (N, Hkv, S) of the tokens after the header, -1 = none
-    -> (N, Hkv, S, dh).
+    x (N, Hkv, n, dh), index (N, Hkv, S), -1 = none -> (N, Hkv, S, dh).
     """
-    at = index.clamp(min=0) + n_header  # (N, Hkv, S)
-    at = at.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])  # (N, Hkv, S, dh)
+    at = index.clamp(min=0).unsqueeze(-1)  # (N, Hkv, S, 1)
+    at = at.expand(-1, -1, -1, x.shape[-1])  # (N, Hkv, S, dh)
     filled = (index >= 0).unsqueeze(-1)  # (N, Hkv, S, 1)
     return x.gather(2, at) * filled
+
+
+def join_pieces(references, documents):
+    """Documents from their pieces (Remark 3.2): references (N, n), documents (N,) as in write.
+
+    -> the tokens of D documents (D, L), L >= n, -1 = padding at the end; the row (N,) of each
+    piece; and the place in that row of each of its tokens (N, n), 0 for padding. UserError where
+    the pieces of a document do not follow each other.
+
+    >>> pieces = torch.tensor([[5, 6, -1], [7, 8, 9], [4, -1, -1]])
+    >>> tokens, row, place = join_pieces(pieces, torch.tensor([3, 3, 8]))
+    >>> tokens.tolist(), row.tolist()
+    ([[5, 6, 7, 8, 9], [4, -1, -1, -1, -1]], [0, 0, 1])
+    >>> place.tolist()
+    [[0, 1, 0], [2, 3, 4], [0, 0, 0]]
+    """
+    numbers, row = documents.unique_consecutive(return_inverse=True)  # (D,), (N,)
+    once = len(numbers.unique()) == len(numbers)
+    check(once, "documents: the pieces of each must follow each other")
+    n = references.shape[1]
+    is_token = references >= 0  # (N, n)
+    length = is_token.sum(1)  # (N,), of each piece
+    total = torch.zeros_like(numbers).index_add(0, row, length)  # (D,), of each document
+    begin = length.cumsum(0) - length  # (N,): where a piece begins if all is one document
+    begin = begin - (total.cumsum(0) - total)[row]  # ... in its own
+    place = begin[:, None] + torch.arange(n, device=begin.device)  # (N, n)
+    longest = max(n, int(total.max()))
+    tokens = references.new_full((len(numbers), longest), -1)  # (D, L)
+    rows = row[:, None].expand(-1, n)  # (N, n)
+    tokens[rows[is_token], place[is_token]] = references[is_token]
+    return tokens, row, place.masked_fill(~is_token, 0)
 
 
 class Cache:

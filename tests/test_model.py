@@ -14,7 +14,17 @@ import memory
 import model as model_module
 from common import UserError
 from memory import Memories
-from model import PRESETS, Block, Cache, Config, Memory3, load_checkpoint, save_checkpoint
+from model import (
+    PRESETS,
+    Block,
+    Cache,
+    Config,
+    Memory3,
+    apply_rope,
+    load_checkpoint,
+    rope_table,
+    save_checkpoint,
+)
 
 LENGTHS = [13, 4, 9, 1, 11, 6]  # of the references; 4 and 1 are fewer than the 5 that are kept
 T = 25  # 3 chunks of 7 and 4 tokens
@@ -392,6 +402,115 @@ def test_kept_heads_are_named_in_one_way(build):
     ):
         with pytest.raises(UserError, match=line):
             Config(**tiny, memory_heads=bad)
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole documents (Remark 3.2)
+
+DOCUMENTS = torch.tensor([4, 4, 4, 7, 7, 9])  # of three pieces, of two, of one
+
+
+def before_rope(model, tokens):
+    """Keys and values of one sequence (n,) without header, (Lm, 2, Hkv, n, dh), keys before RoPE:
+    caught from a plain forward over header + sequence."""
+    c = model.config
+    caught = []
+    hooks = [
+        b.attn.qkv.register_forward_hook(lambda m, x, y: caught.append(y)) for b in model.blocks
+    ]
+    with torch.no_grad():
+        model(torch.cat([torch.tensor(c.header), tokens])[None])
+    for hook in hooks:
+        hook.remove()
+    layers = []
+    for l in c.memory_layers:
+        x = caught[l][0, 3:].view(len(tokens), 10, 10).transpose(0, 1)  # (H + 2 Hkv, n, dh)
+        layers.append(torch.stack([x[6:8], x[8:10]]))
+    return torch.stack(layers)
+
+
+def test_pieces_of_a_document_are_cut_from_one_sequence_and_turned_back(case):
+    """Catches pieces that see nothing of their document, kept keys at the document's positions (the
+    pool's lie at P, P+1, ...), tokens of the header or of another piece among the kept, and padding
+    between pieces."""
+    model, _, refs = case
+    pool, index = model.write(refs, return_indices=True, documents=DOCUMENTS)
+    alone = model.write(refs)
+    assert torch.equal(pool.count, alone.count)
+    for number in (4, 7, 9):
+        rows = (DOCUMENTS == number).nonzero().flatten().tolist()
+        document = torch.cat([refs[m, : LENGTHS[m]] for m in rows])
+        kv = before_rope(model, document)
+        begin = 0
+        for m in rows:
+            n = LENGTHS[m]
+            own = kv[..., begin : begin + n, :]
+            cos, sin = rope_table(torch.arange(3, 3 + n), model.config)
+            turned = apply_rope(own[:, 0], cos, sin)  # (Lm, Hkv, n, dh)
+            filled = int(pool.count[m])
+            assert (index[m, ..., :filled] < n).all() and (index[m, ..., filled:] == -1).all()
+            at = index[m, ..., :filled, None].expand(-1, -1, -1, 10)  # (Lm, Hkv, filled, dh)
+            keys, values = pool.kv[m, ..., :filled, :].unbind(1)
+            torch.testing.assert_close(keys, turned.gather(2, at), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(values, own[:, 1].gather(2, at), rtol=1e-10, atol=1e-12)
+            begin += n
+    for m in (0, 3):  # nothing stands before the first piece
+        torch.testing.assert_close(pool.kv[m], alone.kv[m], rtol=1e-10, atol=1e-12)
+    for m in (1, 2, 4):
+        assert (pool.kv[m] - alone.kv[m]).abs().max() > 0.01
+
+
+def test_pieces_choose_by_their_own_tokens(case):
+    """Catches a choice of tokens by the attention of the whole document, or by turned queries: in
+    layer 0, where no token has seen another, a piece keeps what it would keep alone."""
+    model, _, refs = case
+    if model.config.memory_from:
+        pytest.skip("layer 0 writes no memory")
+    pool, index = model.write(refs, return_indices=True, documents=DOCUMENTS)
+    alone, by_itself = model.write(refs, return_indices=True)
+    assert torch.equal(index[:, 0], by_itself[:, 0])
+    torch.testing.assert_close(pool.kv[:, 0], alone.kv[:, 0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documents_of_one_reference_are_references(build, references, dtype):
+    """Catches a second way of writing that rounds otherwise, or other positions: every bit."""
+    model = build(dtype)
+    refs = references([13, 4, 9, 1, 12])
+    a = model.write(refs)
+    b = model.write(refs, documents=torch.tensor([2, 3, 5, 7, 11]))
+    assert torch.equal(a.kv, b.kv) and torch.equal(a.count, b.count)
+
+
+def test_a_piece_sees_those_before_it_and_no_other(case):
+    """Catches a causal mask across documents, or none within one."""
+    model, _, refs = case
+    pool = model.write(refs, documents=DOCUMENTS)
+    other = refs.clone()
+    other[1, 0] = (refs[1, 0] + 1) % 90
+    changed = model.write(other, documents=DOCUMENTS)
+    differs = (changed.kv - pool.kv).abs().amax((1, 2, 3, 4, 5)) > 1e-9
+    assert differs.tolist() == [False, True, True, False, False, False]
+
+
+def test_gradient_reaches_what_stands_before_a_piece(case):
+    """Catches pieces that are cut out of the graph: what is written in training is learnt."""
+    model, _, refs = case
+    pool = model.write(refs, documents=DOCUMENTS)
+    pool.kv[2].square().sum().backward()
+    seen = model.embed.weight.grad.abs().sum(1) > 0
+    assert seen[refs[0, : LENGTHS[0]]].all() and not seen[refs[5, : LENGTHS[5]]].all()
+
+
+def test_documents_that_cannot_be_are_refused(case, references):
+    """Catches a document longer than any position that was trained, and pieces out of order."""
+    model, _, refs = case
+    with pytest.raises(UserError, match="follow each other"):
+        model.write(refs, documents=torch.tensor([1, 1, 2, 1, 3, 3]))
+    long = references([13] * 8)
+    model.write(long[:7], documents=torch.zeros(7, dtype=torch.int64))
+    with pytest.raises(UserError, match="document of 104 tokens; the most at once is 103"):
+        model.write(long, documents=torch.zeros(8, dtype=torch.int64))
 
 
 # ---------------------------------------------------------------------------------------------
