@@ -893,7 +893,10 @@ def load_checkpoint(path, verify=True):
         config = Config.from_dict(meta["config"])
         with torch.device("meta"):  # no memory is taken before the file's weights
             model = Memory3(config)
-        weights = {name: tensor.clone() for name, tensor in state["model"].items()}
+        if "optimizer" in state:  # most of the file is not needed
+            weights = {name: tensor.clone() for name, tensor in state["model"].items()}
+        else:  # all of it is: read at once, and in memory once
+            weights = torch.load(file, map_location="cpu", weights_only=True)["model"]
         model.load_state_dict(weights, assign=True)
     except (UserError, AttributeError, TypeError, RuntimeError) as error:
         fault = " ".join(str(error).split())[:200]

@@ -439,13 +439,20 @@ def open_log(out, step, rank=0):
     path = out / "log.jsonl"
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            whole = line.endswith("}")  # not cut off by the kill
-            if whole and json.loads(line)["step"] <= step:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if step_of(line) <= step:
                 rows.append(line)
     text = "".join(row + "\n" for row in rows)
     replace_file(path, lambda file: file.write(text.encode()))
     return open(path, "a", buffering=1, encoding="utf-8")  # each line at once
+
+
+def step_of(line):
+    """The step of a row of log.jsonl; infinity for one that a kill has cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 @contextmanager

@@ -3,12 +3,15 @@
 import doctest
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import ROOT, TINY
 
 import memory
 import model as model_module
@@ -904,6 +907,38 @@ def test_checkpoint_round_trip(build, tmp_path):
                 assert there.dtype == dtype and torch.equal(there, tensor)
     with pytest.raises(UserError, match="no checkpoint there"):
         load_checkpoint(tmp_path / "other.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are Linux's")
+def test_opening_a_checkpoint_takes_its_weights_once(build, tmp_path):
+    """Catches a second copy of the weights while they are read, and states of an optimizer that
+    are read with them: peaks of an own process, in bytes."""
+    shape = dict(vocab_size=20_011, n_head=24, n_kv_head=2, head_dim=32, header=(1,))
+    model = build(torch.bfloat16, **shape)
+    weights = sum(p.numel() * 2 for p in model.parameters())  # 66 MB
+    meta = dict(config=asdict(model.config))
+    states = {name: dict(exp_avg=p.detach().float()) for name, p in model.named_parameters()}
+    save_checkpoint(tmp_path / "model.pt", model.state_dict(), meta)
+    save_checkpoint(tmp_path / "last.pt", model.state_dict(), meta, states)
+    checkpoint(build, tmp_path / "small.pt")
+    code = """
+import re, sys
+from model import load_checkpoint
+
+def peak():
+    status = open("/proc/self/status").read()
+    return int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
+
+load_checkpoint(sys.argv[1])  # what PyTorch itself takes is taken now
+before = peak()
+load_checkpoint(sys.argv[2])
+print(peak() - before)
+"""
+    for name, most in (("model.pt", 1.25), ("last.pt", 2.25)):  # mapped pages of a file count, too
+        command = [sys.executable, "-c", code, tmp_path / "small.pt", tmp_path / name]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert 0.9 * weights < int(done.stdout) < most * weights + 2**25, done.stderr
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(build, tmp_path):

