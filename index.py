@@ -264,6 +264,7 @@ def _prepare(path, references, tokenizer_name, encoder, factory, progress):
     model = embedder(encoder)
     factory = factory or choose_factory(len(references), model.dim)
     factory = factory.removeprefix("IDMap2,")  # ids are rows here
+    # a data set may be moved: its tokenizer is that of the directory above, wherever that lies
     in_parent = Path(tokenizer_name).resolve() == Path(path).resolve().parent
     plan = dict(
         format=FORMAT,
@@ -313,7 +314,7 @@ def _train(index, factory, model, references, tokenizer):
         return
     lists = n_lists(index)
     check(lists <= len(ids), f"--factory {factory}: {lists} lists for {len(ids)} references")
-    vectors = np.zeros((len(ids), model.dim), np.float32)
+    vectors = np.zeros((len(ids), model.dim), np.float32)  # the one large array of all this
     for i in range(0, len(ids), BATCH):
         some = ids[i : i + BATCH]
         vectors[i : i + BATCH] = embed_references(model, references, tokenizer, some)
@@ -333,10 +334,11 @@ def _forecast(path, references, index, factory, model, tokenizer):
     """One line, before the work: what an index will take. Times are measured on a little of it."""
     n = len(references)
     size, peak, products = predict(n, index)
-    some = _spread(n, BATCH)
+    some = _spread(n, BATCH)  # so many are embedded to see how long it takes ...
     began = time.perf_counter()
     embed_references(model, references, tokenizer, some)
     embedding = (time.perf_counter() - began) * n / max(1, len(some))
+    # ... and one product, of which k-means is made
     x = np.ones((1024, index.d), np.float32)
     began = time.perf_counter()
     x @ x.T
@@ -368,6 +370,7 @@ def join(path, references, progress=True):
     made = path / "index.faiss.tmp"
     faiss.write_index(index, str(made))
     checksum = checksum_of(made)
+    # From here on the old index is no more; a kill leaves the parts, and this is done again
     made.replace(path / "index.faiss")
     shutil.copy(parts / "embedder.npy", path / "embedder.npy")
     meta = {key: plan[key] for key in META if key in plan}
@@ -379,6 +382,7 @@ def join(path, references, progress=True):
 
 def _finished(parts, n, size, cure):
     """The code files of one complete set of shards, in order."""
+    # shards may be there of several divisions: 1-of-2 beside 1-of-3; one of them is complete
     sets = {int(file.stem.split("-of-")[1]) for file in parts.glob("*-of-*.codes")}
     missing = "1/1"
     for n_shards in sorted(sets):
@@ -401,7 +405,7 @@ def _fill(index, files, n, progress):
     inner = inner_index(index)
     if n_lists(index):
         _reserve(inner, files)
-    row = 0
+    row = 0  # of the index, and so the id of the reference
     with tqdm(total=n, desc="joining", disable=not progress) as bar:
         for codes in _blocks(files, index.sa_code_size()):
             if n_lists(index):
@@ -417,8 +421,8 @@ def _reserve(inner, files):
     """Makes each inverted list as large as it will be: else they grow by doubling."""
     faiss = optional("faiss")
     n_bytes = inner.coarse_code_size()  # a code begins with the number of its list, low byte first
-    weights = 256 ** np.arange(n_bytes)
-    counts = np.zeros(inner.nlist, np.int64)
+    weights = 256 ** np.arange(n_bytes)  # (n_bytes,)
+    counts = np.zeros(inner.nlist, np.int64)  # entries of each list
     for codes in _blocks(files, inner.sa_code_size()):
         numbers = codes[:, :n_bytes].astype(np.int64) @ weights  # (n,)
         counts += np.bincount(numbers, minlength=inner.nlist)

@@ -68,7 +68,9 @@ def common_subsequence(t, r):
     >>> common_subsequence([9, 1, 0, 2, 3], [1, 2, 3])
     3
     """
-    row = [0] * (len(r) + 1)  # row[j]: between what was read of t and the first j tokens of r
+    row = [0] * (
+        len(r) + 1
+    )  # row[j] = L[i, j]: between what was read of t and the first j tokens of r
     for x in t:
         above = row
         row = [0]
@@ -104,7 +106,7 @@ def exceeds(t, r, threshold):
     t = np.asarray(t).tolist()
     r = np.asarray(r).tolist()
     check(r, "overlap with an empty reference: eq. (3.3) divides by its length")
-    above = [n for n in range(len(r) + 1) if n / len(r) > threshold]
+    above = [n for n in range(len(r) + 1) if n / len(r) > threshold]  # N that exceed it
     if not above:
         return False
     enough = above[0]
@@ -129,11 +131,11 @@ def _best_window(t, r, floor, enough):
     places = {}  # token -> the bits of where it stands in r
     for j, token in enumerate(r):
         places[token] = places.get(token, 0) | 1 << j
-    match = [places.get(token, 0) for token in t]
+    match = [places.get(token, 0) for token in t]  # |t| integers: where in r this token stands
     best = floor
     start = 0
     while start <= max(0, len(t) - width) and best < enough:
-        flat = full
+        flat = full  # of the row above the first token: nowhere a rise
         for hits in match[start : start + width]:
             moved = flat & hits
             flat = (flat + moved) | (flat - moved)  # what is carried beyond bit n never comes back
@@ -267,12 +269,13 @@ class Retriever:
 
     def _search_rows(self, vectors, k):
         """The k best rows of the index that are not hidden; -inf where there are no more."""
-        hidden = np.fromiter(self.hidden, np.int64, len(self.hidden))
+        hidden = np.fromiter(self.hidden, np.int64, len(self.hidden))  # (any number,)
         most = k
         while True:
             ids, scores = search(self.index, vectors, most)  # (n, most)
-            out = np.isin(ids, hidden)
+            out = np.isin(ids, hidden)  # (n, most)
             n_found = ((ids >= 0) & ~out).sum(1)  # (n,)
+            # (n,): the search gave all it had; an inverted file looks into some lists only
             exhausted = (ids < 0).any(1) | (most >= self.index.ntotal)
             if (exhausted | (n_found >= k)).all():
                 break
@@ -338,7 +341,7 @@ class Retriever:
     def _put(self, ids, vectors):
         """Takes in vectors (n, dim) of references that are not there; 0: one without a word."""
         ids = np.array(ids, np.int64)
-        full = vectors.any(1)
+        full = vectors.any(1)  # (n,)
         self.blank.update(ids[~full].tolist())
         if self.fresh is None:
             self.fresh = exact_index(self.embedder.dim)
@@ -772,19 +775,20 @@ def neighbors(
     that overlap the aligned window of `context` tokens around it by more than the threshold (3.3)
     are dropped: with the answer in memory nothing is learnt. (stop - start, k) int32, -1 = none.
     """
-    line = f"--context {context}: give a multiple of chunk_len {chunk_len}"
-    check(context >= chunk_len and context % chunk_len == 0, line)
+    check_grid(chunk_len, context)
     n_chunks = len(tokens) // chunk_len
     stop = n_chunks if stop is None else min(stop, n_chunks)
-    chunks = np.asarray(tokens[start * chunk_len : stop * chunk_len]).reshape(-1, chunk_len)
+    chunks = np.asarray(tokens[start * chunk_len : stop * chunk_len])
+    chunks = chunks.reshape(-1, chunk_len)  # (stop - start, C)
     ids, _ = retriever.search(chunks, k + extra)  # (stop - start, k + extra)
     out = np.full((len(chunks), k), -1, np.int32)
     copied = {}  # (sequence, reference) -> whether the one holds a copy of the other
     for row, found in enumerate(ids.tolist()):
+        # the window of the training that the chunk lies in: all of it is read together
         sequence = (start + row) * chunk_len // context
         window = tokens[sequence * context : (sequence + 1) * context]
         kept = []
-        for i in found:
+        for i in found:  # best first
             if i < 0 or len(kept) == k:
                 break
             if (sequence, i) not in copied:  # chunks of one sequence find the same references
@@ -793,6 +797,12 @@ def neighbors(
                 kept.append(i)
         out[row, : len(kept)] = kept
     return out
+
+
+def check_grid(chunk_len, context):
+    """UserError unless windows of `context` tokens are whole chunks."""
+    line = f"--context {context}: give a multiple of chunk_len {chunk_len}"
+    check(context >= chunk_len and context % chunk_len == 0, line)
 
 
 def write_neighbors(
@@ -814,6 +824,7 @@ def write_neighbors(
     KeyboardInterrupt then says how far it came.
     """
     path = Path(path)
+    check_grid(chunk_len, context)  # first: what is refused leaves the files as they are
     index = retriever.path
     n_chunks = len(tokens) // chunk_len
     cure = cure_for(index, retriever.embedder.name)

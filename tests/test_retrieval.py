@@ -298,6 +298,9 @@ def test_neighbour_file(data, monkeypatch):
         open_neighbors(data, "other", chunk_len=9)
     with pytest.raises(ValueError, match="smaller --chunk_len"):
         retrieval.write_neighbors(path, tokens[:6], 7, references, r, 2, context=35)
+    with pytest.raises(ValueError, match="multiple of chunk_len"):
+        retrieval.write_neighbors(path, tokens, 7, references, r, 2, context=36)
+    assert np.array_equal(open_neighbors(data, "explicit", chunk_len=7)[0], whole)  # still there
     corpus.write_tokens(data / "explicit.bin", tokens[::-1], 257)  # as many, but others
     with pytest.raises(ValueError, match="for tokens"):
         open_neighbors(data, "explicit")
