@@ -411,6 +411,10 @@ def test_what_is_held_out_is_held_out(folder, tmp_path, cities):
     left_out = ("exact duplicates", "min_words", "min_entropy", "max_broken")
     assert [counts[name] for name in left_out] == [1, 1, 1, 1]
     assert (counts["read"], counts["kept"]) == (64, 60)
+    prompts = (out / "prompts.txt").read_text().splitlines()  # of what is held out, each another
+    firsts = {cities.decode(kb[i]).strip() for i in range(meta["heldout"])}
+    assert len(set(prompts)) == 3
+    assert all(any(text.startswith(prompt) for text in firsts) for prompt in prompts)
     assert counts["characters replaced"] == 2700 or counts["characters replaced"] > 900
 
 

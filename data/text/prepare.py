@@ -398,10 +398,17 @@ def write_prompts(out, tokenizer, meta, n=3):
     kb = corpus.References.open(out / "kb", meta["n_vocab"])
     held_out = meta["heldout"] or len(kb)
     prompts = []
-    for i in np.linspace(0, held_out - 1, n).astype(int):
+    short = []  # where there are only short ones
+    for i in np.linspace(0, held_out - 1, 20 * n).astype(int):
         words = tokenizer.decode(kb[i]).split()
-        prompts.append(" ".join(words[: min(8, max(1, len(words) // 2))]))
-    text = "\n".join(dict.fromkeys(prompts)) + "\n"
+        if len(words) >= 12:
+            prompts.append(" ".join(words[:8]))
+        else:
+            short.append(" ".join(words[: max(1, len(words) // 2)]))
+    prompts = list(dict.fromkeys(prompts))  # each once
+    step = max(1, len(prompts) // n)  # from all over the text
+    chosen = dict.fromkeys([*prompts[::step][:n], *prompts, *short])
+    text = "\n".join(list(chosen)[:n]) + "\n"
     replace_file(out / "prompts.txt", lambda file: file.write(text.encode()))
 
 
