@@ -970,8 +970,9 @@ def parser():
         command.add_argument("--references", default="kb", help="its references: kb, train_refs")
     embedder_help = "hash, hash:DIM, bge-m3, hf:NAME, or self:LAYER.HEAD (Remark 3.1)"
     index.add_argument("--embedder", default="hash", help=embedder_help)
-    checkpoint_help = "the model, for --embedder self:LAYER.HEAD: its keys are the vectors"
-    index.add_argument("--checkpoint", default="checkpoints/toy", help=checkpoint_help)
+    for command in (index, near):
+        checkpoint_help = "the model whose keys are the vectors, for --embedder self:LAYER.HEAD"
+        command.add_argument("--checkpoint", default="checkpoints/toy", help=checkpoint_help)
     index.add_argument("--factory", help="FAISS factory string (None: chosen by size)")
     shard_help = "i/n: only this share of the references, to be joined with the others"
     index.add_argument("--shard", type=_shard, metavar="i/n", help=shard_help)
@@ -1025,7 +1026,11 @@ def find_neighbors(path, references, a):
         report(path, Retriever.build(path, references, a.data))
     tokens = corpus.open_tokens(a.data, a.split)
     out = f"{a.data}/{a.split}.neighbors.bin"
-    retriever = Retriever.open(path, references=references)
+    model = None
+    made_of = read_json(Path(path, "meta.json"), dict(embedder=str), cure_for(path))["embedder"]
+    if made_of.startswith("self:"):
+        model = load_checkpoint(a.checkpoint)[0].eval()
+    retriever = Retriever.open(path, references=references, model=model)
     how = dict(threshold=a.threshold, context=a.context)
     write_neighbors(out, tokens, a.chunk_len, references, retriever, a.k, **how)
     rows, _ = open_neighbors(a.data, a.split)

@@ -210,6 +210,11 @@ def test_command_line(world, monkeypatch, capsys):
     retrieval.main(flags)
     assert "8 references, self:2.0:" in capsys.readouterr().out
     assert Retriever.open(path / "kb.index", model=model).search(["turku"], 1)[0].shape == (1, 1)
+    corpus.write_tokens(path / "said.bin", Letters().encode("kyivpeople turku lahti") * 3, 97)
+    said = ["--split", "said", "--chunk_len", "5", "--context", "10", "--threshold", "1"]
+    retrieval.main(["neighbors", "--data", str(path), *said])
+    rows, name = retrieval.open_neighbors(path, "said", chunk_len=5)
+    assert name == "kb" and rows.shape == (12, 1) and (rows >= 0).any()
     with pytest.raises(UserError, match="not with --embedder self:"):
         retrieval.main([*flags, "--shard", "1/2"])
     assert inside.FORMAT in (path / "kb.index" / "meta.json").read_text()
