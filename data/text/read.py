@@ -446,7 +446,11 @@ def _pieces(document):
     broken = document.broken
     number = 0
     while text or number == 0:
-        at = _cut(text, PIECE) if len(text) > PIECE else len(text)
+        at = len(text)
+        if at > 2 * PIECE:
+            at = _cut(text, PIECE)
+        elif at > PIECE:  # in the middle: no short rest that a filter would drop
+            at = _cut(text, (at + 1) // 2)
         place = f"{document.place}/{number}"
         yield Document(text[:at].strip(), title, document.file, place, broken)
         text = text[at:]
