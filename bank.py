@@ -19,6 +19,7 @@ Not here: finding references (retrieval.py), and words (corpus.py): a text is a 
 import hashlib
 import json
 import math
+import operator
 import os
 import sqlite3
 import struct
@@ -573,6 +574,11 @@ class MemoryBank:
         self.device = model.device if model else torch.device("cpu")
         self.window = max(1, WINDOW // (math.prod(self.shape) * self.dtype.itemsize))
 
+        # Whole documents (Remark 3.2): so many references, the first, are pieces of documents, and
+        # a piece is encoded after at most 2 * half - 1 others; 0 = each reference is encoded alone
+        self.n_pieces = self.meta.get("n_pieces", 0)
+        self.half = self.meta.get("half", 0)
+
         self.memories = self._store("memories.bin", self.shape[-1] * self.dtype.itemsize)
         self.codes = None
         self.codes_made = None  # when their codec was written
@@ -592,6 +598,8 @@ class MemoryBank:
     def _store(self, name, vector_bytes, codec=None):
         """vector_bytes: of a key, of a value; their number comes from the shape."""
         writer = f"{self.meta['fingerprint']} {self.meta['tokenizer_id']} {self.meta['dtype']}"
+        if self.n_pieces:
+            writer += f" whole documents {self.half}"
         if codec:
             writer += f" {codec.spec} {zlib.crc32(codec.table.cpu().numpy())}"
         record_bytes = math.prod(self.record_shape[:-1]) * vector_bytes
@@ -625,11 +633,12 @@ class MemoryBank:
                 self.codes = self._store("codes/codes.bin", codec.bytes, codec)
 
     @staticmethod
-    def create(path, model, references, dtype="bfloat16"):
+    def create(path, model, references, dtype="bfloat16", whole_documents=False):
         """A base of these references (corpus.References, or another base's), its memories missing;
         or the base that is there already, if it was made of the same.
-        dtype: bfloat16 or float32, of the memories. UserError where `path` holds something else, or
-        a reference is longer than ref_len."""
+        dtype: bfloat16 or float32, of the memories. whole_documents: references that are pieces of
+        one document are encoded as one sequence (Remark 3.2). UserError where `path` holds
+        something else, or a reference is longer than ref_len."""
         path = Path(path)
         c = model.config
         check(dtype in ("bfloat16", "float32"), f"dtype {dtype}: a bank is in bfloat16 or float32")
@@ -638,6 +647,7 @@ class MemoryBank:
             bank = MemoryBank.open(path, model)
             has = bank.meta["dtype"]
             check(has == dtype, f"{path} is a bank of {has}, not of {dtype}: give another --out")
+            bank.check_documents(whole_documents)
             line = f"{path} was made of other references than {references.path} as it is now"
             cure = "the base itself is whole; for the new ones give another --out"
             check(bank.meta["made_of"] == made_of, f"{line}: {cure}")
@@ -655,6 +665,12 @@ class MemoryBank:
             data = Path(references.path).parent
             name = Path(references.path).name
             sources = [dict(file=name, row=i) for i in range(len(references))]
+        half = 0
+        if whole_documents:
+            half = max(1, c.max_context // c.ref_len // 2)
+            line = f"whole documents: max_context {c.max_context} < ref_len {c.ref_len}"
+            check(c.max_context >= c.ref_len, f"{line} leaves no room for two pieces")
+            add_places(sources, references)
         meta = dict(
             n_vocab=references.n_vocab,
             ref_len=c.ref_len,
@@ -664,6 +680,8 @@ class MemoryBank:
             dtype=dtype,
             fingerprint=model.fingerprint(),
             made_of=made_of,
+            n_pieces=len(references) if whole_documents else 0,
+            half=half,
         )
         Texts.create(path, meta, references, sources)
         return MemoryBank.open(path, model)
@@ -692,6 +710,55 @@ class MemoryBank:
             check(tuple(shape) == tuple(model.config.memory_shape), f"{line} another shape")
         return MemoryBank(path, references, model, codes, cache)
 
+    def check_documents(self, whole):
+        """UserError if the base is of whole documents and `whole` is False, or the other way."""
+        has = "whole documents" if self.n_pieces else "references that are encoded alone"
+        check(whole == bool(self.n_pieces), f"{self.path} is of {has}: give another --out")
+
+    # -- whole documents
+
+    def _before(self, text):
+        """The ids of the pieces after which a Text is encoded; none where it stands alone.
+
+        A document of at most 2 * half pieces is one sequence. A longer one is encoded in windows of
+        so many, each half a window further: a piece sees at least the half - 1 before it, and its
+        window does not depend on how long the others are."""
+        piece = 0
+        if text.live and text.id < self.n_pieces:
+            piece = json.loads(text.source).get("piece", 0)
+        if piece == 0:
+            return range(text.id, text.id)
+        first = max(0, piece // self.half - 1) * self.half
+        return range(text.id - piece + first, text.id)
+
+    def _after(self, ids):
+        """The ids of the pieces in whose memories references `ids` have left something."""
+        found = set()
+        if not self.n_pieces:
+            return []
+        for i in map(int, ids):
+            last = min(i + 2 * self.half, self.n_pieces)
+            for text in self.references.rows(range(i + 1, last)):
+                if i in self._before(text):
+                    found.add(text.id)
+        return sorted(found)
+
+    def _texts(self, ids):
+        """The Texts of `ids` as they are now. The seal of a piece covers those before it, too: when
+        one of them changes, a memory that was made of it no longer fits, and is missing."""
+        texts = self.references.rows(ids)
+        if not self.n_pieces:
+            return texts
+        windows = [self._before(text) for text in texts]
+        wanted = {text.id for text in texts}.union(*windows)
+        now = {text.id: text for text in self.references.rows(sorted(wanted))}  # all at one moment
+        result = []
+        for text, window in zip(texts, windows, strict=True):
+            seals = struct.pack(f"<{len(window)}q", *(now[i].seal for i in window))
+            text = now[text.id]
+            result.append(text._replace(seal=zlib.crc32(seals, text.seal)))
+        return result
+
     # -- reading
 
     def recall(self, ids, decode=True):
@@ -704,7 +771,7 @@ class MemoryBank:
         row = ids.ndim == 1 and (not ids.size or ids.dtype.kind in "iu")
         check(row, f"recall takes a row of integers, not {ids.dtype} of {ids.shape}")
         ids, order = np.unique(ids.astype(np.int64), return_inverse=True)
-        texts = self.references.rows(ids)  # as they are now: what is read must fit them
+        texts = self._texts(ids)  # as they are now: what is read must fit them
         buffer = self._buffer(len(texts))
         filled = self._load(texts, buffer.numpy())  # (n,)
         kv = buffer.to(self.device, non_blocking=True)
@@ -790,7 +857,7 @@ class MemoryBank:
         """The live Texts (of `ids`), so many at a time as one reads at once."""
         ids = self.live() if ids is None else np.asarray(ids, np.int64)
         for start in range(0, len(ids), self.window):
-            texts = self.references.rows(ids[start : start + self.window])
+            texts = self._texts(ids[start : start + self.window])
             yield [text for text in texts if text.live]
 
     def stats(self):
@@ -829,6 +896,9 @@ class MemoryBank:
                 part = [texts[j] for j in there]
                 yield part, kv.view(self.dtype), filled[there].tolist(), [self.store]
             texts = [text for text, n in zip(texts, filled, strict=True) if n == 0]
+        if self.n_pieces:
+            yield from self._make_documents(texts, batch)
+            return
         # Batches of one length, the longest first: no padding to compute, and what does not fit
         # into the device's memory fails at once.
         by_length = defaultdict(list)
@@ -841,10 +911,41 @@ class MemoryBank:
                 tokens = np.stack([self.references.tokens(text) for text in part])
                 with torch.inference_mode():
                     made = self.model.write(torch.from_numpy(tokens))
-                kv = pack_heads(made.kv.to("cpu", self.dtype), self.heads)
-                line = f"{self.path}: the memory of reference {part[0].id} or a neighbour has NaN"
-                check(kv.isfinite().all(), f"{line} or infinity: the model's weights are damaged")
-                yield part, kv, made.count.tolist(), self.stores
+                yield part, self._packed(made, part), made.count.tolist(), self.stores
+
+    def _make_documents(self, texts, batch):
+        """As _make, for whole documents (Remark 3.2): at least `batch` pieces at a time, with those
+        that stand before them."""
+        windows = defaultdict(list)  # the id with which a window begins -> Texts to encode
+        for text in sorted(texts, key=operator.attrgetter("id")):
+            windows[text.id - len(self._before(text))].append(text)
+        ids = []
+        documents = []  # of which window each id is
+        part = []
+        for begin, wanted in windows.items():
+            window = range(begin, wanted[-1].id + 1)
+            ids += window
+            documents += [begin] * len(window)
+            part += wanted
+            if len(ids) < batch and begin != next(reversed(windows)):
+                continue
+            # an id may be in two windows: the later one is where it is wanted, if it is
+            rows = {(d, i): row for row, (d, i) in enumerate(zip(documents, ids, strict=True))}
+            of = [rows[text.id - len(self._before(text)), text.id] for text in part]
+            with torch.inference_mode():
+                tokens = self.references.batch(ids)  # (n, longest)
+                made = self.model.write(tokens, documents=torch.tensor(documents))[of]
+            yield part, self._packed(made, part), made.count.tolist(), self.stores
+            ids = []
+            documents = []
+            part = []
+
+    def _packed(self, made, texts):
+        """The memories of Texts as they are stored, (n, *record_shape) on the CPU."""
+        kv = pack_heads(made.kv.to("cpu", self.dtype), self.heads)
+        line = f"{self.path}: the memory of reference {texts[0].id} or a neighbour has NaN"
+        check(kv.isfinite().all(), f"{line} or infinity: the model's weights are damaged")
+        return kv
 
     def _keep(self, texts, kv, count, stores, wait=WAIT):
         """Stores memories: as numbers or codes, as each store has them."""
@@ -855,7 +956,7 @@ class MemoryBank:
         """Stores records [(store, rows (n, record_bytes) uint8), ...] of Texts, under the lock and
         only of texts that are still what they were."""
         with self.references.transaction(wait):
-            now = self.references.rows([text.id for text in texts])
+            now = self._texts([text.id for text in texts])
             for j, text in enumerate(texts):
                 if now[j] == text:
                     for store, rows in records:
@@ -883,17 +984,23 @@ class MemoryBank:
 
     def replace(self, i, tokens, source=None):
         """Gives reference i another text (a deleted one lives again) and, with it, memory. A kill
-        leaves one of the two texts, its memory missing or right."""
+        leaves one of the two texts, its memory missing or right. It stays where it is in a whole
+        document; the memories of the pieces after it are missing then."""
+        if i < self.n_pieces:
+            place = self.references.source(i).get("piece", 0)
+            source = dict(source or {}, piece=place)
         self.references.replace(i, tokens, source, self._erase)
         self._fill([i])
         return i
 
     def delete(self, ids):
         """Forgets references (one id, or many): their numbers and tokens are overwritten before
-        this returns. Their ids are not given again; recalling one gives an empty memory."""
+        this returns. Their ids are not given again; recalling one gives an empty memory. What
+        pieces of a whole document have seen of it goes, too: their memories are missing then."""
         self.references.delete(np.atleast_1d(ids).tolist(), self._erase)
 
     def _erase(self, ids):
+        ids = [*ids, *self._after(ids)]
         for i in ids:
             self.cache.pop(int(i), None)
         for store in self.stores:
@@ -939,6 +1046,19 @@ class MemoryBank:
     def compact(self):
         """Gives back what deletions left behind: after it no file of texts holds a deleted one."""
         self.references.compact()
+
+
+def add_places(sources, references):
+    """Notes in the source of each piece of a whole document how many stand before it."""
+    if isinstance(references, Texts):  # the sources of a base say it already
+        cure = "make it of the data set"
+        whole = references.meta.get("n_pieces", 0)
+        check(whole, f"{references.path} does not know whole documents: {cure}")
+        for source in sources[whole:]:  # added later: encoded alone
+            source.pop("piece", None)
+        return
+    for source, place in zip(sources, references.places().tolist(), strict=True):
+        source["piece"] = place
 
 
 def are_heads(heads, shape):

@@ -437,9 +437,13 @@ class References:
         self.n_vocab = n_vocab
 
     @staticmethod
-    def create(path, sequences, n_vocab):
-        """Writes <path>.bin and <path>.idx. Refuses an empty list and empty references."""
+    def create(path, sequences, n_vocab, documents=None):
+        """Writes <path>.bin and <path>.idx. Refuses an empty list and empty references.
+
+        documents: of how many references, one after the other, each document consists; all are
+        written to <path>.documents, for Remark 3.2 (write.py --whole_documents)."""
         check(len(sequences), f"{path}: no references to write")
+        Path(f"{path}.documents").unlink(missing_ok=True)  # it told of other references
         lengths = np.array([len(s) for s in sequences])
         check(lengths.all(), f"{path}: reference {lengths.argmin()} is empty")
         tokens = np.concatenate([checked_ids(path, s, n_vocab) for s in sequences])
@@ -447,6 +451,9 @@ class References:
         offsets[1:] = lengths.cumsum()
         write_tokens(f"{path}.bin", tokens, n_vocab)
         replace_file(f"{path}.idx", lambda file: file.write(offsets.tobytes()))
+        if documents is not None:
+            counts = np.array(documents, "<i8")
+            replace_file(f"{path}.documents", lambda file: file.write(counts.tobytes()))
         return References.open(path, n_vocab)
 
     @staticmethod
@@ -483,6 +490,17 @@ class References:
         for i, row in enumerate(rows):
             out[i, : len(row)] = row
         return out
+
+    def places(self):
+        """How many pieces of its document stand before each reference, (N,) int64. UserError where
+        the data set does not say which references are pieces of one document."""
+        file = Path(f"{self.path}.documents")
+        check(file.exists(), f"{file} is missing: this data set does not know whole documents")
+        counts = np.fromfile(file, "<i8")
+        fits = counts.sum() == len(self) and (counts > 0).all()
+        check(fits, f"{file} does not fit {self.path}.idx: {_cure(file.parent)}")
+        begin = np.repeat(counts.cumsum() - counts, counts)  # (N,): the first piece's row
+        return np.arange(len(self)) - begin
 
     @property
     def hash(self):

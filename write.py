@@ -2,6 +2,7 @@
 
     python write.py --data data/cities --references kb
     python write.py --quantize      the same memories in fewer bytes, besides (sec. 3.3)
+    python write.py --data data/mine --whole_documents --out out/whole      (Remark 3.2)
 
 The texts are copied into --out, which is from then on the knowledge base: kb.py changes it. Stopped
 and called again, write.py goes on where it was; where all is written it says so.
@@ -46,7 +47,10 @@ def main(args):
 def open_base(args, model):
     """The base at --out: as it is there, or made of --data and --references."""
     if Texts.exists(args.out) and not args.references:
-        return MemoryBank.open(args.out, model)
+        bank = MemoryBank.open(args.out, model)
+        if args.whole_documents:
+            bank.check_documents(True)
+        return bank
     name = args.references or "kb"
     if Texts.exists(name):  # the texts of another base, to be written by another model
         source = Texts(name)
@@ -56,7 +60,7 @@ def open_base(args, model):
         data = args.data
     same = tuple(corpus.tokenizer(data).header) == model.config.header
     check(same, f"{data} has another tokenizer than {args.checkpoint} wants")
-    return MemoryBank.create(args.out, model, source, args.dtype)
+    return MemoryBank.create(args.out, model, source, args.dtype, args.whole_documents)
 
 
 def report(args, bank):
@@ -70,6 +74,8 @@ def report(args, bank):
     size = f"{bank.record_bytes:,} bytes ({bank.meta['dtype']} {bank.shape})"
     total = n * bank.record_bytes
     print(f"bank: {args.out}, {n:,} memories of {size}, {total:,} bytes in all")
+    if bank.n_pieces:
+        print(f"whole documents: {2 * bank.half} references are encoded as one sequence")
 
 
 def check_space(args, bank):
@@ -137,6 +143,8 @@ def command_line(argv=None):
     p.add_argument("--references", help="its reference file (None: kb), or another knowledge base")
     p.add_argument("--out", default=BANK, help="directory of the knowledge base")
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    whole = "encode the references of a document as one sequence (Remark 3.2)"
+    p.add_argument("--whole_documents", action="store_true", help=whole)
     p.add_argument("--quantize", action="store_true", help="make the quantized memories, too")
     p.add_argument("--codec", help="FAISS string of their codec (None: chosen by size)")
     embedder = "hash, hash:DIM, bge-m3, hf:NAME or self:LAYER.HEAD (None: as it is, or hash)"

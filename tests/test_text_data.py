@@ -448,9 +448,13 @@ def test_several_processes_make_the_same(folder, tmp_path, monkeypatch):
     one = run_prepare([folder], tmp_path / "a")
     many = run_prepare([folder], tmp_path / "b", "--processes", "3")
     assert one["documents"] == many["documents"]
-    for name in ("train.bin", "val.bin", "heldout.bin", "kb.bin", "kb.idx", "train_refs.idx"):
+    for name in ("train.bin", "val.bin", "heldout.bin", "kb.bin", "kb.idx", "kb.documents"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert not multiprocessing.active_children()
+    kb = corpus.References.open(tmp_path / "a/kb")
+    places = kb.places()  # a document's pieces follow each other, from 0 on
+    assert len(places) == len(kb) and places[0] == 0
+    assert sum(places == 0) <= one["documents"]["read"]
 
 
 def killed(job):

@@ -7,7 +7,8 @@ Input: files and folders of .txt .md .rst .html .jsonl .json .csv, also .gz and 
     train.bin           training text of both stages
     heldout.bin         text that only the knowledge base has: what memories are for
     val.bin             text that neither has
-    kb.bin .idx         references: first those of the held-out documents, then the others
+    kb.bin .idx         references: first those of the held-out documents, then the others;
+                        kb.documents: how many of them each document has (Remark 3.2)
     train_refs.bin .idx those others again: what the explicit stage retrieves from
     tokenizer.json, meta.json
 Stopped and called again it goes on where it was.
@@ -198,13 +199,15 @@ REFERENCES = ("kb_heldout", "kb_seen")
 
 
 def encode_part(job):
-    """Leaves the tokens of a part in <work>/00012.<name>.bin, and the lengths of its references in
-    .idx; .tokens.json, the counts, comes last. Returns the counts."""
+    """Leaves the tokens of a part in <work>/00012.<name>.bin, the lengths of its references in
+    .idx, how many of them each document has in .documents; .tokens.json, the counts, comes last.
+    Returns the counts."""
     options, folder, stem, role = job
     tokenizer = _open_tokenizer(folder)
     dtype = corpus.dtype_for(tokenizer.n_vocab)
     counts = Counter()
     lengths = {name: [] for name in REFERENCES}
+    pieces = {name: [] for name in REFERENCES}
     with contextlib.ExitStack() as stack:  # a part may be a file of any length: nothing is held
         files = {}
         for name in SPLITS + REFERENCES:
@@ -221,12 +224,16 @@ def encode_part(job):
             write(split, [tokenizer.bos, *tokenizer.encode(full_text(row))])
             if number in (HELDOUT, TRAIN_AND_KB):
                 name = "kb_heldout" if number == HELDOUT else "kb_seen"
+                before = len(lengths[name])
                 for ids in references_of(row["text"], row["title"], tokenizer, options.ref_len):
                     write(name, ids)
                     lengths[name].append(len(ids))
+                if len(lengths[name]) > before:
+                    pieces[name].append(len(lengths[name]) - before)
     for name, numbers in lengths.items():
         counts[f"{name} references"] = len(numbers)
         _write_array(f"{stem}.{name}.idx", np.array(numbers, "<i8"))
+        _write_array(f"{stem}.{name}.documents", np.array(pieces[name], "<i8"))
     write_json(f"{stem}.tokens.json", counts)
     return counts
 
@@ -282,8 +289,11 @@ def _join_references(path, sources):
         offsets = np.zeros(len(lengths) + 1, "<i8")
         offsets[1:] = lengths.cumsum()
         _write_array(f"{path}.idx", offsets)
+        pieces = np.concatenate([np.fromfile(f"{source}.documents", "<i8") for source in sources])
+        _write_array(f"{path}.documents", pieces)
     else:
         Path(f"{path}.idx").unlink(missing_ok=True)
+        Path(f"{path}.documents").unlink(missing_ok=True)
 
 
 # -- All of it --------------------------------------------------------------------------------
