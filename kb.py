@@ -331,11 +331,15 @@ def index(a):
 
 
 def calibrate(a):
-    """Learns from questions to tell that the base knows nothing about one; below that nothing is
-    recalled. --questions: rows with "question" and "reference", the id that answers it."""
+    """Learns from questions to tell that the base knows nothing about one; for such a one nothing
+    is recalled then. Give questions as they will be asked: a wording that was never among them
+    looks like something unknown. --questions: rows with "question" and "reference", the id that
+    answers it."""
     cure = 'give .jsonl rows like {"question": "...", "reference": 17}'
-    rows = read_rows(a.questions, dict(question=str, reference=int), cure)
-    answerable = [(row["question"], row["reference"]) for row in rows]
+    answerable = []
+    for name in a.questions:
+        rows = read_rows(name, dict(question=str, reference=int), cure)
+        answerable += [(row["question"], row["reference"]) for row in rows]
     unanswerable = []
     if a.unanswerable:
         rows = read_rows(a.unanswerable, dict(question=str), 'give rows like {"question": "..."}')
@@ -390,7 +394,8 @@ def parser():
     command("stats", stats)
     factory = ("--factory", dict(help="FAISS factory string (None: chosen by size)"))
     command("index", index, embedder, factory)
-    questions = ("--questions", dict(default="data/cities/questions.jsonl", help=".jsonl"))
+    asked = ["data/cities/questions.jsonl", "data/cities/questions_reworded.jsonl"]
+    questions = ("--questions", dict(nargs="+", default=asked, help=".jsonl files"))
     none = ("--unanswerable", dict(help=".jsonl of questions that no reference answers"))
     keep = ("--keep", dict(type=share, default=0.95, help="share that is to find something"))
     command("calibrate", calibrate, questions, none, keep)
