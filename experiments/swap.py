@@ -1,0 +1,161 @@
+"""A new field of knowledge by import or by finetuning (Table 1.1's missing arm, sec. 7.4).
+
+    python experiments/swap.py --facts 5000
+
+The facts are cities that do not exist. By import they become explicit memories of a second
+knowledge base, asked together with the old one. By finetuning, a copy of the model reads the same
+texts, each with a question about it, for as many seconds as the import took, and then `--times` as
+long. Asked are the new facts, and old ones of the cities' own knowledge base (what is forgotten):
+those are read from memories that each model writes itself.
+"""
+
+import argparse
+import copy
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data/cities")]
+import prepare  # noqa: E402
+
+import corpus  # noqa: E402
+from bank import MemoryBank  # noqa: E402
+from common import number, read_rows, run  # noqa: E402
+from eval import Asker, columns, json_flag, prepare_json, write_result  # noqa: E402
+from generate import Several, model_flags, open_memory, open_model  # noqa: E402
+from memory import Memories  # noqa: E402
+from retrieval import Given, Live  # noqa: E402
+
+
+class Written:
+    """A bank whose memories the model writes now: what a finetuned model would have to do."""
+
+    codec = None
+
+    def __init__(self, model, references):
+        self.model = model
+        self.references = references
+
+    @torch.inference_mode()
+    def recall(self, ids):
+        made = self.model.write(self.references.batch(ids))
+        return Memories(made.kv, made.count)
+
+
+def rows_of(cities, first):
+    """A question for each city, the relations in turns; as data/cities asks them."""
+    rows = []
+    for i, city in enumerate(cities):
+        relation = prepare.RELATIONS[i % len(prepare.RELATIONS)]
+        words = prepare.TRAINED[relation][0][0]
+        sentences = [text.format(city[relation]) for text in prepare.STATEMENTS[relation]]
+        row = dict(question=words.format(city["name"]), answer=city[relation], city=city["name"])
+        rows.append(dict(row, sentences=sentences, reference=first + i, fact=i))
+    return rows
+
+
+def exactness(asker, rows, condition):
+    return float(np.mean([answer["exact"] for answer in asker.ask(rows, condition)]))
+
+
+def import_facts(folder, model, tokenizer, texts):
+    """The texts as a second knowledge base. -> bank, what finds them, the seconds that it took."""
+    started = time.time()
+    tokenizer.save(folder / "tokenizer.json")
+    references = corpus.References.create(folder / "facts", texts, tokenizer.n_vocab)
+    bank = MemoryBank.create(folder / "facts.kb", model, references)
+    bank.write(progress=False)
+    live = Live.build(bank.references, progress=False)
+    return bank, live, time.time() - started
+
+
+def finetune(model, tokenizer, texts, rows, seconds, lr=3e-4, batch=16):
+    """A copy of the model after so many seconds of next-token prediction on texts and questions."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1)
+    rng = np.random.default_rng(0)
+    started = time.time()
+    steps = 0
+    while time.time() - started < seconds:
+        some = rng.integers(0, len(texts), batch)
+        lines = []
+        for i in some:
+            row = rows[i]
+            answer = tokenizer.encode(row["question"] + " " + row["city"] + row["sentences"][0])
+            lines.append(torch.tensor([tokenizer.bos, *texts[i], *answer]))
+        tokens = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)  # (B, T)
+        lengths = torch.tensor([len(line) for line in lines])[:, None]
+        targets = tokens.masked_fill(torch.arange(tokens.shape[1]) >= lengths, -1)
+        loss = model(tokens[:, :-1], targets[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        steps += 1
+    model.known_hash = None  # these are other weights
+    return model.eval(), steps
+
+
+def main(argv=None):
+    form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
+    model_flags(p)
+    p.add_argument("--facts", type=number(int, 10), default=5000, help="new references")
+    p.add_argument("--questions", type=number(int, 1), default=300, help="of each kind")
+    p.add_argument("--times", type=number(float, 1), default=10, help="a longer finetuning, too")
+    json_flag(p)
+    a = p.parse_args(argv)
+    prepare_json(a)
+    model, tokenizer = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
+    old_references, old_live, old_bank = open_memory(a, model)
+    cities, _, _ = prepare.load_cities()
+    made_up = prepare.made_up_cities(a.facts, cities, seed=99)
+    texts = [tokenizer.encode(prepare.reference(city))[: model.config.ref_len] for city in made_up]
+    new_rows = rows_of(made_up, 0)
+    some = np.random.default_rng(1).permutation(len(new_rows))[: a.questions]
+    asked = [new_rows[i] for i in some]
+    old_rows = read_rows(f"{a.data}/questions.jsonl", {}, "run python data/cities/prepare.py")
+    old_rows = [dict(row, fact=i) for i, row in enumerate(old_rows[: a.questions])]
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        bank, live, seconds = import_facts(Path(folder), model, tokenizer, texts)
+        both = Several([old_live, live], [old_bank, bank])
+        for row in asked:
+            row["reference"] += Several.STEP
+        asker = Asker(model, tokenizer, both, both, both)
+        for n_recall in (3, 5, 7):
+            model.config.n_recall = n_recall
+            for condition, name in (("recalled", "memory"), ("rag", "text in context")):
+                new_share = exactness(asker, asked, condition)
+                old_share = exactness(asker, old_rows, condition)
+                n_bytes = bank.store.stride if condition == "recalled" else 2 * len(texts[0])
+                lines.append(
+                    [f"import, {name}, R = {n_recall}", seconds, new_share, old_share, n_bytes]
+                )
+    for longer in (1, a.times):
+        tuned, steps = finetune(model, tokenizer, texts, new_rows, longer * seconds)
+        tuned.config.n_recall = 5
+        given = Written(tuned, old_references)
+        asker = Asker(tuned, tokenizer, old_references, Given([[0]]), given)
+        new_share = exactness(asker, asked, "plain")
+        old_share = exactness(asker, old_rows, "oracle")
+        lines.append([f"finetuned, {steps} steps", longer * seconds, new_share, old_share, 0])
+    model.config.n_recall = 5
+    asker = Asker(model, tokenizer, old_references, old_live, Written(model, old_references))
+    new_share = exactness(asker, asked, "plain")
+    old_share = exactness(asker, old_rows, "oracle")
+    lines.append(["neither", 0, new_share, old_share, 0])
+    head = ["arm", "seconds", "new facts exact", "old facts exact", "bytes a fact"]
+    table = [[name, f"{s:.1f}", f"{x:.3f}", f"{y:.3f}", f"{b:,}"] for name, s, x, y, b in lines]
+    print(columns(head, *table))
+    write_result(a, dict(facts=a.facts, questions=a.questions, rows=lines))
+    return lines
+
+
+if __name__ == "__main__":
+    run(main)
