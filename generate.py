@@ -1,8 +1,8 @@
 """The engine: generation with recall every chunk, likelihoods, opening a model (sec. 3.1).
 
 Prompt and generated tokens lie on one grid of chunks of C = 64. Each chunk of the prompt recalls
-R = 5 memories by its own text; from then on, whenever the context has grown by a chunk, its last C
-tokens are the query for R new memories, which replace the old ones.
+R = 5 memories by its own text. From then on, whenever the length of the context is a multiple of C,
+its last C tokens are the query for R new memories, which replace the old ones.
 """
 
 import math
@@ -36,7 +36,7 @@ class Trace:
                tokens, ids and scores (B, R). Its memories stay until the next entry.
     logprobs   (B, n_new) log-probabilities of the new tokens
     greedy     (B, n_new) whether each of them was the likeliest
-    seconds    what the time went to: search, load, prefill, steps
+    seconds    where the time went: search, load, prefill, steps
     """
 
     recalls: list = field(default_factory=list)
@@ -45,7 +45,7 @@ class Trace:
     seconds: dict = field(default_factory=no_seconds)
 
     def table(self, n_chunks):
-        """(B, n_chunks, R) reference ids as one table: what model.forward needs for the same."""
+        """The reference ids that each chunk read, (B, n_chunks, R): see pool_of and forward."""
         batch, n_recall = self.recalls[0]["ids"].shape
         table = np.full((batch, n_chunks, n_recall), -1)
         for recalled in self.recalls:
@@ -54,9 +54,9 @@ class Trace:
 
 
 def pool_of(bank, ids, model, codec=None):
-    """Loads the memories that ids name: a pool, and the same ids as rows of it.
+    """Loads the memories of references `ids`: -> a pool, and `ids` as rows of that pool.
 
-    ids: any shape, -1 = none. codec: that of the bank, for a pool that is still its codes."""
+    ids: any shape, -1 = none. codec: that of the bank, if the pool's kv shall stay codes."""
     names, rows = np.unique(ids, return_inverse=True)  # ascending, each once
     table = torch.from_numpy(rows.reshape(ids.shape)).to(model.device)
     if len(names) > 0 and names[0] < 0:  # "none" comes first; the pool has no row for it
@@ -74,7 +74,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    # With the largest at 0 a tiny temperature sends the others to -inf, and none to +inf.
+    # With the largest at 0, a tiny temperature sends the others to -inf and none to +inf.
     logits = logits - logits.amax(-1, keepdim=True)
     logits = logits / max(temperature, 1e-30)  # float32 has nothing much smaller
     if top_k:
@@ -87,24 +87,24 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         before = p.cumsum(-1) - p  # 0 at the first token, so that one always stays
         ordered = ordered.masked_fill(before > top_p, -math.inf)
         logits = torch.full_like(logits, -math.inf).scatter(-1, index, ordered)
-    # p / (a number of the exponential distribution) is largest at token t with probability p_t;
-    # torch.multinomial does this as well, but makes Python wait for the GPU.
+    # If each p_t is divided by a random number of the exponential distribution, token t comes out
+    # largest with probability p_t. (torch.multinomial makes Python wait for the GPU.)
     p = logits.softmax(-1)
     noise = torch.empty_like(p).exponential_(generator=generator)
-    noise = noise.clamp(min=1e-30)  # 0 / 0 would be the largest of all
+    noise = noise.clamp(min=1e-30)  # 0 / 0 is nan, which argmax takes for the largest
     return (p / noise).argmax(-1)
 
 
 class Steps:
-    """One step of generation, over and over: decode the last token, choose the next, keep it.
+    """Repeats one step of generation: decode the last token, choose the next, keep it.
 
-    All that a step reads and writes stays in its place. So CUDA captures it once as a graph and
-    then replays that, sampling included: to start its thousand kernels from Python would take
-    longer than they run. A recall between two steps overwrites the cache's slots in place, too.
-    tokens, logprobs and greedy (B, n) are of the prompt and what follows; see Trace.
+    Whatever a step reads and writes stays in its place. So CUDA can capture the step as a graph,
+    sampling included, and replay it: starting its thousand kernels from Python takes longer than
+    running them. A recall between two steps overwrites the cache's slots in place, too.
+    tokens, logprobs and greedy (B, n) cover the prompt and what follows; see Trace.
     """
 
-    @torch.inference_mode(False)  # tensors that may be changed inside of that mode and outside
+    @torch.inference_mode(False)  # its tensors are changed both inside and outside that mode
     def __init__(self, model, batch, n, plain, forced, temperature, top_k, top_p):
         device = model.device
         weights = model.embed.weight
@@ -117,11 +117,11 @@ class Steps:
         self.logprobs = torch.zeros(batch, n, dtype=torch.float32, device=device)
         self.greedy = torch.zeros(batch, n, dtype=torch.bool, device=device)
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # the next token's place in them
-        # how often to look whether all have stopped: to look waits for the GPU
+        # look every so many tokens whether all have stopped: each look waits for the GPU
         self.look = model.config.chunk_len if weights.is_cuda else 1
 
     def start(self, tokens, forced, seed):
-        """Begins with the prompts tokens (B, T); forced (B, n_new) or None are to follow."""
+        """Begins with prompts tokens (B, T); forced (B, n_new): the tokens to follow, or None."""
         n_prompt = tokens.shape[1]
         self.tokens[:, :n_prompt] = tokens
         if self.forced:
@@ -158,7 +158,7 @@ class Steps:
     @torch.inference_mode(False)  # nor may the graph's own tensors be of that mode
     @torch.no_grad()
     def capture(self, model):
-        """As PyTorch's notes on CUDA graphs want it: run on a side stream first, then record."""
+        """Follows PyTorch's notes on CUDA graphs: run on a side stream first, then record."""
         at = self.at.clone()
         length = self.cache.length.clone()
         rng = self.generator.get_state()
@@ -169,14 +169,14 @@ class Steps:
         with torch.cuda.stream(side):
             for _ in range(3):
                 self.step(model)
-                self.at.copy_(at)  # what it wrote there will be written over
+                self.at.copy_(at)  # what it wrote will be overwritten
                 self.cache.length.copy_(length)
         current.wait_stream(side)
         self.generator.set_state(rng)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        # A workspace of cuBLAS that the graph shares with others may be freed under it: graphs of
-        # torch.compile do that. Made anew inside of the capture, it is the graph's own.
+        # cuBLAS has a workspace. If the graph shared it with others, they could free it while the
+        # graph needs it, as graphs of torch.compile do. Made during the capture, it is its own.
         torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph, stream=side):
             self.step(model)  # recorded, not run
@@ -185,28 +185,29 @@ class Steps:
 
 
 def steps_for(model, batch, n, plain, forced, temperature, top_k, top_p):
-    """Steps for B sequences of n tokens. On CUDA those of an earlier call where they fit: capturing
-    takes longer than a short answer. model.steps has the last four, of rounded lengths."""
+    """Steps for B sequences of n tokens. On CUDA those of an earlier call are used again if they
+    fit, since capturing takes longer than a short answer. model.steps keeps the last four; their
+    lengths are rounded up to powers of 2."""
     weights = model.embed.weight
     how = (plain, forced, temperature, top_k, top_p)
     if not weights.is_cuda:
         return Steps(model, batch, n, *how)
     n = min(model.config.max_context, 1 << (n - 1).bit_length())
-    places = tuple(p.data_ptr() for p in model.parameters())  # where a graph reads weights
+    places = tuple(p.data_ptr() for p in model.parameters())  # where the graph reads the weights
     reading = (model.config.n_recall, model.config.memory_heads)
     key = (batch, n, how, reading, model.blocks[0].fuse, weights.dtype, places)
     kept = vars(model).setdefault("steps", {})
     steps = kept.pop(key, None)
     if steps is None:
         steps = Steps(model, batch, n, *how)
-    kept[key] = steps  # used last, so it stands last
+    kept[key] = steps  # the most recently used stands last
     for old in list(kept)[:-4]:
         del kept[old]
     return steps
 
 
 def clock(device):
-    if device.type == "cuda":  # which works on its own
+    if device.type == "cuda":  # the GPU may still be at work
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
@@ -230,23 +231,23 @@ def generate(
     """Continues prompts by n_new tokens, recalling memories on the way (sec. 3.1).
 
     tokens (B, T) int64: prompts of one length, BOS first.
-    retriever, bank: both, or neither (then the header and an empty pool).
+    retriever, bank: both, or neither (then the model has the header and an empty pool).
     plain: the format of the implicit stage, without header.
     forced (B, n_new): tokens to follow instead of the model's own choice; the trace then says how
         likely they were, and whether the model would have chosen them.
     stop: a token at which to end early, once every sequence has it.
 
-    Returns tokens (B, T + n_new or fewer) and the Trace. UserError for what cannot be asked.
+    Returns tokens (B, T + n_new or fewer) and the Trace. UserError for arguments that do not fit.
     """
     cfg = model.config
     batch, n_prompt = tokens.shape
     n_end = n_prompt + n_new
-    check(n_prompt > 0, "the prompt is empty; it has at least the BOS")
-    check(n_new > 0, f"{n_new} new tokens were asked for; it takes at least 1")
+    check(n_prompt > 0, "the prompt is empty; it must have at least the BOS")
+    check(n_new > 0, f"{n_new} new tokens were asked for; ask for at least 1")
     check_fits(n_prompt, n_new, cfg)
     if forced is not None:
         fits = forced.shape == (batch, n_new)
-        check(fits, f"forced is to be ({batch}, {n_new}) tokens: B, n_new")
+        check(fits, f"forced must be ({batch}, {n_new}) tokens: B, n_new")
     check((retriever is None) == (bank is None), "memories need both a retriever and a bank")
     check(bank is None or not plain, "the plain format has no header and reads no memories")
     chunk_len = cfg.chunk_len
@@ -260,7 +261,7 @@ def generate(
     def retrieve(queries, chunks, codec=None):
         """Finds and loads memories. queries[i] (B, <=C): the tokens by which chunks[i] recalls.
 
-        Returns a pool and the table (B, len(chunks), R) of its rows."""
+        Returns a pool and, as rows of it, the table (B, len(chunks), R) of what each recalls."""
         start = clock(device)
         texts = [text for query in queries for text in query.tolist()]  # all chunks in one search
         ids, scores = retriever.search(texts, cfg.n_recall)  # (len(chunks) * B, R)
@@ -290,20 +291,21 @@ def generate(
     logits = model(prompt, None, pool, table, steps.cache)[0][:, 0]  # (B, V) after the last token
     if table is not None:
         steps.cache.load_memories(pool, table[:, -1])
-    del pool  # a bank's memory, used again
+    del pool  # the bank reuses its buffer
     trace.seconds["prefill"] = clock(device) - began - sum(trace.seconds.values())
 
     steps.keep(logits)
     codec = getattr(bank, "codec", None)
-    for n in range(n_prompt, n_end):  # token n comes; the ones before it are the context
+    for n in range(n_prompt, n_end):  # token n is chosen; those before it are the context
         if n > n_prompt:
             steps(model)
         if stop is not None and n % steps.look == 0:
             said = steps.tokens[:, n_prompt : n + 1]
             if before_stop(said, stop) < said.shape[1]:
                 break
-        # Token n - 1 still belonged to the old chunk: it read the old memories. Now new ones come,
-        # unless it is the prompt's last (those of the prompt stay) or nobody would read them.
+        # Token n is the first of a new chunk. Token n - 1 was the last to read the old memories;
+        # now new ones come, unless it was the prompt's last (the prompt's memories stay) or no
+        # token would read them.
         if retriever is not None and n % chunk_len == 0 and n_prompt < n < n_end - 1:
             query = steps.tokens[:, n - chunk_len : n].clone()  # (B, C)
             pool, table = retrieve([query], [n // chunk_len], codec)
@@ -320,7 +322,7 @@ def generate(
 
 
 def check_fits(n_prompt, n_new, cfg):
-    """UserError, with what would fit, where prompt and answer are longer than the context."""
+    """UserError, saying what would fit, if prompt and answer are longer than max_context."""
     most = cfg.max_context
     line = f"{n_prompt} prompt tokens and {n_new} new ones are more than max_context = {most}"
     check(n_prompt < most, f"{line}: shorten the prompt")
@@ -328,13 +330,13 @@ def check_fits(n_prompt, n_new, cfg):
 
 
 def before_stop(said, stop):
-    """How many columns of said (B, n) come before every sequence has had `stop`."""
+    """How many columns of said (B, n) come before the one in which the last sequence stops."""
     going_on = (said != stop).cumprod(1)  # 1 up to the stop of each sequence
     return int(going_on.any(0).sum())
 
 
 def in_context(texts, prompt, room):
-    """RAG: texts (token lists, the best first) before the prompt, as many as `room` tokens hold."""
+    """RAG: puts texts (token lists, best first) before the prompt, as many as fit `room` tokens."""
     context = []
     for text in texts:
         if len(context) + len(text) + len(prompt) > room:
@@ -348,14 +350,14 @@ def in_context(texts, prompt, room):
 
 @torch.inference_mode()
 def likelihood(model, pairs, memories=None, recall=None):
-    """How likely texts are to go on so.
+    """How likely the model finds given continuations.
 
-    pairs: of token lists (before, after), of any lengths, before not empty. One batch, padded on
-    the right, where no token looks. memories: a pool, None = the plain format. recall (B, R): the
-    rows of it that pair b reads, in all its chunks.
+    pairs: (before, after), token lists of any length; `before` must not be empty. They make one
+    batch, padded on the right, where no token looks. memories: a pool; None = the plain format.
+    recall (B, R): the rows of the pool that pair b reads, in all its chunks.
 
-    Returns for each pair the log of the probability of `after`, and whether each of its tokens is
-    the likeliest; (0.0, True) for an empty one.
+    Returns for each pair the log-probability of `after`, and whether each of its tokens is the
+    likeliest; (0.0, True) for an empty one.
     """
     rows = [torch.tensor([*before, *after[:-1]], device=model.device) for before, after in pairs]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
@@ -378,29 +380,33 @@ def likelihood(model, pairs, memories=None, recall=None):
 
 
 def remember(text, tokenizer, config, retriever, bank):
-    """Writes a text into the knowledge base, the bank and the index, now. Returns reference ids.
+    """Writes a text and its memory into the knowledge base at once. Returns reference ids.
 
-    A text beyond ref_len tokens becomes several references, as in sec. 4.4. What is known already,
-    word for word, is not written again. UserError for a text without a letter or digit.
-    retriever finds it at its next search, as it takes in whatever has changed."""
-    check(any(letter.isalnum() for letter in text), f"--remember {text!r}: there is no word in it")
+    A text of more than ref_len tokens becomes several references, as in sec. 4.4. A text that is
+    there already, word for word, is not written again. UserError for a text without a letter or
+    digit. The retriever takes in what has changed at its next search, and so finds the text."""
+    has_word = any(letter.isalnum() for letter in text)
+    check(has_word, f"--remember {text!r}: there is no word in it")
     tokens = tokenizer.encode(text)
-    pieces = [tokens[i : i + config.ref_len] for i in range(0, len(tokens), config.ref_len)]
-    return bank.add(pieces, [dict(source="--remember")] * len(pieces))
+    pieces = []
+    for start in range(0, len(tokens), config.ref_len):
+        pieces.append(tokens[start : start + config.ref_len])
+    sources = [dict(source="--remember")] * len(pieces)
+    return bank.add(pieces, sources)
 
 
 # -- Several knowledge bases ------------------------------------------------------------------
 
 
 class Several:
-    """Several knowledge bases as one (sec. 7.4): it finds references in all and recalls them.
+    """Several knowledge bases as one (sec. 7.4): finds references in all of them and recalls them.
 
-    Reference i of base b has the id b * STEP + i. Scores are comparable: what embedders have learnt
-    of word frequencies in each base is put together, and what was found is scored by that.
+    Reference i of base b has the id b * STEP + i. To make scores comparable, the word frequencies
+    that the embedders have learnt from each base are added up, and what was found is scored anew.
     """
 
     STEP = 10**9
-    codec = None  # their memories come as numbers, whatever they are on disk
+    codec = None  # their memories come as numbers, even from codes on disk
 
     def __init__(self, sources, banks):
         self.sources = sources  # what finds references in each
@@ -413,7 +419,7 @@ class Several:
         self.embedder = self._common_embedder()
 
     def _common_embedder(self):
-        """None where all bases have the same one."""
+        """An embedder that knows the words of all bases; None if all have the same one."""
         embedders = [source.embedder for source in self.sources]
         if len({each.id for each in embedders}) == 1:
             return None
@@ -456,7 +462,7 @@ class Several:
         return np.take_along_axis(ids, best, 1), np.take_along_axis(scores, best, 1)
 
     def _scores(self, source, queries, found):
-        """The scores of what one base found, (n, k), by the common embedder."""
+        """(n, k): what one base found, scored by the common embedder."""
         scores = np.full(found.shape, NOTHING, np.float32)
         vectors = self.embedder.encode(source.texts_of(queries))  # (n, dim)
         for n, texts in enumerate(source.found_texts(found)):
@@ -468,7 +474,7 @@ class Several:
         """As MemoryBank.recall: a pool, row m the memory of ids[m]."""
         ids = np.asarray(ids)
         pools = []
-        rows = []  # where each pool's rows come to lie
+        rows = []  # the places of each pool's memories in `ids`
         for base, bank in enumerate(self.banks):
             of_base = np.flatnonzero(ids // self.STEP == base)
             if len(of_base):
@@ -496,13 +502,13 @@ def model_flags(parser, bank=True):
     add("--checkpoint", default="checkpoints/toy", help="a .pt file, or a directory of one")
     add("--data", default="data/cities", help="a prepared data set")
     add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
-    add("--no_verify", action="store_true", help="without the checkpoint's checksum: opens faster")
-    add("--n_recall", type=number(int, 0), default=0, help="R; 0: that of the checkpoint")
+    add("--no_verify", action="store_true", help="skip the checkpoint's checksum: opens faster")
+    add("--n_recall", type=number(int, 0), default=0, help="R, memories a chunk; 0: as trained")
     if bank:
         add("--references", default="kb", help="its knowledge base")
         add("--bank", default=BANK, help="directory of the knowledge base and its memories")
-        add("--kb", action="append", default=[], help="the same; several are searched together")
-        add("--filter", action="append", default=[], help="key=value that a source must say")
+        add("--kb", action="append", default=[], help="like --bank; repeat it to search several")
+        add("--filter", action="append", default=[], help="only sources with this key=value")
 
 
 def place(template, data, references):
@@ -518,8 +524,9 @@ def place(template, data, references):
 def open_model(checkpoint, data, device, dtype="auto", n_recall=0, verify=True):
     """-> model and tokenizer, checked against each other; prints what runs and why.
 
-    dtype: of the weights; auto: bfloat16 on a GPU that has it: decoding waits for their bytes.
-    n_recall: R, other than the checkpoint's. (What a memory is depends on no R: any bank fits.)"""
+    dtype: of the weights; auto: bfloat16 on a GPU that has it, for the time of decoding is that of
+    reading the weights. n_recall: R, if not the checkpoint's. (A memory does not depend on R, so
+    any R goes with the same bank.)"""
     model, meta = load_checkpoint(checkpoint, verify)
     device = find_device(device)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -536,7 +543,7 @@ def open_model(checkpoint, data, device, dtype="auto", n_recall=0, verify=True):
 
 
 def say_what_runs(checkpoint, model):
-    """Prints a line: the model's size and device, which attention it takes, and why."""
+    """Prints one line: the model's size, its device, which attention runs, and why."""
     cfg = model.config
     dtype = model.embed.weight.dtype
     tokens = len(cfg.header) + cfg.chunk_len
@@ -548,10 +555,10 @@ def say_what_runs(checkpoint, model):
 
 
 def open_memory(a, model, cold_start=False):
-    """a: the flags of model_flags. -> the references of the knowledge base, what finds them, and
-    the bank of their memories.
+    """Opens the knowledge base that the flags `a` of model_flags name: -> its references, their
+    retriever, and the bank of their memories.
 
-    cold_start: where there is no bank, one that is empty; memories are then encoded at their first
+    cold_start: if there is no bank, make an empty one; memories are then encoded at their first
     retrieval (sec. 3.1)."""
     paths = a.kb or [place(a.bank, a.data, a.references)]
     sources = []
@@ -570,7 +577,8 @@ def open_memory(a, model, cold_start=False):
 
 
 def open_bank(a, path, model, cold_start=False):
-    """The knowledge base at `path`; cold_start: where there is none, one without memories."""
+    """The bank at `path`. If there is none: a new one without memories with cold_start, else
+    UserError."""
     if Texts.exists(path):
         return MemoryBank.open(path, model)
     made = f"python write.py --checkpoint {a.checkpoint} --data {a.data}"

@@ -2,7 +2,7 @@
 
     python sample.py --prompt "What is the population of Kyiv?"
     python sample.py --prompt "..." --explain --html out/memory.html     what was recalled and read
-    python sample.py --prompt "..." --cold_start --bank out/cold.bank    memories made when recalled
+    python sample.py --prompt "..." --cold_start --bank out/cold.bank    writes memories on recall
     python sample.py --prompt "What is the population of Zubrowka City?" \\
         --remember "Zubrowka City has 4242 people. Zubrowka City is in Zubrowka."
 """
@@ -34,26 +34,36 @@ def parser():
     p.add_argument("--tokens", type=number(int, 1), default=32, help="how many to generate")
     p.add_argument("--stop", default=".", help='a token that ends the answer; "": none')
     p.add_argument(
-        "--temperature", type=number(float, 0), default=0.0, help="0: the likeliest token"
+        "--temperature", type=number(float, 0), default=0.0, help="0: always the likeliest token"
     )
     p.add_argument(
-        "--top_k", type=number(int, 0), default=0, help="sample from the k likeliest; 0: all"
+        "--top_k", type=number(int, 0), default=0, help="sample from the k likeliest tokens; 0: all"
     )
-    p.add_argument("--top_p", type=share, default=1.0, help="sample from this share of p")
-    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the sampling")
+    p.add_argument(
+        "--top_p", type=share, default=1.0, help="sample from the likeliest tokens of this total p"
+    )
+    p.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the random numbers"
+    )
     p.add_argument(
         "--memory", default="bank", choices=["off", "random", "bank"], help="what is recalled"
     )
     p.add_argument("--rag", action="store_true", help="put the references' text before the prompt")
     p.add_argument("--plain", action="store_true", help="no header (--rag has none)")
-    p.add_argument("--remember", action="append", default=[], help="a text to write down first")
     p.add_argument(
-        "--cold_start", action="store_true", help="no bank yet: write memories when first recalled"
+        "--remember", action="append", default=[], help="write this text into the bank first"
     )
-    p.add_argument("--explain", action="store_true", help="what was recalled, kept, attended to")
-    p.add_argument("--html", help="a file: --explain, and the same as a page, token by token")
     p.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="weights"
+        "--cold_start",
+        action="store_true",
+        help="without a bank: write a memory when it is first recalled",
+    )
+    p.add_argument(
+        "--explain", action="store_true", help="show what was recalled, kept and attended to"
+    )
+    p.add_argument("--html", help="a file for a page of --explain, token by token")
+    p.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the weights"
     )
     model_flags(p)
     return p
@@ -82,14 +92,14 @@ def stop_token(tokenizer, text):
 
 
 def main(argv=None):
-    """Answers one prompt and prints what it took; returns the answer."""
+    """Answers one prompt and prints how long it took; returns the answer."""
     a = parser().parse_args(argv)
     check_flags(a)
     model, tokenizer = open_model(
         a.checkpoint, a.data, a.device, a.dtype, a.n_recall, verify=not a.no_verify
     )
     cfg = model.config
-    # what is wrong with the question is said before a fact is written
+    # refuse a wrong question before any fact is written
     prompt = tokenizer.encode(a.prompt)
     stop = stop_token(tokenizer, a.stop)
     check_fits(1 + len(prompt), a.tokens, cfg)
@@ -112,7 +122,7 @@ def main(argv=None):
                 print(visible(f"in context: score {score:.2f}  {text}"))
         prompt = in_context(texts, prompt, cfg.max_context - a.tokens - 1)
     if not reads:
-        retriever = bank = None  # they served --rag or --remember only
+        retriever = bank = None  # only --rag or --remember needed them
     elif a.memory == "random":
         retriever = Random(references.live(), a.seed)
 

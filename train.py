@@ -7,8 +7,9 @@
 
 The stages differ in the batch and in nothing else. Implicit: windows of text, an ordinary decoder.
 Explicit: the same, and each chunk of 64 tokens comes with the reference that retrieval found for
-it; the model writes these into memories on the fly and chunk c reads those of chunks c-4..c. The
-loss is over the text alone; its gradient reaches the writer through the kept keys and values.
+it. The model writes these references into memories on the fly, and chunk i reads those of chunks
+i-4..i. The loss is over the text alone; its gradient reaches the writer through the kept keys and
+values.
 
 A run leaves in --out:
     model.pt, meta.json    the weights at the end: what write.py, sample.py and eval.py open
@@ -49,44 +50,42 @@ from optimizer import RoundedAdamW
 
 @dataclass
 class TrainConfig:
-    """What a run is. Every field is a flag: --steps 1000. Shapes of the model are flags too.
+    """The settings of a run. Every field is a flag: --steps 1000. So is the model's shape.
 
-    An annotation gives the lowest and the highest value, or all values there are.
+    An annotation gives the lowest and the highest value of a number, or all values of a text.
     """
 
     data: str = "data/cities"  # a prepared data set: its directory
-    stage: Annotated[str, "implicit", "explicit"] = (
-        "implicit"  # without or with memories (sec. 3.6)
-    )
-    split: str = ""  # training text; empty: train, or that of the explicit stage
-    val: str = ""  # validation splits, comma-separated; empty: val,heldout of that stage
+    stage: Annotated[str, "implicit", "explicit"] = "implicit"  # without, with memories (3.6)
+    split: str = ""  # training text; empty: train, or the stage's own
+    val: str = ""  # validation splits; empty: val,heldout, or the stage's own
     out: str = "out/run"  # directory of the checkpoints and of log.jsonl
     init: str = ""  # a checkpoint to start from: its weights, not its optimizer
     context: Annotated[int, 1, 2**24] = 256  # T, tokens of a window
-    batch: Annotated[int, 1, 2**20] = 16  # windows of one step, whatever the hardware
+    batch: Annotated[int, 1, 2**20] = 16  # windows a step, on whatever hardware
     micro_batch: Annotated[int, 0, 2**20] = 0  # windows at a time; 0: the most that fit
     steps: Annotated[int, 1, 10**9] = 1000  # of the optimizer, in all
-    minutes: Annotated[float, 0, 10**6] = 0.0  # > 0: ends then, whatever --steps says
+    minutes: Annotated[float, 0, 10**6] = 0.0  # > 0: train so long, not --steps steps
     lr: Annotated[float, 0, 10] = 2e-3  # the highest; linear warmup, constant, linear decay
     warmup: Annotated[int, 0, 10**9] = 100  # steps
     decay: Annotated[float, 0, 1] = 0.1  # share of the steps, or minutes, that decay (sec. 5.1)
     weight_decay: Annotated[float, 0, 10] = 0.1  # on matrices (sec. 5.1)
     beta2: Annotated[float, 0, 0.999999] = 0.95  # AdamW's; beta1 is 0.9
-    grad_clip: Annotated[float, 0, 10**9] = 1.0  # largest norm of a gradient; 0: any
-    query_shift: Annotated[int, 0, 1] = 0  # a chunk reads what it retrieved; 1: what the last did
-    eval_every: Annotated[int, 1, 10**9] = 250  # steps between validations; best.pt is the best
+    grad_clip: Annotated[float, 0, 10**9] = 1.0  # largest norm of the gradient; 0: no limit
+    query_shift: Annotated[int, 0, 1] = 0  # 1: read what the chunk before retrieved
+    eval_every: Annotated[int, 1, 10**9] = 250  # steps between validations (best.pt)
     eval_batches: Annotated[int, 1, 10**6] = 4  # micro-batches of each validation split
     save_every: Annotated[int, 1, 10**9] = 250  # steps between checkpoints (last.pt)
     keep_every: Annotated[int, 0, 10**9] = 0  # steps between kept copies, step_N.pt; 0: none
-    back_off: Annotated[float, 0, 0.99] = 0.0  # on divergence, last.pt and lr times this; 0: stop
-    seed: Annotated[int, 0, 2**31 - 1] = 1  # of the weights and of the order of the windows
+    back_off: Annotated[float, 0, 0.99] = 0.0  # on divergence: last.pt, with lr times this; 0: stop
+    seed: Annotated[int, 0, 2**31 - 1] = 1  # of the first weights and the order of the windows
     device: str = "auto"  # cuda where there is one
-    dtype: Annotated[str, "auto", "float32", "bfloat16"] = "auto"  # of products; auto: the fastest
+    dtype: Annotated[str, "auto", "float32", "bfloat16"] = "auto"  # of matrix products
     param_dtype: Annotated[str, "float32", "bfloat16"] = "float32"  # of weights (paper: bfloat16)
-    recompute: bool = False  # of activations, in the backward: less memory, a third more time
-    parallel: Annotated[str, "none", "ddp", "fsdp"] = "none"  # several processes; see parallel.py
+    recompute: bool = False  # activations, in the backward: less RAM, a third more time
+    parallel: Annotated[str, "none", "ddp", "fsdp"] = "none"  # over several processes (parallel.py)
     compile: bool = False  # torch.compile: faster steps after a minute of waiting
-    no_verify: bool = False  # does not read checkpoints once more for their checksums
+    no_verify: bool = False  # skip the checksums of checkpoints: opens faster
 
     def __post_init__(self):
         check_fields(self, flag="--")
@@ -108,8 +107,8 @@ class TrainConfig:
 class Windows:
     """The windows of a split, in a seeded order that depends on nothing but the position.
 
-    tokens: the split; window i is [i*T, (i+1)*T). Its first token is overwritten by the BOS: the
-    context begins with one in every format, and the grid of chunks stays that of the neighbours.
+    tokens: the split; window i is [i*T, (i+1)*T). The BOS overwrites its first token: so every
+    context begins with one, and the chunks stay those for which neighbours were retrieved.
     neighbors (n_chunks, k) int32 and references: for the explicit stage, else None.
     """
 
@@ -122,7 +121,7 @@ class Windows:
         self.tokens = corpus.open_tokens(cfg.data, split)
         self.n = len(self.tokens) // self.T
         check(self.n, f"{cfg.data}/{split}.bin is shorter than one window of {self.T}")
-        self.epoch = None  # whose order is at hand
+        self.epoch = None  # the epoch that self.order is of
         self.neighbors = None
         if cfg.stage == "explicit":
             check(self.T % self.C == 0, f"--context {self.T} is no multiple of chunk_len {self.C}")
@@ -131,7 +130,7 @@ class Windows:
             self.references = corpus.References.open(f"{cfg.data}/{name}")
 
     def window(self, position):
-        """Which window stands at a position of the endless stream: epoch after epoch, shuffled."""
+        """The window at a position of the endless stream, in which each epoch is shuffled anew."""
         epoch, i = divmod(position, self.n)
         if self.epoch != epoch:
             self.epoch = epoch
@@ -139,21 +138,22 @@ class Windows:
         return int(self.order[i])
 
     def batch(self, windows, full_width=False):
-        """-> tokens (B, T), targets (B, T), references (B*c, n) and recall (B, c, R), or None.
+        """-> tokens (B, T), targets (B, T), references (B*c, n), recall (B, c, R).
 
-        full_width: references are all ref_len wide, padded: torch.compile wants one shape.
+        The last two are None in the implicit stage. full_width: pad references to ref_len, for
+        torch.compile wants one shape.
         """
         rows = [self.tokens[w * self.T : (w + 1) * self.T] for w in windows]
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T)
         targets = tokens.roll(-1, 1)  # (B, T)
-        targets[:, -1] = -1  # it is the next window's
+        targets[:, -1] = -1  # the next token is in another window
         tokens[:, 0] = self.config.header[0]  # the BOS
         if self.neighbors is None:
             return tokens, targets, None, None
         n_chunks = self.T // self.C
         rows = [self.neighbors[w * n_chunks : (w + 1) * n_chunks, 0] for w in windows]
         ids = np.stack(rows)  # (B, c), the best neighbour of each chunk, -1 = none
-        some = np.maximum(ids, 0).ravel()  # where there is none any is written, and none reads it
+        some = np.maximum(ids, 0).ravel()  # for -1 reference 0 is written, and nobody reads it
         width = self.config.ref_len if full_width else None
         references = self.references.batch(some, width)  # (B*c, n)
         recall = recall_table(ids, self.config.n_recall, self.shift)  # (B, c, R)
@@ -161,11 +161,11 @@ class Windows:
 
 
 def recall_table(ids, n_recall, shift=0):
-    """Which memories each chunk reads in training: those of chunks c-R+1..c (sec. 3.6).
+    """Which memories each chunk reads in training: chunk i those of i-R+1..i (sec. 3.6).
 
-    ids (B, c): the reference each chunk retrieved, -1 = none; pool row b*c + i is the memory of
-    ids[b, i]. A reference that two of the chunks retrieved is read once. shift 1: a chunk's
-    memories are retrieved by the chunk before it, as for generated chunks. Returns (B, c, R) int64.
+    ids (B, c): the reference that each chunk retrieved, -1 = none. The memory of ids[b, i] is row
+    b*c + i of the pool. If several of the R chunks retrieved the same reference, it is read once.
+    shift 1: read those of chunks i-R..i-1, as generated chunks do. Returns (B, c, R) int64.
 
     >>> recall_table(np.array([[7, 8, 8, -1]]), 2).tolist()
     [[[0, -1], [1, 0], [2, -1], [-1, 2]]]
@@ -173,7 +173,7 @@ def recall_table(ids, n_recall, shift=0):
     batch, n_chunks = ids.shape
     recall = np.full((batch, n_chunks, n_recall), -1)
     for b, chunk in np.ndindex(batch, n_chunks):
-        seen = {-1}  # -1: nothing was retrieved
+        seen = {-1}  # -1 names no reference: never read
         for r in range(n_recall):
             source = chunk - shift - r  # the chunk that retrieved
             if source >= 0 and ids[b, source] not in seen:
@@ -183,7 +183,7 @@ def recall_table(ids, n_recall, shift=0):
 
 
 def loss_on(model, batch, device):
-    """The loss of one batch; writes its references first, where it has any.
+    """The loss of one batch; its references, if any, are written into memories first.
 
     batch: as of Windows.batch. Returns the mean of nats a token, a number with a gradient.
     """
@@ -200,7 +200,7 @@ def loss_on(model, batch, device):
 
 
 def lr_at(step, cfg, seconds=0.0):
-    """Warmup-stable-decay (sec. 5.1), as a share of cfg.lr; seconds: trained so far, for --minutes.
+    """Warmup-stable-decay (sec. 5.1), as a share of cfg.lr. seconds: trained so far (--minutes).
 
           ____________
          /            \\         up in `warmup` steps, then constant, and down in the last `decay`
@@ -239,7 +239,7 @@ def make_optimizer(model, cfg):
 
 
 def clip_gradients(model, cfg):
-    """Scales the gradients down to a norm of grad_clip; returns the norm that they had."""
+    """Scales the gradients down to a norm of grad_clip; returns the norm before that."""
     most = cfg.grad_clip or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
     # under fsdp it is known in parts
@@ -265,22 +265,22 @@ def choose_dtype(cfg, device):
 
 
 def open_run(cfg, config):
-    """-> model, meta and the optimizer's state, or None, that the run begins with.
+    """-> what the run begins with: model, meta, and the state to resume (None for a new run).
 
-    Those of its own last.pt; else the weights of cfg.init; else new ones. meta is what a
-    checkpoint says of its run: step, position in the stream of windows, seconds, best loss ...
+    They are those of its own last.pt, else the weights of cfg.init, else new weights. meta is what
+    a checkpoint says of its run: step, position in the stream of windows, seconds, best loss ...
     """
-    # random are only the first weights and the order of windows: seed and position give both
+    # Only the first weights and the order of the windows are random: seed and position give both.
     meta = dict(step=0, position=0, seconds=0.0, best=None, lr_scale=1.0)
     last = Path(cfg.out) / "last.pt"
     verify = not cfg.no_verify
 
-    # goes on
+    # the run goes on
     if last.exists():
         model, saved = load_checkpoint(last, verify)
         state, _ = read_checkpoint(last, verify=False)
-        a_run = "optimizer" in state and "train" in saved
-        check(a_run, f"{last} holds weights alone, no run: --init {last} with another --out")
+        is_run = "optimizer" in state and "train" in saved
+        check(is_run, f"{last} holds weights alone, no run: --init {last} with another --out")
         for name in ("stage", "split", "init", "context", "batch", "query_shift", "seed"):
             before = saved["train"][name]
             now = getattr(cfg, name)
@@ -291,12 +291,12 @@ def open_run(cfg, config):
         print(f"resuming {last} at step {saved['step']}")
         return model, meta | saved, state
 
-    # begins
+    # a new run, with new weights
     if not cfg.init:
         check_room(config)
         return Memory3(config), meta, None
 
-    # begins with the weights of another run: the explicit stage, after the implicit one
+    # a new run, with the weights of another one: the explicit stage after the implicit one
     model, before = load_checkpoint(cfg.init, verify)
     print(f"starting from {cfg.init} ({before.get('stage')} stage, step {before.get('step')})")
     if config:  # the same weights, other memories: S, Lm, C ... can change between the stages
@@ -307,7 +307,7 @@ def open_run(cfg, config):
 
 
 def check_room(config):
-    """Refuses a new model whose weights alone do not fit this machine."""
+    """UserError if the weights of a new model alone do not fit this machine's RAM."""
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     size = 4 * cost.weights(config)
     line = f"{size / 1e9:,.0f} GB of weights, {room / 1e9:,.0f} GB of memory: give a smaller shape"
@@ -315,20 +315,20 @@ def check_room(config):
 
 
 def check_tokenizer(cfg, config, meta):
-    """Whether the model reads the data's tokens as they were meant; returns the tokenizer's id.
+    """UserError unless the model takes the data's tokenizer; returns the tokenizer's id.
 
-    The same id of a token must be the same bytes, and the header must be what --init has learnt.
+    A token id must stand for the same bytes, and the header must be the one that --init has learnt.
     """
     tokenizer = corpus.tokenizer(cfg.data)
-    known = meta.get("tokenizer") in (None, tokenizer.id)
+    same = meta.get("tokenizer") in (None, tokenizer.id)
     fits = tokenizer.n_vocab <= config.vocab_size and tuple(tokenizer.header) == config.header
     line = f"the checkpoint's tokenizer is not that of {cfg.data} ({tokenizer.id})"
-    check(known and fits, line)
+    check(same and fits, line)
     return tokenizer.id
 
 
 def check_data(cfg, windows, meta):
-    """Whether a resumed run goes on with its own text, wherever that lies now."""
+    """UserError unless a resumed run goes on with its own text; returns what identifies that."""
     first = np.ascontiguousarray(windows.tokens[:1_000_000])
     identity = f"{len(windows.tokens)} tokens, crc32 of the first {zlib.crc32(first):08x}"
     before = meta.get("text", identity)
@@ -338,12 +338,12 @@ def check_data(cfg, windows, meta):
 
 
 def can_compile(device):
-    """Whether torch.compile works here; says so where it does not."""
+    """Whether torch.compile works here; if not, prints why."""
 
     def double(x):
         return 2 * x
 
-    try:  # of something small, so that an error here can only be the machine's
+    try:  # something small first: if that fails, it is the machine's fault
         torch.compile(double)(torch.ones(3, device=device))
     except (RuntimeError, ImportError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -355,8 +355,8 @@ def can_compile(device):
 def fit_micro_batch(cfg, windows, model, step_loss, cast, device, size):
     """How many windows a process takes at a time: cfg.micro_batch, or on a GPU the most that fit.
 
-    Tried on the first windows, beside as many bytes as AdamW's states will take, and halved until
-    it fits.
+    Tries all windows of a step first, beside as many bytes as AdamW's states will take, and halves
+    their number until they fit.
     """
     micro = cfg.micro_batch or cfg.batch // size
     # fsdp: after half a pass its hooks would not know where they are, so it takes its whole share
@@ -365,15 +365,16 @@ def fit_micro_batch(cfg, windows, model, step_loss, cast, device, size):
     while not fits(micro, windows, model, step_loss, cast, device):
         line = f"one window of {cfg.context} tokens does not fit: see benchmarks/fits.py"
         check(micro > 1, line)
-        smaller = range(micro // 2, 0, -1)
-        micro = next(m for m in smaller if cfg.batch // size % m == 0)
+        micro = micro // 2
+        while cfg.batch // size % micro != 0:  # it must divide this process's share of the batch
+            micro -= 1
     return micro
 
 
 def fits(micro, windows, model, step_loss, cast, device):
-    """Whether loss and gradient of so many windows fit this GPU, and those of all processes.
+    """Whether the loss and gradient of so many windows fit the GPUs of all processes.
 
-    It is tried without ddp around the model, which would wait for the rest of a pass that failed.
+    It tries without ddp around the model, which would wait for the rest of a pass that failed.
     """
     step_loss = getattr(step_loss, "module", step_loss)
     batch = windows.batch([windows.window(i) for i in range(micro)], full_width=True)
@@ -394,7 +395,7 @@ def fits(micro, windows, model, step_loss, cast, device):
 
 
 def peak_flops(device):
-    """FLOP/s of this card in bfloat16, or None where they are not known."""
+    """FLOP/s of this card in bfloat16, or None if they are not known."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for name, flops in PEAK.items():
         if name in card:
@@ -403,14 +404,14 @@ def peak_flops(device):
 
 
 def describe(cfg, config, windows, device, dtype, reason, size):
-    """Prints all that was derived from the flags before the first step."""
+    """Prints, before the first step, all that was derived from the flags."""
     explicit = cfg.stage == "explicit"
     tokens = cfg.batch * cfg.context
     flops = cfg.batch * cost.step_flops(config, explicit, cfg.context)
     references = tokens // config.chunk_len if explicit else 0
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device
     group = config.n_head // config.n_kv_head
-    length = cfg.context  # of what attention sees
+    length = cfg.context  # tokens that attention sees
     keys = 0  # memory keys that a chunk reads
     if explicit:
         length += len(config.header)
@@ -430,12 +431,12 @@ def describe(cfg, config, windows, device, dtype, reason, size):
 
 
 def open_log(out, step, rank=0):
-    """log.jsonl, to append to: a row a step. Rows after `step`, of a run that was killed, go."""
+    """Opens log.jsonl to append a row a step; drops rows after `step`, left by a killed run."""
     if rank > 0:
         return open(os.devnull, "w")
     make_directory(out)
     for left in out.glob("*.tmp"):
-        left.unlink()  # half written when an earlier run was killed
+        left.unlink()  # half written by a run that was killed
     path = out / "log.jsonl"
     rows = []
     if path.exists():
@@ -457,9 +458,10 @@ def step_of(line):
 
 @contextmanager
 def asked_to_stop():
-    """Yields a list; after Ctrl-C, or a batch system's SIGTERM, it is no longer empty.
+    """Yields a list that is empty until Ctrl-C or a batch system's SIGTERM comes.
 
-    So a step is never half done. A second Ctrl-C ends at once.
+    The loop looks at it after each step, so no step is left half done. A second Ctrl-C ends at
+    once.
     """
     asked = []
 
@@ -470,7 +472,7 @@ def asked_to_stop():
         print("\nstopping after this step, once it is saved; Ctrl-C again: at once", flush=True)
 
     main_thread = threading.current_thread() is threading.main_thread()
-    numbers = [signal.SIGINT, signal.SIGTERM] if main_thread else []  # others get no signals
+    numbers = [signal.SIGINT, signal.SIGTERM] if main_thread else []  # no other gets signals
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked
@@ -492,7 +494,8 @@ def validate(model, splits, cfg, cast, device, rank=0, size=1):
         if cfg.stage == "explicit":
             cases.append(f"{name}, nothing recalled")
         sums = [0.0] * len(cases)
-        # every process makes as many passes, or fsdp would wait for ever: a last one may be empty
+        # All processes make the same number of passes, or fsdp would wait for ever. So a last pass
+        # may have no windows: it computes one, which counts nothing.
         for first in range(0, n, cfg.micro_batch * size):
             start = first + rank * cfg.micro_batch
             rows = range(start, min(n, start + cfg.micro_batch))
@@ -533,7 +536,10 @@ def add_gradients(step_loss, windows, position, cfg, cast, device, rank=0, size=
 
 
 def save(path, model, optimizer, meta, rank=0):
-    """A checkpoint of the whole model; optimizer: None for weights alone. For all processes."""
+    """Writes a checkpoint of the whole model; optimizer None: of the weights alone.
+
+    All processes call it, and the first one writes.
+    """
     weights, states = parallel.gather(model, optimizer)
     if rank == 0:
         save_checkpoint(path, weights, meta, states)
@@ -547,23 +553,30 @@ def ended(meta, cfg):
 
 
 def progress(row, meta, cfg, started, first):
-    """The line of a step. started: when this process began, with step `first`."""
-    left = cfg.minutes - meta["seconds"] / 60
-    of = ""
-    if not cfg.minutes:
-        of = f"/{cfg.steps}"
-        a_step = (time.time() - started) / (row["step"] - first)
-        left = a_step * (cfg.steps - row["step"]) / 60
-    mfu = f"  MFU {row['mfu']:.3f}" if "mfu" in row else ""
-    return (
-        f"step {row['step']}{of}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-        f"norm {row['norm']:.2f}  {row['tokens_per_s']:,.0f} tokens/s{mfu}  {left:.1f} min left"
-    )
+    """The line to print for a step. started: when this process began, with step `first`."""
+    step = row["step"]
+    if cfg.minutes:
+        minutes_left = cfg.minutes - meta["seconds"] / 60
+        done = f"step {step}"
+    else:
+        seconds_a_step = (time.time() - started) / (step - first)
+        minutes_left = seconds_a_step * (cfg.steps - step) / 60
+        done = f"step {step}/{cfg.steps}"
+    parts = [done]
+    parts.append(f"loss {row['loss']:.4f}")
+    parts.append(f"lr {row['lr']:.2e}")
+    parts.append(f"norm {row['norm']:.2f}")
+    speed = f"{row['tokens_per_s']:,.0f} tokens/s"
+    parts.append(speed)
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.3f}")
+    parts.append(f"{minutes_left:.1f} min left")
+    return "  ".join(parts)
 
 
 def main(cfg, config=None):
     """Trains; returns dict(model, losses, val, step). config: the model's shape; None = that of
-    cfg.init. Resumes where cfg.out holds a last.pt of the same run."""
+    cfg.init. Resumes if cfg.out holds a last.pt of the same run."""
     # Where: processes, device, dtype, directory
     rank, size, device = parallel.start(cfg.parallel, find_device(cfg.device))
     shared = cfg.batch % (size * max(1, cfg.micro_batch)) == 0
@@ -583,10 +596,10 @@ def main(cfg, config=None):
     meta |= dict(stage=cfg.stage, config=asdict(config), train=asdict(cfg))
     meta |= dict(tokenizer=tokenizer, text=text)
     splits = {name: Windows(cfg, name, config) for name in cfg.val.split(",")}
-    # How: weights on the device, shared out among the processes, then the optimizer of these
+    # How: the weights on the device and shared out among the processes, then their optimizer
     model.to(device, getattr(torch, cfg.param_dtype))
     model.recompute = cfg.recompute
-    model.keep_hash(None)  # the weights will be others
+    model.keep_hash(None)  # the weights are about to change
     step_loss = parallel.share(cfg.parallel, model, loss_on, dtype, device)
     optimizer = make_optimizer(model, cfg)
     if state:
@@ -623,14 +636,14 @@ def main(cfg, config=None):
             norm = clip_gradients(model, cfg)
             meta["position"] += cfg.batch
 
-            # divergence (sec. 5.2): nan, in one of both alone, or a loss far above its median
+            # divergence (sec. 5.2): nan or infinity in loss or norm, or a loss far above its median
             finite = math.isfinite(loss + norm)
             spike = len(losses) >= 100 and loss > 1.5 * np.median(losses[-100:]) + 0.5
-            back = cfg.back_off and last.exists() and meta["lr_scale"] > 1e-3
-            if back and (spike or not finite):
+            may_go_back = cfg.back_off and last.exists() and meta["lr_scale"] > 1e-3
+            if may_go_back and (spike or not finite):
                 state = read_checkpoint(last, verify=not cfg.no_verify)[0]
                 parallel.scatter(model, optimizer, state)
-                # the position stays: go on with other data, for this batch may be the cause
+                # the position stays, so that other data come: this batch may be the cause
                 print(f"step {meta['step']}: loss {loss:.3f} diverged; back to the last checkpoint")
                 meta["step"] = state["meta"]["step"]
                 meta["best"] = state["meta"]["best"]
@@ -680,9 +693,9 @@ def main(cfg, config=None):
 
 
 def measure(cfg, config, steps=3):
-    """Tokens a second that training a new model of this shape makes here. Saves nothing.
+    """Tokens a second in training a new model of this shape on this machine. Saves nothing.
 
-    The first step, which allocates, is not counted. For who has minutes and looks for a shape.
+    The first step allocates and is not counted. It helps to choose a shape for limited time.
     """
     device = find_device(cfg.device)
     dtype, _ = choose_dtype(cfg, device)
@@ -712,7 +725,7 @@ def measure(cfg, config, steps=3):
 def add_flags(parser, cls, defaults, skip=()):
     """A flag for every field of a dataclass, with its comment as the help text.
 
-    defaults: what the help shows where it is not the class's, {name: value}.
+    defaults: {name: value} where the help shall show another default than the class's.
     """
     comments = dict(re.findall(r"^    (\w+): .*?#(.*)$", inspect.getsource(cls), re.M))
     for field in fields(cls):
@@ -732,15 +745,15 @@ def add_flags(parser, cls, defaults, skip=()):
 
 
 def given(args, cls):
-    """The flags of a dataclass that the command line has."""
+    """The fields of a dataclass that the command line gives, by name."""
     values = {field.name: getattr(args, field.name, None) for field in fields(cls)}
     return {name: value for name, value in values.items() if value is not None}
 
 
-# flags of the shape that no weight depends on: a new stage may change them
+# flags of the shape on which no weight depends: a new stage may change them
 OF_MEMORIES = ("n_memory_layer", "memory_tokens", "n_recall", "chunk_len", "ref_len")
 OF_MEMORIES += ("max_context", "approximate_weights", "memory_from", "selection", "memory_heads")
-# flags that say how a run is carried out, not what it is: --resume does not repeat them
+# flags that say how a run is carried out, not what it is: --resume does not bring them back
 OF_THIS_TIME = ("parallel", "no_verify")
 
 
@@ -760,7 +773,7 @@ def parse(argv):
 
 
 def command_line(argv=None):
-    """-> TrainConfig, and the Config of a new model, or of one whose memories change, or None.
+    """-> TrainConfig, and Config: that of a new model, of --init as changed, or None to resume.
 
     UserError for flags that do not go together, before anything is made.
     """

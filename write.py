@@ -1,11 +1,11 @@
 """Warm start: writes a knowledge base into explicit memories before any question (sec. 3.1).
 
     python write.py --data data/cities --references kb
-    python write.py --quantize      the same memories in fewer bytes, besides (sec. 3.3)
+    python write.py --quantize      also the same memories in fewer bytes (sec. 3.3)
     python write.py --data data/mine --whole_documents --out out/whole      (Remark 3.2)
 
-The texts are copied into --out, which is from then on the knowledge base: kb.py changes it. Stopped
-and called again, write.py goes on where it was; where all is written it says so.
+The texts are copied into --out, which is the knowledge base from then on: kb.py changes it. If
+write.py is stopped, the same command goes on where it was; it says so when nothing is left to do.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(args):
     args.out = place(args.out, args.data, Path(args.references or "kb").name)
     check(args.batch > 0, f"--batch {args.batch}: at least 1")
     if args.codec:
-        layout(args.codec)  # a string that is no codec is refused before the work
+        layout(args.codec)  # refuses a string that is no codec before any work is done
     model = load_checkpoint(args.checkpoint, verify=not args.no_verify)[0]
     model.to(find_device(args.device)).eval()
     bank = open_base(args, model)
@@ -45,7 +45,7 @@ def main(args):
 
 
 def open_base(args, model):
-    """The base at --out: as it is there, or made of --data and --references."""
+    """The base at --out; if there is none, it is made of --data and --references."""
     if Texts.exists(args.out) and not args.references:
         bank = MemoryBank.open(args.out, model)
         if args.whole_documents:
@@ -58,8 +58,8 @@ def open_base(args, model):
     else:
         source = corpus.References.open(Path(args.data) / name)
         data = args.data
-    same = tuple(corpus.tokenizer(data).header) == model.config.header
-    check(same, f"{data} has another tokenizer than {args.checkpoint} wants")
+    same_header = tuple(corpus.tokenizer(data).header) == model.config.header
+    check(same_header, f"{data} has another tokenizer than {args.checkpoint} was trained with")
     return MemoryBank.create(args.out, model, source, args.dtype, args.whole_documents)
 
 
@@ -80,8 +80,10 @@ def report(args, bank):
 
 def check_space(args, bank):
     """UserError if the disk has no room for the memories that are not written yet."""
-    there = (bank.path / "memories.bin").stat().st_blocks * 512  # the file is sparse
-    left = bank.references.count_live() * bank.store.stride - there
+    file = bank.path / "memories.bin"
+    written = file.stat().st_blocks * 512  # bytes on disk: the file is sparse
+    total = bank.references.count_live() * bank.store.stride
+    left = total - written
     free = shutil.disk_usage(bank.path).free
     check(free >= left, f"--out {args.out}: {left:,} bytes to write, {free:,} are free")
 
@@ -96,8 +98,8 @@ def fill(bank, batch):
 
 
 def write_index(bank, encoder=None, factory=None):
-    """Makes what finds references by text, or brings it up to date. encoder None: the one there
-    is, or hash."""
+    """Makes the index that finds references by text, or brings it up to date. encoder None: that
+    of the index, or hash."""
     references = bank.references
     how = dict(model=bank.model, bank=bank)
     if (references.path / "index" / "meta.json").exists():
@@ -113,26 +115,30 @@ def write_index(bank, encoder=None, factory=None):
 
 
 def quantize(bank, spec):
-    """Makes or completes the quantized memories (sec. 3.3), and says how far they are off."""
+    """Makes or completes the quantized memories (sec. 3.3), and prints their error."""
     began = time.time()
     codes = bank.quantize(spec)
-    print(f"quantized in {time.time() - began:.1f} s, training the codec included")
+    seconds = time.time() - began
+    print(f"quantized in {seconds:.1f} s, training the codec included")
     keys, values = relative_error(bank, codes)
     fewer = bank.record_bytes / codes.record_bytes
-    print(
-        f"codes: {codes.path}/codes, {codes.codec.spec}, {codes.record_bytes:,} bytes a memory, "
-        f"{fewer:.1f} times fewer; relative error of keys {keys:.3f}, of values {values:.3f}"
-    )
+    size = f"{codes.record_bytes:,} bytes a memory, {fewer:.1f} times fewer"
+    error = f"relative error of keys {keys:.3f}, of values {values:.3f}"
+    print(f"codes: {codes.path}/codes, {codes.codec.spec}, {size}; {error}")
 
 
 def relative_error(bank, codes, n=256):
     """|codes - bank| / |bank| over the keys and over the values of n memories: two numbers."""
     ids = np.random.default_rng(0).permutation(bank.live())[:n]
-    x = bank.recall(ids).kv.float()  # (n, Lm, 2, Hkv, S, dh)
-    y = codes.recall(ids).kv  # (n, Lm, 2, Hkv, S, dh)
-    keys = (y - x)[:, :, 0].norm() / x[:, :, 0].norm()
-    values = (y - x)[:, :, 1].norm() / x[:, :, 1].norm()
-    return float(keys), float(values)
+    exact = bank.recall(ids).kv.float()  # (n, Lm, 2, Hkv, S, dh)
+    decoded = codes.recall(ids).kv  # (n, Lm, 2, Hkv, S, dh)
+    errors = []
+    for which in (0, 1):  # keys, values
+        x = exact[:, :, which]  # (n, Lm, Hkv, S, dh)
+        y = decoded[:, :, which]
+        error = (y - x).norm() / x.norm()
+        errors.append(float(error))
+    return errors
 
 
 def command_line(argv=None):
@@ -140,18 +146,20 @@ def command_line(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
     p.add_argument("--checkpoint", default="checkpoints/toy", help="the model that writes")
     p.add_argument("--data", default="data/cities", help="a prepared data directory")
-    p.add_argument("--references", help="its reference file (None: kb), or another knowledge base")
+    p.add_argument(
+        "--references", help="its reference file (None: kb), or a knowledge base to copy"
+    )
     p.add_argument("--out", default=BANK, help="directory of the knowledge base")
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     whole = "encode the references of a document as one sequence (Remark 3.2)"
     p.add_argument("--whole_documents", action="store_true", help=whole)
-    p.add_argument("--quantize", action="store_true", help="make the quantized memories, too")
+    p.add_argument("--quantize", action="store_true", help="also make the quantized memories")
     p.add_argument("--codec", help="FAISS string of their codec (None: chosen by size)")
-    embedder = "hash, hash:DIM, bge-m3, hf:NAME or self:LAYER.HEAD (None: as it is, or hash)"
+    embedder = "hash, hash:DIM, bge-m3, hf:NAME, self:LAYER.HEAD (None: the index's, or hash)"
     p.add_argument("--embedder", help=embedder)
     p.add_argument("--factory", help="FAISS factory string of the index (None: chosen by size)")
     p.add_argument("--batch", type=int, default=64, help="references at a time")
-    no_verify = "without the checkpoint's checksum: opens faster"
+    no_verify = "skip the checkpoint's checksum: opens faster"
     p.add_argument("--no_verify", action="store_true", help=no_verify)
     p.add_argument("--device", default="auto", help="cuda, cpu, or auto: cuda where there is one")
     return p.parse_args(argv)

@@ -407,7 +407,7 @@ def test_refusals(build, bank):
         (lambda: generate(model, tokens, 3, None, bank), "both a retriever and a bank"),
         (lambda: generate(model, tokens, 3, Log(19), bank, plain=True), "plain"),
         (lambda: generate(model, tokens, 0), "0 new"),
-        (lambda: generate(model, tokens, 3, forced=tokens[:, :2]), "forced is to be .1, 3. tokens"),
+        (lambda: generate(model, tokens, 3, forced=tokens[:, :2]), "forced must be .1, 3. tokens"),
     ]:
         with pytest.raises(ValueError, match=line) as e:
             call()
