@@ -1,13 +1,14 @@
 """The door to kernels.cu: its C functions as PyTorch operators, called through ctypes.
 
-`make kernels` compiles it to libkernels.so, which knows nothing of PyTorch: one library for all its
-versions. The operators never wait for the GPU, and torch.compile, CUDA graphs and the meta device
-take them. memory.py has PyTorch code of the same meaning, and chooses. Tensors are contiguous
-unless said otherwise, and bfloat16 numbers but for the lse (float32), tables of indices (int64) and
-masks (bool).
+`make kernels` compiles it to libkernels.so, which knows nothing of PyTorch: one library serves all
+versions of it. The operators never wait for the GPU; they work under torch.compile, in CUDA graphs
+and on the meta device. memory.py has PyTorch code that computes the same, and chooses between the
+two. Unless said otherwise tensors are contiguous and bfloat16; the lse is float32, tables of
+indices int64, masks bool.
 """
 
 import ctypes
+import math
 import os
 from pathlib import Path
 
@@ -25,7 +26,7 @@ I64 = torch.int64
 # -- The library -------------------------------------------------------------------------------
 
 libraries = {}  # by type of device: the library of C functions
-reasons = {}  # by type of device: why its library cannot run, "" = it can, None = not asked yet
+reasons = {}  # by type of device: why its library cannot run; "" = it can, None = not tried yet
 
 
 def load(path, device="cpu"):
@@ -55,7 +56,7 @@ def available(device):
     kind = torch.device(device).type
     if kind not in reasons:
         return False, f"kernels.cu is not for {kind}"
-    if reasons[kind] is None:  # asked once: is there no GPU, one of another kind, an old driver?
+    if reasons[kind] is None:  # tried once: no GPU, one of another kind, an old driver?
         trouble = libraries[kind].memory3_kernels_trouble()
         reasons[kind] = trouble.decode() if trouble else ""
     if reasons[kind]:
@@ -68,7 +69,7 @@ def fits(dtype, head_dim, group=1, keys=0):
     return dtype == BF16 and head_dim in range(16, 129, 16) and group <= 16 and keys <= 128
 
 
-# what C's pointers point to, by the names that _run is given
+# what C's pointers point to, by the names of _run's arguments
 TYPES = dict(
     bf16=BF16, f32=F32, i64=I64, i32=torch.int32, u8=torch.uint8, mask=torch.bool
 )  # fmt: skip
@@ -87,7 +88,7 @@ def _run(name, device, sizes, **tensors):
         for tensor in group:
             values.append(_pointer(name, tensor, TYPES[kind], device))
     function = getattr(libraries[device.type], name)
-    # C returns at once: the GPU works on its own, in the order of the stream
+    # C returns at once; the GPU works through the stream on its own
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
         with torch.cuda.device(device):  # a launch goes to the current GPU
@@ -139,7 +140,7 @@ def fake(name):
 
 
 def _strides(name, *tensors):
-    """The strides of rows of head_dim numbers, those of all tensors in a row, as C takes them."""
+    """The strides of rows of head_dim numbers, of one tensor after another, as C takes them."""
     strides = []
     for tensor in tensors:
         *between_rows, one = tensor.stride()
@@ -156,7 +157,7 @@ def _memory_sizes(strides, k, v, q, recall, chunk_len, n_header):
     n_chunks, n_recall = recall.shape[1:]
     if k.stride() != v.stride() or not k[0].is_contiguous():
         raise ValueError(f"kernels.memory_attention: keys of strides {k.stride()}, {v.stride()}")
-    strides.append(k.stride(0))  # a pool has other layers between the memories of this one
+    strides.append(k.stride(0))  # in a pool, other layers lie between the memories of this one
     sizes = [batch, pool, heads, kv_heads, n, head_dim, slots, n_chunks, n_recall]
     return [_array(strides), *sizes, chunk_len, n_header]
 
@@ -187,10 +188,13 @@ def memory_attention(
 
 
 def memory_attention_by(function, out, lse, q, k, v, count, recall, chunk_len, n_header):
-    """memory_attention by a C function of the same arguments: there is a plain one to compare."""
+    """memory_attention by the C function of this name: kernels.cu has a plain one, too."""
     strides = _strides(function, q, out)
     sizes = _memory_sizes(strides, k, v, q, recall, chunk_len, n_header)
-    bf16 = [out[0, 0, 0], q[0, 0, 0], k[0], v[0]]  # where each begins, as a tensor without gaps
+    # C is given where each begins; the strides say the rest
+    first_out = out[0, 0, 0]
+    first_q = q[0, 0, 0]
+    bf16 = [first_out, first_q, k[0], v[0]]
     _run(function, q.device, sizes, bf16=bf16, f32=[lse], i64=[count, recall])
 
 
@@ -258,15 +262,20 @@ def decode_attention(
     if values.stride() != keys.stride() or not keys[0, 0].is_contiguous():
         raise ValueError(f"kernels.cu: keys have strides {keys.stride()}, values {values.stride()}")
     strides = [q.stride(0), k.stride(0), v.stride(0), *keys.stride()[:2]]
-    # Parts of 64 keys or more, and no more of them than keep a GPU of some 130 units busy.
-    parts = min(-(-n_keys // 64), 512 // (batch * kv_heads))
-    parts = max(1, parts)
+    # Parts of 64 keys or more, and only as many as keep a GPU of some 130 units busy
+    most_parts = math.ceil(n_keys / 64)
+    enough_parts = 512 // (batch * kv_heads)
+    parts = max(1, min(most_parts, enough_parts))
     y = q.new_empty(q.shape)  # (B, H, dh)
     # each part's own output and lse, before they are merged
-    scratch = q.new_empty(batch * heads * parts * (head_dim + 1), dtype=F32)
+    n_scratch = batch * heads * parts * (head_dim + 1)
+    scratch = q.new_empty(n_scratch, dtype=F32)
     sizes = [_array(strides), batch, heads, kv_heads, n_keys, head_dim, first, slots, parts]
-    tensors = dict(bf16=[y, q[0], k[0], v[0], keys[0, 0], values[0, 0]], f32=[scratch])
-    _run("decode_attention", q.device, sizes, **tensors, i64=[length], mask=[valid])
+    first_keys = keys[0, 0]
+    first_values = values[0, 0]
+    bf16 = [y, q[0], k[0], v[0], first_keys, first_values]
+    tensors = dict(bf16=bf16, f32=[scratch], i64=[length], mask=[valid])
+    _run("decode_attention", q.device, sizes, **tensors)
     return y
 
 
@@ -282,7 +291,7 @@ def decode_codes(
     """memory.fill_slots of codes (n, Lm, 2, Hkv, S, bytes) uint8. kv (Lm, 2, B, Hkv, N, dh).
 
     table (codes' rows, dh) float32; fields (numbers a code, 3) int32: codec.fields beside
-    codec.first; rows (B, R): whose codes come to the keys from first + r*S on, -1 = nobody's.
+    codec.first; rows (B, R): whose codes go to the keys from first + r*S on, -1 = nobody's.
     """
     n_layers, _, batch, kv_heads, n_keys, head_dim = kv.shape
     slots, code_bytes = codes.shape[-2:]

@@ -5,10 +5,11 @@
         Residual2x14    the two halves, each replaced by one of 2^14 centroids: 28 bits in 4 bytes
         PQ8x10          what is left over: eight pieces, one of 2^10 centroids each: 10 bytes
 
-FAISS trains and encodes; we decode. A vector is the sum of the 2 + 8 centroids that its code names,
-rotated back: done once, to the centroids. What remains is adding 10 rows of a table, on the GPU
-after only the codes have crossed the bus, and without FAISS (sec. 3.3: "only the decoder").
-As in the paper one codec serves keys and values of all layers; the coarse stage tells them apart.
+FAISS trains and encodes; we decode. A code names 2 + 8 centroids; their sum, rotated back, is the
+vector. We rotate the centroids back instead, once, so that decoding only adds 10 rows of a table.
+It needs no FAISS (sec. 3.3: "only the decoder"), and it runs on the GPU after only the codes have
+crossed the bus. As in the paper, one codec serves the keys and values of all layers; the coarse
+stage tells them apart.
 """
 
 import re
@@ -28,7 +29,7 @@ SPEC = re.compile(rf"(?:OPQ\d{{1,4}}(?:_\d{{1,4}})?,)?Residual([1-4])x{BITS},PQ(
 
 
 def default_spec(dh, n):
-    """The FAISS factory string for vectors of dh numbers (even), n of which are there to train on.
+    """The FAISS factory string for vectors of dh numbers (even) when there are n to train on.
 
     k-means wants 39 vectors a centroid (FAISS's rule), so few vectors get few bits:
     >>> default_spec(80, 638_976), default_spec(80, 638_975)
@@ -36,7 +37,7 @@ def default_spec(dh, n):
     >>> default_spec(32, 10_000_000), default_spec(32, 20_000)
     ('Residual2x10,PQ8x10', 'Residual2x8,PQ8x8')
     """
-    # FAISS cuts vectors into equal pieces only. Pieces of 4 to 10 numbers are wanted (paper: 10).
+    # FAISS cuts vectors into equal pieces only. We want pieces of 4 to 10 numbers (paper: 10).
     most = 4
     if dh >= 32:
         most = 8
@@ -60,7 +61,7 @@ def _largest_divisor(n, most):
 
 
 def layout(spec):
-    """Where the centroid numbers lie in a code: [(first bit, bits), ...] and the bytes of a code.
+    """-> where a code holds the numbers of its centroids, [(first bit, bits), ...], and its bytes.
 
     FAISS packs bits from the low end of each byte on, and both stages begin with a new byte:
     >>> layout("Residual2x10,PQ3x6")
@@ -79,14 +80,15 @@ def layout(spec):
 
 
 def _bytes(bits):
-    """The bytes that hold so many bits."""
+    """How many bytes hold so many bits."""
     return (bits + 7) // 8
 
 
 def unpack(codes, fields):
     """codes (n, bytes) uint8 -> the numbers at the fields' bits, (n, len(fields)) int32.
 
-    Three neighbouring bytes hold any number of at most 16 bits; here 2, and 7 that cross a byte:
+    Any number of at most 16 bits lies within three neighbouring bytes. Here a number of 2 bits, and
+    one of 7 bits that crosses a byte:
     >>> unpack(torch.tensor([[0b10110100, 0b00000001]], dtype=torch.uint8), [(0, 2), (2, 7)])
     tensor([[  0, 109]], dtype=torch.int32)
     """
@@ -110,8 +112,9 @@ class Codec:
         codes = codec.encode(memories.kv)    # (M, Lm, 2, Hkv, S, dh) -> (M, Lm, 2, Hkv, S, bytes)
         kv = codec.to("cuda").decode(codes)  # back, float32, on the GPU
 
-    table (rows, dh) float32: all centroids, rotated back, number after number in code order.
-    index: the FAISS index that encodes; None until needed where it comes from `file`.
+    table (rows, dh) float32: all centroids, rotated back: those of a code's first number, then
+    those of its second, and so on. index: the FAISS index that encodes; None until it is needed and
+    read from `file`.
     """
 
     def __init__(self, spec, table, index=None, file=None):
@@ -123,14 +126,14 @@ class Codec:
         sizes = torch.tensor([2**bits for _, bits in self.fields], device=table.device)
         n = int(sizes.sum())
         check(len(table) == n, f"codec {spec}: {n} centroids needed, not {len(table)}")
-        self.first = (sizes.cumsum(0) - sizes).int()  # the row of each number's centroid 0
+        self.first = (sizes.cumsum(0) - sizes).int()  # (numbers,): the row of its centroid 0
 
     @staticmethod
     def train(vectors, spec=None):
-        """A codec for vectors (n, dh), which are a uniform sample of the keys and values (App. B).
+        """Trains a codec on vectors (n, dh), a uniform sample of the keys and values (App. B).
 
         spec: a FAISS factory string; None: `default_spec`. UserError for too few vectors (k-means
-        needs one a centroid), for numbers that float32 cannot square and add, and for a string
+        needs one for each centroid), for numbers whose squares overflow float32, and for a string
         that does not fit dh.
         """
         faiss = optional("faiss")
@@ -140,7 +143,7 @@ class Codec:
             spec = default_spec(dh, n)
         fields, _ = layout(spec)
         bits = max(bits for _, bits in fields)
-        if spec.startswith("OPQ"):  # is fitted to a quantizer of 8 bits
+        if spec.startswith("OPQ"):  # FAISS fits the rotation to a quantizer of 8 bits
             bits = max(bits, 8)
         least = 2**bits
         few = f"{n} vectors to train on, it needs {least} (and wants {39 * least})"
@@ -151,7 +154,7 @@ class Codec:
             raise UserError(f"codec {spec}: not for vectors of {dh} numbers: uneven pieces") from e
         rotation, coarse, fine = _stages(index)
         quantizers = [coarse, fine]
-        if rotation:  # it is fitted to a quantizer of its own: give it one as quiet as ours
+        if rotation:  # give it a quantizer as quiet as the others
             rotation.niter = ITERATIONS
             rotation.niter_pq_0 = ITERATIONS
             own = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
@@ -162,7 +165,7 @@ class Codec:
             quantizer.cp.min_points_per_centroid = 1  # no warnings
         index.train(x)
         if rotation:
-            rotation.pq = None  # ours is gone after this
+            rotation.pq = None  # it belongs to Python, which frees it after this
         return Codec(spec, fold(index), index)
 
     def encode(self, x):
@@ -172,13 +175,15 @@ class Codec:
         return codes.view(*x.shape[:-1], self.bytes)
 
     def decode(self, codes):
-        """codes (..., bytes) uint8 -> (..., dh) float32 where the table is. FAISS's `sa_decode`."""
+        """codes (..., bytes) uint8 -> (..., dh) float32 beside the table; as FAISS's sa_decode."""
         fits = codes.dtype == torch.uint8 and codes.shape[-1] == self.bytes
         check(fits, f"codec {self.spec}: {self.bytes} uint8 needed, not another codec's")
-        flat = codes.to(self.table.device).reshape(-1, self.bytes)  # (n, bytes)
-        rows = unpack(flat, self.fields) + self.first  # (n, numbers a code)
+        *shape, _ = codes.shape
+        codes = codes.to(self.table.device)
+        codes = codes.reshape(-1, self.bytes)  # (n, bytes)
+        rows = unpack(codes, self.fields) + self.first  # (n, numbers a code)
         x = F.embedding_bag(rows, self.table, mode="sum")  # (n, dh)
-        return x.view(*codes.shape[:-1], self.table.shape[1])
+        return x.view(*shape, self.table.shape[1])  # (..., dh)
 
     def to(self, device):
         """Moves the table that decodes; encoding stays on the CPU."""
@@ -187,8 +192,8 @@ class Codec:
         return self
 
     def save(self, path):
-        """Writes codec.faiss (encodes) and codec.npz (decodes) into the directory `path`: codec.npz
-        last, for it holds the checksum of the other."""
+        """Writes codec.faiss (encodes) and codec.npz (decodes) into the directory `path`. codec.npz
+        comes last, for it holds the checksum of the other."""
         folder = make_directory(path)
         index = optional("faiss").serialize_index(self._index())
         arrays = dict(spec=self.spec, table=self.table.cpu().numpy(), crc=zlib.crc32(index))
@@ -212,7 +217,7 @@ class Codec:
                 codec = Codec(str(arrays["spec"]), table, file=file)
             check(table.dim() == 2 and table.dtype == torch.float32, "not a table of vectors")
             check(table.isfinite().all(), "NaN or infinity in its table")
-        except Exception as error:  # zip, zlib, numpy and we each have errors of our own
+        except Exception as error:  # zipfile, zlib and NumPy each raise their own kinds
             raise UserError(f"{tables}: not a whole codec ({error}): train it again") from error
         if file.exists():
             found = zlib.crc32(read_bytes(file, "train the codec again"))
@@ -222,7 +227,7 @@ class Codec:
 
     def _index(self):
         if self.index is None:
-            check(self.file.exists(), f"{self.file}: missing, and it encodes")
+            check(self.file.exists(), f"{self.file} is missing, and encoding needs it")
             self.index = optional("faiss").read_index(str(self.file))
         return self.index
 
@@ -230,8 +235,9 @@ class Codec:
 def fold(index):
     """All centroids of a trained FAISS index, rotated back: (rows, dh) float32.
 
-    FAISS decodes A^T (coarse + fine), each of them pieces laid side by side. Piece m of a centroid
-    meets only its rows of A, so row = piece @ A[its rows], and the decoded vector is their sum.
+    FAISS decodes a code to A^T (coarse + fine), where coarse and fine are pieces laid side by side
+    and piece m is a centroid. Piece m meets only its own rows of A. So the rows of our table are
+    piece @ A[its rows], and the decoded vector is the sum of those that the code names.
     """
     array = optional("faiss").vector_to_array
     rotation, coarse, fine = _stages(index)
@@ -259,16 +265,19 @@ def _stages(index):
     return rotation, coarse.pq, index.pq
 
 
-# FAISS squares and adds in float32, whose largest is 3e38: from 1e18 on it ends the whole process.
+# FAISS sums squares in float32, whose largest number is 3e38. From 1e18 on it ends the process.
 LARGEST = 1e15
 
 
 def _rows(x, dh=None):
     """x (..., dh), tensor or array -> (n, dh) float32 as FAISS takes it."""
-    x = torch.as_tensor(x).detach().float().cpu()
-    fits = dh in (None, x.shape[-1])
-    check(fits, f"codec: vectors of {dh} numbers needed, got the shape {tuple(x.shape)}")
+    x = torch.as_tensor(x)
+    x = x.detach().float().cpu()
+    width = x.shape[-1]
+    line = f"codec: vectors of {dh} numbers needed, got the shape {tuple(x.shape)}"
+    check(dh is None or width == dh, line)
     check(x.isfinite().all(), "codec: NaN or infinity among the vectors: check what wrote them")
     largest = float(x.abs().max()) if x.numel() else 0.0
     check(largest <= LARGEST, f"codec: a number of {largest:.0e} among the vectors, beyond 1e15")
-    return np.ascontiguousarray(x.reshape(-1, x.shape[-1]).numpy())  # (n, dh)
+    x = x.reshape(-1, width)  # (n, dh)
+    return np.ascontiguousarray(x.numpy())

@@ -778,7 +778,7 @@ def command_line(argv=None):
     UserError for flags that do not go together, before anything is made.
     """
     args = parse(argv)
-    # weights that are there have a shape
+    # weights from a checkpoint have their shape already
     shape = given(args, Config)
     fixed = ["preset"] if args.preset else []
     fixed += [name for name in shape if args.resume or name not in OF_MEMORIES]
@@ -788,7 +788,7 @@ def command_line(argv=None):
     both = args.minutes and args.steps
     check(not both, "--minutes and --steps: give one, the run ends by it")
 
-    # a run goes on as it began, but for the flags that are given
+    # a resumed run keeps its settings, except for the flags that are given
     if args.resume:
         last = Path(args.resume) / "last.pt"
         check(last.exists(), f"--resume {args.resume}: no last.pt there, so no run to go on with")
@@ -799,13 +799,13 @@ def command_line(argv=None):
         settings |= given(args, TrainConfig) | dict(out=args.resume)
         return TrainConfig(**settings), None
 
-    # a run begins with the weights of another
+    # a new run, with the weights of another one
     cfg = TrainConfig(**given(args, TrainConfig))
     if cfg.init:
         saved = read_checkpoint(cfg.init, verify=False)[0]["meta"]["config"]
         return cfg, Config.from_dict(saved | shape)
 
-    # or with new ones; the data set's tokenizer says how many tokens there are
+    # a new run, with new weights: the vocabulary is that of the data set's tokenizer
     check(args.preset, f"--preset is missing: {', '.join(PRESETS)}; or --init a checkpoint")
     tokenizer = corpus.tokenizer(cfg.data)
     shape |= dict(vocab_size=tokenizer.n_vocab, header=tuple(tokenizer.header))
