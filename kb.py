@@ -1,19 +1,20 @@
 """A knowledge base that lives: its texts added, edited, deleted, searched and swapped (sec. 7.4).
 
-    python kb.py new    --kb out/mine.kb                   an empty one, for the model and its texts
-    python kb.py add    --kb out/mine.kb towns.txt more.jsonl       one reference a paragraph, a row
+    python kb.py new    --kb out/mine.kb                     makes an empty one for the model
+    python kb.py add    --kb out/mine.kb towns.txt more.jsonl       a reference a paragraph or row
     python kb.py search --kb out/mine.kb "Zubrowka City"
     python kb.py replace --kb out/mine.kb 17 "Zubrowka City has 4243 people."
     python kb.py delete --kb out/mine.kb 17 18
     python sample.py --prompt "..." --kb out/mine.kb --kb out/cities/kb.bank
 
-Every change is a transaction: a kill leaves the base as it was before it or after it, and other
-processes may read and change the base meanwhile. What it does is in bank.py and retrieval.py.
+Every change is a transaction: a kill leaves the base as it was before or after it, and other
+processes may read and change the base meanwhile. The work is done in bank.py and retrieval.py.
 """
 
 import argparse
 import json
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -29,15 +30,15 @@ from model import load_checkpoint
 from retrieval import Live, Only
 
 BATCH = 1000  # texts of a transaction
-NEAR = 0.8  # similarity from which on a text may be about the same as an old one
+NEAR = 0.8  # from this similarity on, a text may say the same as an old one
 HERE = BANK.format(data="cities", references="kb")
 
 # -- Reading texts -----------------------------------------------------------------------------
 
 
 def read_file(name, by):
-    """Yields (text, source) of a file: .jsonl, rows with "text" and whatever else; else plain text,
-    cut into paragraphs, lines or not at all (by). "-": standard input."""
+    """Yields (text, source) of a file: of a .jsonl file its rows, with "text" and whatever else; of
+    another one paragraphs, lines or the whole, as `by` says. "-": standard input."""
     cure = 'give a text file, or a .jsonl file with rows like {"text": "..."}'
     if name == "-":
         yield from cut(sys.stdin.read(), by, "standard input")
@@ -69,7 +70,7 @@ def cut(text, by, name):
 
 
 def fit(text, tokenizer, ref_len):
-    """Token lists of at most ref_len tokens (sec. 4.4): whole sentences where they fit."""
+    """Cuts a text into lists of at most ref_len tokens (sec. 4.4), between sentences if it can."""
     pieces = []
     held = []
     for sentence in re.split(r"(?<=[.!?])\s+", text):
@@ -92,7 +93,7 @@ def open_model(a):
 
 
 def open_base(a):
-    """The base with its model: what changes gets its memory at once."""
+    """The base with its model: a text that changes gets its memory at once."""
     return MemoryBank.open(a.kb, open_model(a))
 
 
@@ -122,12 +123,12 @@ def matching(texts, filters):
 
 
 def new(a):
-    """An empty knowledge base for the model, with the tokenizer of --data."""
+    """Makes an empty knowledge base for the model, with the tokenizer of --data."""
     check(not Texts.exists(a.kb), f"--kb {a.kb} is there already: give another path")
     tokenizer = corpus.tokenizer(a.data)
     model = open_model(a)
     same = tuple(tokenizer.header) == model.config.header
-    check(same, f"--data {a.data} has another tokenizer than {a.checkpoint} wants")
+    check(same, f"--data {a.data} has another tokenizer than {a.checkpoint} was trained with")
     none = corpus.References(Path(a.data, "new"), np.zeros(0), np.zeros(1), tokenizer.n_vocab)
     bank = MemoryBank.create(a.kb, model, none, a.dtype)
     Live.build(bank.references, a.embedder, progress=False)
@@ -135,7 +136,7 @@ def new(a):
 
 
 def add(a):
-    """Texts from files, or standard input. Each that is very near an old one is named."""
+    """Adds texts from files or standard input. Names each that is very near an old one."""
     bank = open_base(a)
     live = Live.open(bank.references)
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
@@ -167,7 +168,7 @@ def add(a):
 
 
 def report_near(a, live, ids, near, scores, shown):
-    """Names those new texts that are near an older one, 10 at most; how many there are."""
+    """Prints which new texts are near an older one, 10 at most; returns how many are."""
     n_near = 0
     for i, (old,), (score,) in zip(ids, near.tolist(), scores.tolist(), strict=True):
         if old < 0 or old == i or score < a.near:
@@ -177,19 +178,14 @@ def report_near(a, live, ids, near, scores, shown):
             old_text = live.tokenizer.decode(live.references[old]).strip()
             text = live.tokenizer.decode(live.references[i]).strip()
             print(visible(f"{i} is near {old} (similarity {score:.2f}): {old_text}"))
-            command = (
-                f"python kb.py replace --kb {a.kb} {old} {json.dumps(text, ensure_ascii=False)}"
-            )
-            print(
-                visible(
-                    f"  if it takes its place: {command} && python kb.py delete --kb {a.kb} {i}"
-                )
-            )
+            put = shlex.join(["python", "kb.py", "replace", "--kb", a.kb, str(old), text])
+            drop = shlex.join(["python", "kb.py", "delete", "--kb", a.kb, str(i)])
+            print(visible(f"  if it takes its place: {put} && {drop}"))
     return n_near
 
 
 def replace(a):
-    """Another text for a reference; a deleted one lives again."""
+    """Gives a reference another text; a deleted one lives again."""
     bank = open_base(a)
     tokenizer = corpus.tokenizer(a.kb)
     pieces = fit(a.text, tokenizer, bank.references.ref_len)
@@ -200,7 +196,7 @@ def replace(a):
 
 
 def delete(a):
-    """Forgets references: when this returns, their numbers and tokens are overwritten."""
+    """Forgets references: when this returns, their tokens and memories are overwritten."""
     bank = MemoryBank.open(a.kb)
     bank.delete(a.ids)
     print(f"forgotten: {', '.join(map(str, a.ids))} (their vectors stay in the index, unused, and")
@@ -208,7 +204,7 @@ def delete(a):
 
 
 def forget_like(a):
-    """Forgets what is similar to a text, after showing it (--yes: does not ask)."""
+    """Forgets the references similar to a text. Shows them first, and asks (unless --yes)."""
     bank = MemoryBank.open(a.kb)
     live = Live.open(bank.references)
     ids, scores = live.search([a.text], min(1000, max(1, len(live))))
@@ -226,7 +222,7 @@ def forget_like(a):
 
 
 def list_texts(a):
-    """The references in order, or those whose source says key=value (--filter)."""
+    """Shows the references in order, or those whose source has key=value (--filter)."""
     texts = Texts(a.kb)
     ids = matching(texts, a.filter)
     show(texts, corpus.tokenizer(a.kb), ids[a.start : a.start + a.limit])
@@ -234,12 +230,12 @@ def list_texts(a):
 
 
 def show_texts(a):
-    """Some references with their sources."""
+    """Shows some references with their sources."""
     show(Texts(a.kb), corpus.tokenizer(a.kb), a.ids)
 
 
 def search(a):
-    """The references that a text would recall, best first."""
+    """Shows the references that a text would recall, best first."""
     from_here = Live.open(Texts(a.kb))
     source = from_here
     if a.filter:
@@ -254,7 +250,7 @@ def search(a):
 
 
 def verify(a):
-    """Checks every text, every memory and the index; says what is missing and how it comes back."""
+    """Checks every text, every memory and the index; says what is missing and how to mend it."""
     bank = MemoryBank.open(a.kb)
     bank.references.verify()
     print(f"texts: {bank.references.count_live():,} whole")
@@ -269,7 +265,7 @@ def verify(a):
 
 
 def compact(a):
-    """Rewrites texts and index without what was deleted; nothing of it is in any file then."""
+    """Rewrites texts and index without what was deleted: no file holds any of it afterwards."""
     bank = MemoryBank.open(a.kb)
     before = size_of(a.kb)
     bank.compact()
@@ -284,7 +280,7 @@ def size_of(folder):
 
 
 def merge(a):
-    """Adds all references of another base, with their sources; those known already are left out."""
+    """Adds the references of another base, with their sources, except those known already."""
     bank = open_base(a)
     other = Texts(a.other)
     same = other.meta["tokenizer_id"] == bank.meta["tokenizer_id"]
@@ -300,7 +296,7 @@ def merge(a):
 
 
 def export(a):
-    """All live references as JSON lines: id, text, and what is known of where it comes from."""
+    """Writes all live references as lines of JSON: id, text, and all that its source says."""
     texts = Texts(a.kb)
     tokenizer = corpus.tokenizer(a.kb)
     ids = matching(texts, a.filter)
@@ -312,7 +308,7 @@ def export(a):
 
 
 def stats(a):
-    """What is in it, and whose."""
+    """Shows how much is in the knowledge base, and which model's memories these are."""
     bank = MemoryBank.open(a.kb)
     texts = bank.references
     n = texts.count_live()
@@ -325,16 +321,15 @@ def stats(a):
 
 
 def index(a):
-    """Makes the index anew: with another embedder, or where it is damaged."""
+    """Makes the index anew: after damage, or with another embedder."""
     live = Live.build(Texts(a.kb), a.embedder, a.factory)
     print(f"{live.path}: {len(live):,} references, {live.embedder.id}, {live.meta['factory']}")
 
 
 def calibrate(a):
-    """Learns from questions to tell that the base knows nothing about one; for such a one nothing
-    is recalled then. Give questions as they will be asked: a wording that was never among them
-    looks like something unknown. --questions: rows with "question" and "reference", the id that
-    answers it."""
+    """Learns from questions when the base knows nothing about one, so that nothing is recalled
+    then. Give questions as they will be asked: one in a wording that was never among them looks
+    unknown. --questions: rows with "question" and "reference", the id that answers it."""
     cure = 'give .jsonl rows like {"question": "...", "reference": 17}'
     answerable = []
     for name in a.questions:

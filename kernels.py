@@ -162,6 +162,11 @@ def _memory_sizes(strides, k, v, q, recall, chunk_len, n_header):
     return [_array(strides), *sizes, chunk_len, n_header]
 
 
+def _begin(tensor):
+    """The first row of a tensor (B, H, n, dh): C is told where it begins, and its strides."""
+    return tensor[0, 0, 0]
+
+
 def _array(numbers):
     """Numbers as an array of C's 64-bit integers: strides, in a long batch, go beyond 32 bits."""
     return (ctypes.c_longlong * len(numbers))(*numbers)
@@ -191,10 +196,7 @@ def memory_attention_by(function, out, lse, q, k, v, count, recall, chunk_len, n
     """memory_attention by the C function of this name: kernels.cu has a plain one, too."""
     strides = _strides(function, q, out)
     sizes = _memory_sizes(strides, k, v, q, recall, chunk_len, n_header)
-    # C is given where each begins; the strides say the rest
-    first_out = out[0, 0, 0]
-    first_q = q[0, 0, 0]
-    bf16 = [first_out, first_q, k[0], v[0]]
+    bf16 = [_begin(out), _begin(q), k[0], v[0]]
     _run(function, q.device, sizes, bf16=bf16, f32=[lse], i64=[count, recall])
 
 
@@ -230,7 +232,7 @@ def memory_attention_backward(
     delta = torch.empty_like(lse)  # (B, H, P+T): out . dout, from one kernel to the next
     strides = _strides("memory_attention_backward", q, out, dout, dq)
     sizes = _memory_sizes(strides, k, v, q, recall, chunk_len, n_header)
-    bf16 = [dq[0, 0, 0], dout[0, 0, 0], out[0, 0, 0], dk, dv, q[0, 0, 0], k[0], v[0]]
+    bf16 = [_begin(dq), _begin(dout), _begin(out), dk, dv, _begin(q), k[0], v[0]]
     i64 = [count, recall, uses, first]
     _run("memory_attention_backward", q.device, sizes, bf16=bf16, f32=[delta, lse], i64=i64)
     return dk, dv

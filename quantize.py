@@ -227,7 +227,7 @@ class Codec:
 
     def _index(self):
         if self.index is None:
-            check(self.file.exists(), f"{self.file} is missing, and encoding needs it")
+            check(self.file.exists(), f"{self.file}: missing, and encoding needs it")
             self.index = optional("faiss").read_index(str(self.file))
         return self.index
 

@@ -1,12 +1,13 @@
 """Retrieval: which reference a chunk should recall (sec. 3.1) and which it must not see (sec. 3.6).
 
 overlap      eq. (3.3): how much of a reference a train sequence already contains
-embedder     text -> unit vector; one and the same object embeds references and queries
+embedder     text -> unit vector; the same object embeds references and queries
 Retriever    a FAISS index of references with its embedder, in one directory
-neighbors    the best references of every training chunk that are no copies of it
+Live         the Retriever of a knowledge base that changes
+neighbors    for every training chunk, the best references that are no copies of its text
 
 Whatever has .search(queries, k) -> ids (n, k), scores (n, k) is a source of memories. An id of -1
-means that nothing was found; such a place recalls no memory.
+means that nothing was found; no memory is recalled in its place.
 """
 
 import argparse
@@ -53,7 +54,7 @@ from index import (
 )
 from model import load_checkpoint
 
-FEW = 1000  # changes of a knowledge base that are never too many to stand beside its index
+FEW = 1000  # up to so many changes of a knowledge base never make its index worth a new one
 
 # -- How much of a reference stands in a text: eq. (3.3) ----------------------------------------
 
@@ -101,12 +102,12 @@ def overlap(t, r):
 
 
 def exceeds(t, r, threshold):
-    """overlap(t, r) > threshold (paper: 0.9 in training, sec. 3.6; 2/3 in evaluation, sec. 4.4),
-    found without the exact overlap where less will do."""
+    """Whether overlap(t, r) > threshold (paper: 0.9 in training, sec. 3.6; 2/3 in evaluation, sec.
+    4.4). It computes the exact overlap only where nothing cheaper decides."""
     t = np.asarray(t).tolist()
     r = np.asarray(r).tolist()
     check(r, "overlap with an empty reference: eq. (3.3) divides by its length")
-    above = [n for n in range(len(r) + 1) if n / len(r) > threshold]  # N that exceed it
+    above = [n for n in range(len(r) + 1) if n / len(r) > threshold]  # the N that exceed it
     if not above:
         return False
     enough = above[0]
@@ -117,18 +118,18 @@ def exceeds(t, r, threshold):
 
 
 def _best_window(t, r, floor, enough):
-    """The N of eq. (3.3); `floor` where N is no larger; any N from `enough` on where it is there.
+    """The N of eq. (3.3): at least `floor`, and no more exact once it has reached `enough`.
 
-    Within a row of the table of `common_subsequence` numbers rise by 0 or 1 from column to column,
-    so |r| bits say all of a row: bit j is 0 where it rises at r_j. A new token moves each rise to
-    the first match since the rise before it, and one addition does that for the whole row: its
+    In a row of the table of `common_subsequence` the numbers rise by 0 or 1 from column to column,
+    so |r| bits say all about a row: bit j is 0 where it rises at r_j. A new token moves each rise
+    to the first match after the rise before it. One addition does that for the whole row: its
     carry starts at a match, runs through the ones and stops at the rise. So a token costs three
     operations on |r|-bit integers (Crochemore et al. 2001) instead of |r| comparisons.
     """
     n = len(r)
     width = 2 * n + 1
     full = (1 << n) - 1
-    places = {}  # token -> the bits of where it stands in r
+    places = {}  # token -> the bits of its places in r
     for j, token in enumerate(r):
         places[token] = places.get(token, 0) | 1 << j
     match = [places.get(token, 0) for token in t]  # |t| integers: where in r this token stands
@@ -140,8 +141,8 @@ def _best_window(t, r, floor, enough):
             moved = flat & hits
             flat = (flat + moved) | (flat - moved)  # what is carried beyond bit n never comes back
         length = n - (flat & full).bit_count()
-        # A window moved by one token changes its N by at most one: x short of the best, the next
-        # x windows cannot be better.
+        # If a window moves by one token, its N changes by at most one. So where N is x short of the
+        # best, the next x windows cannot be better.
         start += 1 + max(0, best - length)
         best = max(best, length)
     return best
@@ -151,11 +152,11 @@ def _best_window(t, r, floor, enough):
 
 
 class Retriever:
-    """References that are found by text: the id of a reference is its row.
+    """An index that finds references by text; the id of a reference is its row.
 
         index.faiss     the vectors of references 0..n-1, as they were when the index was made
-        embedder.npy    what the embedder has learnt of them
-        meta.json       what index, embedder, tokenizer and references belong together
+        embedder.npy    what the embedder has learnt from them
+        meta.json       which index, embedder, tokenizer and references belong together
         changes.npz     what was added, removed and replaced since
 
     A change costs the same whatever n is: the index itself stays as it is. A row that is removed is
@@ -169,7 +170,7 @@ class Retriever:
         self.embedder = embedder  # of the references and of the queries
         self.tokenizer = tokenizer  # of queries that are tokens
         self.fresh = None  # a faiss.IndexIDMap2 of the vectors that are new, once there are any
-        self.blank = set(meta.get("blank", ()))  # ids whose text has no vector: never found
+        self.blank = set(meta.get("blank", ()))  # ids of texts without any word: never found
         self.hidden = set(self.blank)  # rows of the index that are no longer to be found
         self.version = 0  # of changes.npz
 
@@ -185,8 +186,8 @@ class Retriever:
 
     @staticmethod
     def build(path, references, tokenizer_name, encoder="hash", factory=None, progress=True):
-        """Indexes a corpus.References (id = row) and writes the directory `path`. Stopped at any
-        moment and called again, it goes on where it was.
+        """Indexes a corpus.References (id = row) and writes the directory `path`. If it is stopped,
+        the next call goes on where it was.
 
         encoder: an embedder or its name. factory: a FAISS factory string instead of our choice.
         """
@@ -231,9 +232,9 @@ class Retriever:
         """The k references most similar to each query (cosine, sec. 3.1), best first.
 
         queries: n texts, or n token sequences: lists, or integers (n, m) with -1 = padding.
-        Returns ids (n, k) int64 and scores (n, k) float32. What scores 0 or less has
-        nothing in common with the query: it is not found, its id is -1, its score NOTHING. So a
-        query without any word finds nothing, and one may ask for more references than there are.
+        Returns ids (n, k) int64 and scores (n, k) float32. A reference that scores 0 or less has
+        nothing in common with the query and is not found: id -1, score NOTHING. So a query without
+        any word finds nothing, and k may be more than there are references.
         """
         check(k >= 1, f"{self.path}: {k} references asked for; ask for 1 or more")
         check(not isinstance(queries, str), "search takes a list of texts, not one text")
@@ -273,14 +274,14 @@ class Retriever:
         most = k
         while True:
             ids, scores = search(self.index, vectors, most)  # (n, most)
-            out = np.isin(ids, hidden)  # (n, most)
-            n_found = ((ids >= 0) & ~out).sum(1)  # (n,)
+            is_hidden = np.isin(ids, hidden)  # (n, most)
+            n_found = ((ids >= 0) & ~is_hidden).sum(1)  # (n,)
             # (n,): the search gave all it had; an inverted file looks into some lists only
             exhausted = (ids < 0).any(1) | (most >= self.index.ntotal)
             if (exhausted | (n_found >= k)).all():
                 break
             most = 4 * most  # hidden rows stood in the way
-        scores[out] = -np.inf
+        scores[is_hidden] = -np.inf
         return best_of(ids, scores, k)
 
     def _has(self, i):
@@ -298,7 +299,7 @@ class Retriever:
         return True
 
     def add(self, ids, texts):
-        """Like remove and replace: searches know it at once, the disk only after save()."""
+        """Adds references. As after remove and replace, only save() writes the change to disk."""
         there = [i for i in ids if self._has(i)]
         check(not there, f"{self.path}: references {there} are there already: replace them")
         self._put(ids, self._new_vectors(ids, texts))
@@ -316,8 +317,8 @@ class Retriever:
         self._put(ids, vectors)
 
     def update(self, ids, texts):
-        """Gives references these texts, whether they are there or not; "" forgets one. With it an
-        index catches up with changes made elsewhere."""
+        """Gives references these texts, whether they are there or not; "" forgets one. So an index
+        catches up with changes made elsewhere."""
         vectors = self._new_vectors(ids, texts)
         self._hide(ids)
         self._put(ids, vectors)
@@ -330,25 +331,29 @@ class Retriever:
         check(len(set(ids)) == len(ids), f"{self.path}: an id twice: {list(ids)}")
 
     def _new_vectors(self, ids, texts):
-        check(not isinstance(texts, str) and len(ids) == len(texts), "give one text for each id")
-        check(len(set(ids)) == len(ids), f"{self.path}: an id twice: {list(ids)}")
-        check(all(i >= 0 for i in ids), f"{self.path}: ids are at least 0: {list(ids)}")
-        vectors = self._embed([normalize(text) for text in texts])  # (n, dim)
-        line = f"embedder {self.embedder.name} gives NaN for one of the texts of {list(ids)}"
+        """The vectors of new texts (n, dim). UserError for ids or texts that do not fit."""
+        ids = list(ids)
+        one_each = not isinstance(texts, str) and len(ids) == len(texts)
+        check(one_each, "give one text for each id")
+        check(len(set(ids)) == len(ids), f"{self.path}: an id twice: {ids}")
+        check(all(i >= 0 for i in ids), f"{self.path}: ids are at least 0: {ids}")
+        texts = [normalize(text) for text in texts]
+        vectors = self._embed(texts)  # (n, dim)
+        line = f"embedder {self.embedder.name} gives NaN for one of the texts of {ids}"
         check(np.isfinite(vectors).all(), line)
         return vectors
 
     def _put(self, ids, vectors):
-        """Takes in vectors (n, dim) of references that are not there; 0: one without a word."""
+        """Takes in vectors (n, dim) of references that are not there; 0: a text without a word."""
         ids = np.array(ids, np.int64)
-        full = vectors.any(1)  # (n,)
-        self.blank.update(ids[~full].tolist())
+        has_word = vectors.any(1)  # (n,)
+        self.blank.update(ids[~has_word].tolist())
         if self.fresh is None:
             self.fresh = exact_index(self.embedder.dim)
-        self.fresh.add_with_ids(vectors[full], ids[full])
+        self.fresh.add_with_ids(vectors[has_word], ids[has_word])
 
     def _hide(self, ids):
-        """Forgets references, those that are there."""
+        """Forgets those of the references that are there."""
         fresh = [i for i in ids if self._is_fresh(i)]
         if fresh:
             self.fresh.remove_ids(np.array(fresh, np.int64))
@@ -358,8 +363,9 @@ class Retriever:
                 self.hidden.add(int(i))
 
     def save(self, references=None):
-        """Writes the changes, not the index: O(changes). references: what they made of the
-        references. UserError if another process has saved changes since this index was opened."""
+        """Writes the changes, not the index, so it takes as long as there are changes. references:
+        the references as they are after them. UserError if another process has saved changes since
+        this index was opened."""
         if references is not None:
             self.meta["references"] = references.hash
         if self.fresh is None:
@@ -400,7 +406,7 @@ class Retriever:
         fits = fits and arrays["vectors"].shape == (len(arrays["ids"]), self.embedder.dim)
         check(fits, f"{path} is damaged; {cure}")
         if int(arrays["base"]) != self.meta["checksum"]:
-            return None  # they are changes of an index that has been made anew since
+            return None  # they belong to an older index
         return arrays
 
     def _read_changes(self, cure):
@@ -419,7 +425,7 @@ class Retriever:
 
 
 class Frozen:
-    """The texts of a knowledge base under the name that they have now, whatever changes then."""
+    """The texts of a knowledge base, with the hash and length of now, whatever changes later."""
 
     def __init__(self, references):
         self.references = references
@@ -437,9 +443,9 @@ class Frozen:
 class Live:
     """Finds the references of a knowledge base (bank.Texts) as they are, whoever changes them.
 
-    A Retriever in the base's directory `index`, which takes in what has changed since whenever this
-    opens or searches: a change costs one embedding, whatever N is. A deleted reference is found no
-    more; its vector leaves the disk when the index is made anew.
+    It has a Retriever in the base's directory `index`, and takes in all changes whenever it opens
+    or searches; a change costs one embedding, whatever N is. A deleted reference is no longer
+    found; its vector leaves the disk when the index is made anew.
     """
 
     def __init__(self, retriever, references):
@@ -499,7 +505,7 @@ class Live:
         return live
 
     def refresh(self):
-        """Takes in what any process has changed since the last time."""
+        """Takes in what any process has changed since the last call."""
         if self.references.version == self.version:
             return
         changed = self.references.changed_since(self.version)
@@ -529,7 +535,7 @@ class Live:
         return self.retriever._texts(queries)
 
     def found_texts(self, ids):
-        """ids (n, k) -> for each query the texts that were found."""
+        """ids (n, k) -> for each query, the texts of what was found."""
         names = np.unique(ids[ids >= 0])
         text_of = {}
         for text in self.references.rows(names):
@@ -537,13 +543,13 @@ class Live:
         return [[text_of[i] for i in row if i >= 0] for row in ids.tolist()]
 
     def calibrate(self, answerable, unanswerable=(), keep=0.95, k=5):
-        """Learns to tell that nothing here is about a question, and stores it with the base.
+        """Learns to tell when no reference is about a question, and stores that with the base.
 
         answerable: [(question, id of the reference that answers it), ...]. unanswerable: questions
-        that no reference answers; without any, the answerable ones as if their reference were not
-        here. keep: the share of the answerable that is to find something.
-        Returns the share of each kind that then finds something, measured on every second question
-        while the others taught (and all teach what is stored).
+        that no reference answers; if there are none, the answerable ones serve, as if their
+        references were missing. keep: the share of the answerable that must find something.
+        Returns the share of each kind that finds something, measured on every second question after
+        learning from the others. What is stored is learnt from all.
         """
         check(len(answerable) > 1, "calibrate: give at least 2 questions")
         self.relevance = None
@@ -565,9 +571,9 @@ class Live:
         return float(kept.mean()), float(wrong.mean())
 
     def save(self):
-        """Keeps the vectors of what has changed, so that the next to open need not embed it. Where
-        that is half of all, the index is made anew: an embedder learns from its texts. Returns the
-        Live to go on with."""
+        """Saves the vectors of what has changed, so that the next process need not embed it. If
+        half of all has changed, the index is made anew, for an embedder learns from its texts.
+        Returns the Live to go on with."""
         self.refresh()
         retriever = self.retriever
         if retriever.n_changes > max(FEW, len(self) // 2):
@@ -584,9 +590,10 @@ class Live:
 class Relevance:
     """Tells whether what was found is about the question at all.
 
-    What is peculiar to a question are the words that other questions do not have: a word that n of
-    the questions it learnt from have weighs 1 / (1 + n). The share of that weight whose words stand
-    in the best of the texts found tells a name that is known from one that only looks like it:
+    What sets a question apart are the words that other questions do not have: a word that n of the
+    learnt questions have weighs 1 / (1 + n). A text's share is the weight of the question's words
+    that stand in it, over the weight of all its words. It tells a known name from one that only
+    looks like it:
 
     >>> r = Relevance(dict(where=9, lies=9), 0.9)
     >>> r.shares(["Where lies Kyiv?"], [["Kyiv lies at 50 N."]]).round(2).tolist()
@@ -594,14 +601,14 @@ class Relevance:
     >>> r.shares(["Where lies Kyiv?"], [["Kyivka lies at 51 N."]]).round(2).tolist()
     [0.08]
 
-    (A similarity of the whole texts does not: most of it is in letters that many names share.)
+    (The similarity of whole texts does not: most of it lies in letters that many names share.)
     """
 
     FILE = "relevance.json"  # in the directory of the base
 
     def __init__(self, counts, least):
-        self.counts = counts  # word -> how many questions have it; what one has is not kept
-        self.least = least  # the share from which on a text is about the question
+        self.counts = counts  # word -> how many questions have it, if more than one
+        self.least = least  # a text of this share or more is about the question
 
     @staticmethod
     def fit(questions, found, others, keep):
@@ -656,24 +663,26 @@ class Only:
         return len(self.live)
 
     def search(self, queries, k):
-        most = len(self.live)
+        """As Retriever.search. It looks at ever more references, until k of them fit or all do."""
+        most = max(len(self.live), k)
         look = 4 * k
         while True:
-            ids, scores = self.live.search(queries, min(look, max(most, k)))
+            ids, scores = self.live.search(queries, min(look, most))  # (n, look)
             fits = self._fits(ids)
-            if look >= most or fits.sum(1).min() >= k:
+            n_fitting = fits.sum(1)  # (n,)
+            if look >= most or (n_fitting >= k).all():
                 break
             look *= 4
+        ids = np.where(fits, ids, -1)
         scores = np.where(fits, scores, NOTHING)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        ids = np.take_along_axis(np.where(fits, ids, -1), best, 1)
-        scores = np.take_along_axis(scores, best, 1)
+        ids, scores = best_of(ids, scores, k)  # (n, k), or all there are
         lacking = ((0, 0), (0, k - ids.shape[1]))
-        return np.pad(ids, lacking, constant_values=-1), np.pad(
-            scores, lacking, constant_values=NOTHING
-        )
+        ids = np.pad(ids, lacking, constant_values=-1)
+        scores = np.pad(scores, lacking, constant_values=NOTHING)
+        return ids, scores
 
     def _fits(self, ids):
+        """Which of ids (n, k) have a source that says what is wanted."""
         names = np.unique(ids[ids >= 0])
         texts = self.live.references.rows(names)
         fits = [text.id for text in texts if text.says(self.wanted)]
@@ -694,23 +703,27 @@ class Random:
 
     def search(self, queries, k):
         shape = (len(queries), k)
-        if len(self.ids) == 0:
-            return np.full(shape, -1), np.full(shape, NOTHING)
-        drawn = self.rng.integers(0, len(self.ids), shape)
+        n = len(self.ids)
+        if n == 0:
+            nothing = np.full(shape, -1)
+            return nothing, np.full(shape, NOTHING)
+        drawn = self.rng.integers(0, n, shape)
         return self.ids[drawn], np.zeros(shape)
 
 
 class Given:
-    """Recalls references ids (B, n), whatever the query: the right one of each sequence, say."""
+    """Recalls references ids (B, n), whatever the query: for instance each sequence's right one."""
 
     def __init__(self, ids):
         self.ids = np.asarray(ids)
 
     def search(self, queries, k):
-        ids = np.full((len(queries), k), -1)
+        shape = (len(queries), k)
+        ids = np.full(shape, -1)
         sequence = np.arange(len(queries)) % len(self.ids)  # queries come chunk by chunk
-        ids[:, : self.ids.shape[1]] = self.ids[sequence, :k]
-        return ids, np.zeros((len(queries), k))
+        given = self.ids[sequence, :k]  # (n, k), or all that are given
+        ids[:, : given.shape[1]] = given
+        return ids, np.zeros(shape)
 
 
 class Filtered:
@@ -721,7 +734,7 @@ class Filtered:
         self.retriever = retriever
         self.references = references
         self.threshold = threshold
-        self.extra = extra  # references that are searched beyond k
+        self.extra = extra  # references to search beyond k
 
     def search(self, queries, k):
         """queries: token lists. As Retriever.search: ids (n, k), -1 = none; scores (n, k)."""
@@ -742,7 +755,7 @@ class Filtered:
 
 # -- Neighbours for training (sec. 3.6) -------------------------------------------------------
 
-# What neighbours were made of and for: the .json beside <split>.neighbors.bin
+# The .json beside <split>.neighbors.bin: what the neighbours were made from, and for what
 NEIGHBORS = dict(
     name=str,
     references=str,
@@ -769,11 +782,12 @@ def neighbors(
     start=0,
     stop=None,
 ):
-    """The k best references, best first, of chunks start..stop that are no copies of their texts.
+    """For chunks start..stop-1, the k best references that are no copies of the chunk's sequence.
 
-    tokens (n,): a split; chunk c, tokens [cC, (c+1)C), is the query for k + extra references. Those
-    that overlap the aligned window of `context` tokens around it by more than the threshold (3.3)
-    are dropped: with the answer in memory nothing is learnt. (stop - start, k) int32, -1 = none.
+    tokens (n,): a split. Chunk i, tokens [iC, (i+1)C), is the query for k + extra references. Those
+    that overlap its train sequence, the aligned window of `context` tokens around it, by more than
+    the threshold (eq. 3.3) are dropped: with the answer in memory nothing would be learnt.
+    Returns (stop - start, k) int32, best first, -1 = none.
     """
     check_grid(chunk_len, context)
     n_chunks = len(tokens) // chunk_len
@@ -820,8 +834,8 @@ def write_neighbors(
 ):
     """Writes `neighbors` of a split: path (int32, (n_chunks, k)) and the same name in .json.
 
-    After a kill it goes on where it stopped, unless something it depends on has changed.
-    KeyboardInterrupt then says how far it came.
+    After a kill the same call goes on where it stopped, unless what it depends on has changed.
+    KeyboardInterrupt says how far it came.
     """
     path = Path(path)
     check_grid(chunk_len, context)  # first: what is refused leaves the files as they are
@@ -848,9 +862,9 @@ def write_neighbors(
     done = 0
     if part.exists() and _sidecar(side) == meta:
         done = part.stat().st_size // (4 * k)  # whole rows of int32
-    path.unlink(missing_ok=True)  # until the end the sidecar speaks of the .part
+    path.unlink(missing_ok=True)  # until the end the sidecar describes the .part
     with part.open("ab") as file:
-        file.truncate(4 * k * done)  # first: what another sidecar was for must not count as ours
+        file.truncate(4 * k * done)  # first: rows of another sidecar must not count as ours
         write_json(side, meta)
         with tqdm(total=n_chunks, initial=done, unit=" chunks", disable=not progress) as bar:
             try:
@@ -878,7 +892,7 @@ def write_neighbors(
 
 
 def _sidecar(side):
-    """The .json of neighbours that are not finished; None where there is none to go on with."""
+    """The .json of unfinished neighbours; None if there is none to go on with."""
     try:
         return read_json(side, NEIGHBORS, "")
     except UserError:
@@ -888,51 +902,52 @@ def _sidecar(side):
 def open_neighbors(data, split, chunk_len=None, context=None):
     """The neighbours of a split in a data directory: (n_chunks, k) int32, and its references' name.
 
-    chunk_len, context: those of the training that will use them. UserError if the split, the
-    references or the chunk_len are not those they were made for, or if copies were filtered out of
-    other windows than those that are trained on.
+    chunk_len, context: those of the training that will use them. UserError if they were made for
+    another split, other references or another chunk_len, or if the windows of the training do not
+    lie within those that the filter looked at.
     """
     path = Path(f"{data}/{split}.neighbors.bin")
     side = path.with_suffix(".json")
-    wanted = dict(
-        references=_references_for(data, split), chunk_len=chunk_len or 64, context=context or 2048
-    )
+    wanted = dict(references=_references_for(data, split))
+    wanted["chunk_len"] = chunk_len or 64
+    wanted["context"] = context or 2048
     cure = _neighbors_cure(data, split, wanted)
-    if not side.exists() or not path.exists():
-        raise UserError(f"{path}: no neighbours here; {cure}")
+    check(side.exists() and path.exists(), f"{path}: no neighbours here; {cure}")
     meta = read_json(side, NEIGHBORS, cure)
+    k = meta["k"]
+    n_chunks = meta["n_chunks"]
     for name in ("chunk_len", "context", "k", "n_chunks"):
         check(meta[name] >= 1, f"{side} is damaged: {name} {meta[name]}; {cure}")
-    wanted = dict(
-        references=meta["name"],
-        chunk_len=chunk_len or meta["chunk_len"],
-        context=context or meta["context"],
-        k=meta["k"],
-        threshold=meta["threshold"],
-    )
+
+    # what was not asked for stays as it was: the cure says all of it
+    wanted["references"] = meta["name"]
+    wanted["chunk_len"] = chunk_len or meta["chunk_len"]
+    wanted["context"] = context or meta["context"]
+    wanted["k"] = k
+    wanted["threshold"] = meta["threshold"]
     cure = _neighbors_cure(data, split, wanted)
     tokens = corpus.open_tokens(data, split)
-    now = dict(
-        chunk_len=wanted["chunk_len"],
-        references=corpus.References.open(f"{data}/{meta['name']}").hash,
-        n_tokens=len(tokens),
-        tokens=digest(tokens),
-    )
+    references = corpus.References.open(f"{data}/{meta['name']}")
+    now = dict(chunk_len=wanted["chunk_len"], references=references.hash)
+    now |= dict(n_tokens=len(tokens), tokens=digest(tokens))
     for key, value in now.items():
         check(meta[key] == value, f"{path} is for {key} {meta[key]}, not {value}; {cure}")
-    # A window of the training must lie within one window of the filter
-    nested = meta["context"] % wanted["context"] == 0
-    line = f"{path}: copies were filtered from windows of {meta['context']} tokens, not of"
-    check(nested, f"{line} {wanted['context']}; {cure}")
-    size = 4 * meta["n_chunks"] * meta["k"]
-    check(path.stat().st_size == size, f"{path} is cut off; {cure}")
-    return np.memmap(path, np.int32, "r", shape=(meta["n_chunks"], meta["k"])), meta["name"]
+
+    # a window of the training must lie within one window of the filter
+    context = wanted["context"]
+    line = (
+        f"{path}: copies were filtered from windows of {meta['context']} tokens, not of {context}"
+    )
+    check(meta["context"] % context == 0, f"{line}; {cure}")
+    check(path.stat().st_size == 4 * n_chunks * k, f"{path} is cut off; {cure}")
+    rows = np.memmap(path, np.int32, "r", shape=(n_chunks, k))
+    return rows, meta["name"]
 
 
 def _references_for(data, split):
-    """The references, among those in a data directory, from which a split may best recall."""
+    """The name of the references in a data directory that suit a split best."""
     there = sorted(file.stem for file in Path(data).glob("*.idx"))
-    # the training text must not recall the knowledge base that it is tested with
+    # training must not recall from the knowledge base that the model is tested with
     order = ("train_refs", "kb") if split == "explicit" else ("kb", "train_refs")
     for name in (*order, *there):
         if name in there:
@@ -989,9 +1004,9 @@ def parser():
 
 
 def main(argv=None):
-    """index writes <data>/<references>.index/, in shards if wanted, which join puts together;
-    neighbors writes <data>/<split>.neighbors.bin and .json (and the index with its default options,
-    where there is none). All go on where they were stopped."""
+    """index writes <data>/<references>.index/, or with --shard a part of it; join puts the parts
+    together; neighbors writes <data>/<split>.neighbors.bin and .json (and the index, with default
+    options, if there is none). If one is stopped, the same command goes on where it was."""
     a = parser().parse_args(argv)
     path = f"{a.data}/{a.references}.index"
     references = corpus.References.open(f"{a.data}/{a.references}")

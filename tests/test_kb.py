@@ -98,15 +98,16 @@ def test_a_base_from_nothing(world, tmp_path, capsys):
 
 
 def test_a_new_text_near_an_old_one_is_named(world, tmp_path, capsys):
-    """Two texts that contradict each other, and nobody says so; a printed command that fails."""
-    other = text_of(3).replace("6078", "6079")
+    """Two texts that contradict each other, and nobody says so; a printed command that fails, or in
+    which a shell would replace a part of the text."""
+    other = text_of(3).replace("6078", "$6079")
     assert other != text_of(3)
     (tmp_path / "c.txt").write_text(f"{other}\n\nNothing like it at all\n")
     run(world, "add", tmp_path / "c.txt")
     out = capsys.readouterr().out
     assert "17 is near 3 (similarity 0.8" in out and "18 is near" not in out
     command = out.split("takes its place: python kb.py ")[1].split(" && ")[0]
-    assert command.startswith("replace --kb") and other in command
+    assert command.startswith("replace --kb") and f"'{other}'" in command
     run(world, "replace", 3, other)
     run(world, "delete", 17)
     run(world, "search", "Dunholm", "--k", 1)
