@@ -2,18 +2,18 @@
 
 A knowledge base is one directory:
 
-    texts.sqlite      the truth: of each reference its tokens, its source, when it changed last
+    texts.sqlite      the truth: each reference's tokens, its source, and when it last changed
     memories.bin      their memories, records of one size; record i is that of reference i
-    codes/            the same in fewer bytes (sec. 3.3), where write.py --quantize made them
+    codes/            the same in fewer bytes (sec. 3.3), if write.py --quantize made them
     index/            what finds references by text (retrieval.py)
     meta.json, tokenizer.json     the tokenizer of the texts
 
-SQLite's transactions and locks are the only ones here. All but the texts is derived from them, and
-each record vouches for what it is: its checksum covers its numbers, the text it was made of and the
+All transactions and locks are SQLite's. Everything but the texts is derived from them, and each
+record vouches for what it is: its checksum covers its numbers, the text it was made from and the
 model that wrote it. A record that does not fit counts as missing; missing records are encoded at
 their first retrieval (cold start) or by `write` (warm start). Shapes are named as in model.py.
 
-Not here: finding references (retrieval.py), and words (corpus.py): a text is a row of token ids.
+Not here: finding references (retrieval.py) and words (corpus.py); a text is a row of token ids.
 """
 
 import hashlib
@@ -45,11 +45,13 @@ from quantize import Codec
 FORMAT = ["memory3 knowledge base", 3]  # and its version
 WAIT = 30  # seconds to wait for another process that is changing the same base
 THREADS = 8  # an SSD answers many reads at a time
-WINDOW = 64 << 20  # bytes that are read at a time where the whole bank is
+WINDOW = 64 << 20  # bytes to read at a time when the whole bank is read
+# the cure where texts.sqlite is damaged
+RESTORE = "bring it back from a copy, or save what is whole with the sqlite3 command .recover"
 
 # -- The texts ---------------------------------------------------------------------------------
 
-# The one row of `base` says what this base is, with its checksum.
+# The only row of `base` says what this base is; seal is its checksum.
 BASE = "CREATE TABLE base (meta TEXT, seal INTEGER)"
 TEXTS = """CREATE TABLE texts (
     id      INTEGER PRIMARY KEY,  -- 0, 1, 2, ...: never given twice
@@ -81,7 +83,7 @@ class Text(NamedTuple):
     seal: int
 
     def says(self, wanted):
-        """Whether its source has these keys and values: a dict of texts."""
+        """Whether its source has all these keys and values; wanted: a dict of texts."""
         source = json.loads(self.source)
         return all(str(source.get(key)) == value for key, value in wanted.items())
 
@@ -107,21 +109,25 @@ def dtype_of(meta):
 
 
 def pack(tokens, meta, path):
-    """Token ids as the table keeps them; UserError for what is no reference of this base."""
+    """Token ids as the table keeps them; UserError if they cannot be a reference of this base."""
+    ref_len = meta["ref_len"]
+    n_vocab = meta["n_vocab"]
     x = np.atleast_1d(np.asarray(tokens))
-    fits = x.ndim == 1 and 1 <= len(x) <= meta["ref_len"] and x.dtype.kind in "iu"
-    fits = fits and 0 <= x.min() and x.max() < meta["n_vocab"]
-    bounds = f"1 to {meta['ref_len']} tokens (ref_len), each 0 to {meta['n_vocab'] - 1}"
+    fits = x.ndim == 1 and x.dtype.kind in "iu"
+    fits = fits and 1 <= len(x) <= ref_len
+    fits = fits and 0 <= x.min() and x.max() < n_vocab
+    bounds = f"1 to {ref_len} tokens (ref_len), each 0 to {n_vocab - 1}"
     check(fits, f"{path}: a reference is {bounds}")
-    return x.astype(dtype_of(meta)).tobytes()
+    x = x.astype(dtype_of(meta))
+    return x.tobytes()
 
 
 class Texts:
     """The references of a knowledge base, in `<path>/texts.sqlite`.
 
-    Like corpus.References: len(), [i] -> token ids, iteration, batch, live, hash, n_vocab. Besides,
-    they change, one transaction a change; `version` counts the transactions. A handle keeps no rows
-    and so is never out of date, in whatever process and after whatever fork.
+    Like corpus.References: len(), [i] -> token ids, iteration, batch, live, hash, n_vocab. But they
+    can change: each change is one transaction, and `version` counts the transactions. A Texts keeps
+    no rows, so it is never out of date, whatever other processes do, and it survives a fork.
 
     >>> import tempfile
     >>> meta = dict(n_vocab=50, ref_len=4)
@@ -153,8 +159,8 @@ class Texts:
 
     @staticmethod
     def create(path, meta, sequences, sources=None):
-        """A new base of these token sequences, in one transaction; an empty one is a deleted row.
-        meta: what the base is, n_vocab and ref_len at least. sources: a dict for each sequence."""
+        """Makes a base of these token sequences in one transaction; an empty one is a deleted row.
+        meta: what the base is, with at least n_vocab and ref_len. sources: a dict a sequence."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(path / "texts.sqlite", timeout=WAIT, isolation_level=None)
@@ -211,7 +217,7 @@ class Texts:
 
     @property
     def db(self):
-        """This process's connection: SQLite forbids to carry one over a fork."""
+        """This process's connection: SQLite forbids carrying one over a fork."""
         if self.connected_by != os.getpid():
             self.inherited.append(self.connection)
             self.connection = self._connect()
@@ -222,8 +228,8 @@ class Texts:
     def _connect(self):
         mode = "rw"
         if not self.writable:
-            # On a medium that nobody writes to, SQLite needs no locks ("immutable"). Where another
-            # user's process is at work its log is there, and is read, too.
+            # If nobody can be writing, SQLite needs no locks ("immutable"). If another user's
+            # process is writing, its log is there and must be read, too.
             log = self.path / "texts.sqlite-wal"
             quiet = not log.exists() or log.stat().st_size == 0
             mode = "ro&immutable=1" if quiet else "ro"
@@ -237,7 +243,7 @@ class Texts:
 
     @contextmanager
     def _refusals(self):
-        """What SQLite cannot do, as one line with the cure. (Its ProgrammingError is a bug.)"""
+        """Turns SQLite's errors into one line with the cure. (A ProgrammingError is our bug.)"""
         try:
             yield
         except sqlite3.ProgrammingError:
@@ -255,14 +261,14 @@ class Texts:
             raise UserError(f"{self.file}: {cure}") from None
 
     def run(self, statement, *values):
-        """The rows that a statement gives, all of them."""
+        """Runs a statement and returns all its rows."""
         with self._refusals():
             return self.db.execute(statement, values).fetchall()
 
     @contextmanager
     def transaction(self, wait=WAIT):
-        """Holds the base's only write lock; what was executed is committed at the end, or nothing.
-        Yields (db, the number of this transaction). UserError after `wait` seconds in vain."""
+        """Holds the base's only write lock, and commits all or nothing at the end. Yields (db, the
+        number of this transaction). UserError if the lock is not free within `wait` seconds."""
         check(self.writable, f"{self.path} can only be read: copy it to where you may write")
         db = self.db
         with self.lock, self._refusals():
@@ -294,12 +300,12 @@ class Texts:
 
     @property
     def version(self):
-        """How many transactions have changed the texts: it grows with every change."""
+        """How many transactions have changed the texts."""
         return self.run("SELECT coalesce(max(version), 0) FROM texts")[0][0]
 
     @property
     def hash(self):
-        """Names the texts exactly: which base it is, and its version."""
+        """Names the texts exactly: the base's id and its version."""
         return f"{self.meta['id']}:{self.version}"
 
     def rows(self, ids):
@@ -317,7 +323,7 @@ class Texts:
         return [found[i] for i in wanted]
 
     def _sealed(self, row):
-        """A Text from a row of the table that is as it was written."""
+        """The Text of a row of the table. UserError if it is not as it was written."""
         try:
             text = Text(*row)
             whole = seal_of(text) == text.seal
@@ -327,7 +333,7 @@ class Texts:
         return text
 
     def changed_since(self, version):
-        """The Texts that a later transaction than number `version` changed, deleted ones too."""
+        """The Texts that changed in transactions after number `version`, deleted ones too."""
         found = self.run("SELECT * FROM texts WHERE version > ? ORDER BY id", version)
         return [self._sealed(row) for row in found]
 
@@ -395,8 +401,8 @@ class Texts:
         return self.add(sequences, sources, copies=True)
 
     def add(self, sequences, sources=None, copies=False):
-        """Adds references in one transaction; -> their ids. Without `copies`, a text that is there
-        already is not added: its id is given."""
+        """Adds references in one transaction and returns their ids. Unless `copies`, a text that is
+        there already is not added again: its id is returned."""
         sources = sources or [{}] * len(sequences)
         texts = [pack(tokens, self.meta, self.path) for tokens in sequences]
         ids = []
@@ -423,7 +429,7 @@ class Texts:
             self._put(db, make_text(int(i), version, 1, tokens, source or {}))
 
     def delete(self, ids, erase=None):
-        """Deletes references: their rows stay, empty, so that all other ids stay, too."""
+        """Deletes references. Their rows stay, empty, so that all other ids stay the same."""
         with self.transaction() as (db, version):
             texts = self.rows(ids)
             if erase:
@@ -444,14 +450,14 @@ class Texts:
         check(not busy, f"{self.path}: another process is reading it: end it and compact again")
 
     def verify(self):
-        """UserError for the first thing that is wrong with the file; reads all of it."""
-        said = self.run("PRAGMA integrity_check(1)")[0][0]
-        check(said == "ok", f"{self.file} is damaged ({said}): {RESTORE}")
-        for start in range(0, len(self), 1024):
-            self.rows(range(start, min(len(self), start + 1024)))
-
-
-RESTORE = "bring it back from a copy, or save what is whole with the sqlite3 command .recover"
+        """Reads the whole file; UserError for the first thing that is wrong with it."""
+        rows = self.run("PRAGMA integrity_check(1)")
+        answer = rows[0][0]
+        check(answer == "ok", f"{self.file} is damaged ({answer}): {RESTORE}")
+        n = len(self)
+        for start in range(0, n, 1024):
+            stop = min(n, start + 1024)
+            self.rows(range(start, stop))
 
 
 # -- Records -----------------------------------------------------------------------------------
@@ -463,17 +469,20 @@ class Records:
         record_bytes of numbers | how many slots are filled, uint32 | CRC-32, uint32
 
     The checksum covers the numbers, the filled slots, the seal of the text (and so its id, its
-    tokens and its version) and the writer. A hole in the file, a cut, a text that has changed
-    since, another model: whatever does not fit is missing, and a record is never wrong otherwise.
+    tokens and its version) and the writer. So a hole in the file, a cut, a text that has changed
+    since, or another model all make a record count as missing, and what is read is never wrong.
     """
 
     def __init__(self, file, record_bytes, slots, writer, writable, codec=None):
-        self.file, self.record_bytes, self.slots, self.codec = file, record_bytes, slots, codec
+        self.file = file
+        self.record_bytes = record_bytes
+        self.slots = slots
+        self.codec = codec
         self.stride = record_bytes + 8
         self.writer = zlib.crc32(writer.encode())
         self.writable = writable
         self.pool = None
-        self.pool_of = None  # the process whose threads they are: a fork has none
+        self.pool_of = None  # the process that started its threads: a fork has none
         flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
         try:
             self.fd = os.open(file, flags, 0o644)
@@ -503,23 +512,23 @@ class Records:
             for j in share:
                 size = os.preadv(self.fd, [rows[j], tails[j]], texts[j].id * self.stride)
                 n, crc = tails[j].tolist()
-                # found while the record is in the processor's cache
+                # checked at once, while the record is in the processor's cache
                 if size == self.stride and 1 <= n <= self.slots:
                     if self.checksum(texts[j], rows[j], n) == crc:
                         filled[j] = n
 
         if self.fd is not None and len(texts):
             shares = np.array_split(np.arange(len(texts)), min(THREADS, len(texts)))
-            list(self.threads.map(read_some, shares))  # list: raises what a thread raised
+            list(self.threads.map(read_some, shares))  # list() raises what a thread raised
         return filled
 
     def write(self, text, record, filled):
-        """Writes the record of a Text. Whoever writes holds the lock of the base's texts."""
+        """Writes the record of a Text. The caller holds the lock of the base's texts."""
         crc = self.checksum(text, record, filled)
         self._pwrite([record, struct.pack("<II", filled, crc)], text.id * self.stride)
 
     def erase(self, ids):
-        """Overwrites the records `ids` with zeros, on the disk when this returns."""
+        """Overwrites the records `ids` with zeros; they are on the disk when this returns."""
         end = os.fstat(self.fd).st_size
         for i in ids:
             if i * self.stride < end:
@@ -539,7 +548,7 @@ class Records:
 
 
 class Kept(NamedTuple):
-    """A record in RAM, and of which text."""
+    """A record in RAM, with the seal of its text."""
 
     seal: int
     record: np.ndarray
@@ -547,13 +556,13 @@ class Kept(NamedTuple):
 
 
 class MemoryBank:
-    """The memories of a knowledge base: texts on disk, what a model made of them beside (sec. 3.1).
+    """The memories of a knowledge base: texts on disk, and what a model made of them (sec. 3.1).
 
-    With a model it encodes what is missing; without one it reads what is there. Only the model that
-    wrote memories can read them (Remark A.1). Any number of processes may read and change a base at
-    once; recall() is not thread-safe. The same text gives the same memory to rounding: in another
-    batch, or on another machine, sums come in another order. Who only asks changes nothing but
-    missing records.
+    With a model it encodes what is missing; without one it only reads what is there. Only the model
+    that wrote memories can read them (Remark A.1). Any number of processes may read and change a
+    base at once; recall() is not thread-safe. The same text gives the same memory up to rounding:
+    in another batch, or on another machine, sums are computed in another order. recall() changes
+    nothing on disk, except that it writes missing records.
 
         bank = MemoryBank.create("out/kb.bank", model, corpus.References.open("data/cities/kb"))
         bank.write()                                                       # warm start
@@ -596,7 +605,7 @@ class MemoryBank:
         self.room = ()
 
     def _store(self, name, vector_bytes, codec=None):
-        """vector_bytes: of a key, of a value; their number comes from the shape."""
+        """Opens a file of records. vector_bytes: of one key or value; the shape says how many."""
         writer = f"{self.meta['fingerprint']} {self.meta['tokenizer_id']} {self.meta['dtype']}"
         if self.n_pieces:
             writer += f" whole documents {self.half}"
@@ -617,12 +626,12 @@ class MemoryBank:
 
     @property
     def stores(self):
-        """Every file of records: what is encoded goes into all, what is deleted leaves all."""
+        """All files of records: what is encoded goes into each, what is deleted leaves each."""
         self._look_for_codes()
         return [self.memories, self.codes] if self.quantized else [self.memories]
 
     def _look_for_codes(self):
-        """Opens the codes; whatever process has made them since, a deleted fact must leave them."""
+        """Opens the codes, also if another process has made them since: deletes must reach them."""
         file = self.path / "codes" / "codec.npz"
         made = file.stat().st_mtime_ns if file.exists() else None
         if made != self.codes_made:
@@ -763,13 +772,13 @@ class MemoryBank:
 
     def recall(self, ids, decode=True):
         """The memories of references `ids` (1-D, any order, repeats allowed), as a pool.
-        Row m is that of ids[m], on the model's device, in the dtype of the bank (float32 from
-        codes; with decode=False the codes); that of a deleted reference is empty, count 0. What the
-        cache in RAM (sec. 3.1) lacks is read, once, and what is missing is encoded.
-        UserError for ids out of range or, without a model, a missing memory."""
+        Row m is the memory of ids[m], on the model's device, in the dtype of the bank (from codes:
+        float32, or with decode=False the codes); for a deleted reference it is empty, count 0. What
+        the cache in RAM (sec. 3.1) lacks is read from disk, and what is missing there is encoded.
+        UserError for ids out of range or, without a model, for a missing memory."""
         ids = torch.as_tensor(ids).cpu().numpy()
-        row = ids.ndim == 1 and (not ids.size or ids.dtype.kind in "iu")
-        check(row, f"recall takes a row of integers, not {ids.dtype} of {ids.shape}")
+        is_row = ids.ndim == 1 and (not ids.size or ids.dtype.kind in "iu")
+        check(is_row, f"recall takes a row of integers, not {ids.dtype} of {ids.shape}")
         ids, order = np.unique(ids.astype(np.int64), return_inverse=True)
         texts = self._texts(ids)  # as they are now: what is read must fit them
         buffer = self._buffer(len(texts))
@@ -783,12 +792,12 @@ class MemoryBank:
         kv = unpack_heads(kv, self.heads, self.shape[0], self.shape[2])  # (n, Lm, 2, Hkv, S, dh)
         pool = Memories(kv, torch.from_numpy(filled).to(self.device))
         if np.array_equal(order, np.arange(len(ids))):
-            return pool  # as asked for: no copy
+            return pool  # already in the order of ids: no copy
         return pool[torch.from_numpy(order).to(self.device)]
 
     def _load(self, texts, rows):
-        """Records of Texts -> rows (n, record_bytes) uint8: from RAM, from the disk, or encoded.
-        Returns the filled slots (n,)."""
+        """Fills rows (n, record_bytes) uint8 with the records of Texts, from RAM, from the disk, or
+        encoded now. Returns the filled slots (n,)."""
         filled = np.zeros(len(texts), np.int64)
         new = []
         for j, text in enumerate(texts):
@@ -814,7 +823,7 @@ class MemoryBank:
         return filled
 
     def _cold_start(self, texts, missing, rows, filled):
-        """Encodes the texts that have no record, once, and keeps the records where that may be."""
+        """Encodes the texts that have no record, and stores the records if it may write."""
         line = f"{self.path}: the memory of reference {texts[missing[0]].id} is missing or damaged"
         self._need_model(line)
         if not self.encoded:
@@ -828,15 +837,16 @@ class MemoryBank:
             if self.references.writable:
                 try:
                     self._keep(part, kv, count, stores, wait=1)
-                except UserError:  # another process changes the base: it is encoded again next time
+                except UserError:  # another process changes the base: encoded again next time
                     pass
 
     def _buffer(self, n):
-        """Room for n records, used again each time: new pages take longer to get than to read full.
-        On CUDA it is pinned, so that the GPU copies by itself; PyTorch gives it out again later."""
+        """Room for n records. It is used again each time, for getting new pages from the system
+        takes longer than reading records into them. On CUDA it is pinned, so that the GPU can copy
+        from it on its own; PyTorch keeps such buffers for later calls."""
         if self.device.type == "cuda":
             return torch.empty((n, self.record_bytes), dtype=torch.uint8, pin_memory=True)
-        if n > len(self.room) or sys.getrefcount(self.room) > 2:  # a pool is still made of it
+        if n > len(self.room) or sys.getrefcount(self.room) > 2:  # an earlier pool still uses it
             self.room = np.empty((n, self.record_bytes), np.uint8)
         return torch.from_numpy(self.room[:n])
 
@@ -849,12 +859,13 @@ class MemoryBank:
         room = np.empty((self.window, self.record_bytes), np.uint8)
         bad = []
         for texts in self._windows():
-            filled = self.store.read(texts, list(room[: len(texts)]))
+            rows = list(room[: len(texts)])
+            filled = self.store.read(texts, rows)
             bad += [text.id for text, n in zip(texts, filled, strict=True) if n == 0]
         return bad
 
     def _windows(self, ids=None):
-        """The live Texts (of `ids`), so many at a time as one reads at once."""
+        """Yields the live Texts (of `ids`), at most self.window at a time."""
         ids = self.live() if ids is None else np.asarray(ids, np.int64)
         for start in range(0, len(ids), self.window):
             texts = self._texts(ids[start : start + self.window])
@@ -864,29 +875,31 @@ class MemoryBank:
         """One line about the cache."""
         asked = self.hits + self.misses
         rate = self.hits / asked if asked else 0.0
-        counts = f"{self.hits:,} hits, {self.misses:,} misses, {self.encoded:,} of them encoded at"
-        line = f"cache of {self.cache_size:,} memories: hit rate {rate:.3f} ({counts} their first"
-        return f"{line} retrieval)"
+        counts = f"{self.hits:,} hits, {self.misses:,} misses"
+        encoded = f"{self.encoded:,} of them encoded at their first retrieval"
+        size = f"cache of {self.cache_size:,} memories"
+        return f"{size}: hit rate {rate:.3f} ({counts}, {encoded})"
 
     # -- writing
 
     def write(self, batch=64, progress=True):
         """Warm start: writes every memory that is missing or damaged, and returns how many there
-        were. Stopped at any moment and called again, it goes on where it was: each record says by
-        itself whether it is the memory of its text."""
+        were. If it is stopped, the next call goes on where it was, since each record says by itself
+        whether it is the memory of its text."""
         self._need_model(f"{self.path}: it is open for reading only")
         todo = self.verify()
         n = self.references.count_live()
         with tqdm(total=n, initial=n - len(todo), unit=" memories", disable=not progress) as bar:
             for texts in self._windows(todo):
-                for part, *made in self._make(texts, batch):
-                    self._keep(part, *made)
+                for part, kv, count, stores in self._make(texts, batch):
+                    self._keep(part, kv, count, stores)
                     bar.update(len(part))
         return len(todo)
 
     def _make(self, texts, batch=64):
-        """Yields (Texts, kv (n, *record_shape) on the CPU, count (n,) list, stores to put them
-        into), until all of `texts` came. For codes, what memories.bin has is not encoded again."""
+        """Encodes `texts` in parts. Yields (Texts, kv (n, *record_shape) on the CPU, a list of
+        counts (n,), the stores to put them into). For codes, what memories.bin has is read there
+        and not encoded again."""
         if self.codec:
             rows = np.empty((len(texts), self.memories.record_bytes), np.uint8)
             filled = self.memories.read(texts, list(rows))
@@ -899,8 +912,8 @@ class MemoryBank:
         if self.n_pieces:
             yield from self._make_documents(texts, batch)
             return
-        # Batches of one length, the longest first: no padding to compute, and what does not fit
-        # into the device's memory fails at once.
+        # Batches of texts of one length, so that no padding is computed; the longest first, so that
+        # what does not fit into the device's RAM fails at once.
         by_length = defaultdict(list)
         for text in texts:
             by_length[len(text.tokens)].append(text)
@@ -948,13 +961,13 @@ class MemoryBank:
         return kv
 
     def _keep(self, texts, kv, count, stores, wait=WAIT):
-        """Stores memories: as numbers or codes, as each store has them."""
+        """Stores memories in each store, as numbers or as codes."""
         records = [(store, as_records(store, kv)) for store in stores]
         self._put(texts, records, count, wait)
 
     def _put(self, texts, records, count, wait=WAIT):
-        """Stores records [(store, rows (n, record_bytes) uint8), ...] of Texts, under the lock and
-        only of texts that are still what they were."""
+        """Stores records [(store, rows (n, record_bytes) uint8), ...] of Texts, under the lock, and
+        only those of texts that have not changed meanwhile."""
         with self.references.transaction(wait):
             now = self._texts([text.id for text in texts])
             for j, text in enumerate(texts):
@@ -969,23 +982,23 @@ class MemoryBank:
     # -- changing
 
     def append(self, tokens, source=None):
-        """Adds a reference (1 to ref_len token ids, without header) and its memory; its id.
-        source: a dict, where it comes from."""
+        """Adds a reference (1 to ref_len token ids, without header) and its memory; returns its id.
+        source: a dict that says where it comes from."""
         (i,) = self.references.insert([tokens], [source or {}])
         self._fill([i])
         return i
 
     def add(self, sequences, sources=None):
-        """Adds many in one transaction, with their memories; -> ids. A text that is there already
-        is not added: its id is given."""
+        """Adds many references in one transaction, and their memories; returns their ids. A text
+        that is there already is not added again: its id is returned."""
         ids = self.references.add(sequences, sources)
         self._fill(ids)
         return ids
 
     def replace(self, i, tokens, source=None):
-        """Gives reference i another text (a deleted one lives again) and, with it, memory. A kill
-        leaves one of the two texts, its memory missing or right. It stays where it is in a whole
-        document; the memories of the pieces after it are missing then."""
+        """Gives reference i another text (a deleted one lives again) and that text's memory. A kill
+        leaves one of the two texts; its memory is then missing or right. A piece of a whole document
+        stays in its place there; the memories of the pieces after it then count as missing."""
         if i < self.n_pieces:
             place = self.references.source(i).get("piece", 0)
             source = dict(source or {}, piece=place)
@@ -994,9 +1007,10 @@ class MemoryBank:
         return i
 
     def delete(self, ids):
-        """Forgets references (one id, or many): their numbers and tokens are overwritten before
-        this returns. Their ids are not given again; recalling one gives an empty memory. What
-        pieces of a whole document have seen of it goes, too: their memories are missing then."""
+        """Forgets references (one id, or many): their tokens and memories are overwritten before
+        this returns. Their ids are never used again; recalling one gives an empty memory. Memories
+        of later pieces of the same whole document have seen it: they go, too, and count as missing.
+        """
         self.references.delete(np.atleast_1d(ids).tolist(), self._erase)
 
     def _erase(self, ids):
@@ -1014,14 +1028,14 @@ class MemoryBank:
         for texts in self._windows(ids):
             filled = self.store.read(texts, list(room[: len(texts)]))
             missing = [text for text, n in zip(texts, filled, strict=True) if n == 0]
-            for part, *made in self._make(missing):
-                self._keep(part, *made)
+            for part, kv, count, stores in self._make(missing):
+                self._keep(part, kv, count, stores)
 
     def quantize(self, spec=None, progress=True):
         """Makes the quantized memories (sec. 3.3) beside the others, or completes them; returns the
-        bank that recalls them. The codec, of `spec` (None: chosen by size), is trained on vectors
-        uniform over the filled slots of references drawn uniformly (App. B): 65,536, or 640,000 for
-        the paper's own."""
+        bank that recalls them. spec: of the codec; None: chosen by size. The codec is trained on
+        vectors drawn uniformly from the filled slots of references drawn uniformly (App. B): 65,536
+        vectors, or 640,000 for heads of 64 numbers or more."""
         check(not self.codec, f"{self.path}: these are the quantized memories already")
         if not self.quantized:
             self._train_codec(spec)
@@ -1044,7 +1058,7 @@ class MemoryBank:
         codec.save(self.path / "codes")
 
     def compact(self):
-        """Gives back what deletions left behind: after it no file of texts holds a deleted one."""
+        """Frees what deletions left behind: afterwards no file of texts holds a deleted one."""
         self.references.compact()
 
 
@@ -1082,7 +1096,7 @@ OURS |= {"index.new", "index.old", "relevance.json", "tokenizer.json", "meta.jso
 
 
 def check_free(path):
-    """UserError where `path` is anything else than free, or a base whose creation was cut short."""
+    """UserError unless `path` is free, or holds only a base whose creation was cut short."""
     if not path.exists():
         return
     free = path.is_dir() and {f.name.removesuffix(".tmp") for f in path.iterdir()} <= OURS
@@ -1090,7 +1104,7 @@ def check_free(path):
 
 
 def copy_tokenizer(data, path, n_vocab):
-    """Puts the tokenizer of a data directory into a base; returns its id (None: it has none)."""
+    """Copies the tokenizer of a data directory into a base; returns its id, or None without one."""
     tokenizer_id = None
     named = (data / "meta.json").exists() and "tokenizer" in corpus.manifest(data)
     if named or (data / "tokenizer.json").exists():

@@ -1,13 +1,13 @@
 """Embedders: a text becomes a vector of length 1, so that texts are found by cosine (sec. 3.1).
 
-words            the words of a text of any script, in one Unicode form
-HashEmbedder     counted words and parts of words: no download, no training
-embedder(name)   that, or any encoder of Hugging Face
+words            the words of a text in any script, in one Unicode form
+HashEmbedder     counts words and parts of words: no download, no training
+embedder(name)   that one, or any encoder of Hugging Face
 
 An embedder has
-    .encode(n texts) -> (n, dim) float32, each of length 1, or 0 where there is nothing to embed
+    .encode(n texts) -> (n, dim) float32, each of length 1, or 0 if there is nothing to embed
     .fit(texts) -> an embedder that knows these texts; .state: what it has learnt, as one array
-    .name: what --embedder was; .id: names the vectors exactly: equal ids, equal vectors
+    .name: the value of --embedder; .id: names the vectors exactly: equal ids, equal vectors
 Nothing here knows about indexes.
 """
 
@@ -39,13 +39,13 @@ UNSPACED = (
     "\u3105-\u312f\u31a0-\u31bf\ua000-\ua48c"  # Bopomofo, Yi
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
 )
-# What may stand inside a word unseen: soft hyphen, joiners, directions, variation selectors
+# Invisible characters inside words: soft hyphen, joiners, directions, variation selectors
 INVISIBLE = re.compile(
     "[\u00ad\u200c-\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]"
 )
 MARK = "".join(chr(c) for c in range(0x20000) if unicodedata.category(chr(c)).startswith("M"))
 LETTERS = rf"[^\W{UNSPACED}]"  # and digits: \w of the scripts with spaces
-# To \w a combining mark is no part of a word; by Unicode's rules it belongs to its letter.
+# \w leaves combining marks out of words; by Unicode's rules a mark belongs to its letter.
 WORD = re.compile(rf"{LETTERS}+(?:[{MARK}]+{LETTERS}*)*")
 ASCII_WORD = re.compile(r"\w+")
 RUN = re.compile(rf"[{UNSPACED}]+")
@@ -56,7 +56,7 @@ LETTER = re.compile(rf".[{MARK}]*")  # with its marks
 def normalize(text):
     """The one form of all canonically equal texts (Unicode's NFC): o + two dots becomes one letter.
 
-    Whatever enters as text passes through here, so that it finds what was written in another form.
+    All text that enters passes through here, so that it finds what was written in another form.
     """
     if text.isascii():
         return text
@@ -66,8 +66,8 @@ def normalize(text):
 def words(text):
     """The words of a text, in lower case and in one Unicode form.
 
-    Where a script has no spaces, each letter stands for a word, twice, and each two letters in a
-    row, once. A hiragana alone is grammar, and no word.
+    In a script without spaces each letter counts as a word, twice, and each pair of neighbouring
+    letters once. A single hiragana is grammar and no word.
     >>> words("Kyiv's MU\u0308NCHEN, 名古屋の")
     ['kyiv', 's', 'münchen', '名', '古', '屋', '名', '古', '屋', '名古', '古屋', '屋の']
     """
@@ -86,10 +86,6 @@ def words(text):
 
 
 # -- Embedders --------------------------------------------------------------------------------
-#
-# .encode(n texts) -> (n, dim) float32, each of length 1, or 0 where there is nothing to embed
-# .fit(texts) -> an embedder that knows these texts; .state: what it has learnt, as one array
-# .name: what --embedder was; .id: names the vectors exactly: equal ids, equal vectors
 
 
 def digest(array):
@@ -101,12 +97,12 @@ class HashEmbedder:
     """Hashed tf-idf of words and of their character 3- and 4-grams: no download, no training.
 
     A word is the signed, idf-weighted sum of its features ("<kyiv>", "<ky", "kyi", ..., "yiv>"),
-    a text the normalised sum of its words; without any word it is zero. The same on every machine:
-    CRC-32, not Python's salted hash, and an id made of integer counts, not of their logarithms.
+    a text the normalised sum of its words; a text without words is zero. It is the same on every
+    machine: CRC-32, not Python's salted hash, and an id made of integer counts, not of logarithms.
     """
 
-    VERSION = 2  # of what a text becomes: it is part of the id
-    BUCKETS = 1 << 18  # features are counted in so many
+    VERSION = 2  # of the rule that makes the vectors; it is part of the id
+    BUCKETS = 1 << 18  # in which features are counted
     MOST = 1 << 13  # dimensions that a feature's hash can tell apart
     CACHE = 1 << 16  # words whose vectors are kept: 128 MB at 512 dimensions
     BATCH = 1024  # texts that are embedded at a time
@@ -116,14 +112,14 @@ class HashEmbedder:
             state = np.zeros(self.BUCKETS + 1, "<u4")
         self.dim = dim
         self.name = f"hash:{dim}"
-        # texts with feature 0, 1, ..., BUCKETS - 1, and the number of texts: all it learns
+        # How many texts have feature 0, 1, ..., BUCKETS - 1, and how many texts there are
         self.state = state
         self.id = f"{self.name}:{self.VERSION}:{digest(state)[:12]}"
         self.idf = np.log((state[-1] + 2.0) / (state[:-1] + 1.0))
         self.known = {}  # word -> its vector
 
     def fit(self, texts):
-        """Another one, with document frequencies: how many of the texts have each feature."""
+        """-> a new embedder with the document frequencies: how many texts have each feature."""
         n = 0
         frequency = np.zeros(self.BUCKETS)
         counts = Counter()
@@ -134,7 +130,7 @@ class HashEmbedder:
                 frequency += self._frequency(counts)
                 counts.clear()
         frequency += self._frequency(counts)
-        frequency = np.minimum(frequency, n)  # a text may have two words of one feature
+        frequency = np.minimum(frequency, n)  # two words of one text may share a feature
         return HashEmbedder(self.dim, np.append(frequency, n).astype("<u4"))
 
     def _frequency(self, counts):
@@ -144,8 +140,8 @@ class HashEmbedder:
 
     @staticmethod
     def _hashes(some_words):
-        """The features of words as 32-bit hashes: those of all words in a row, and how many each
-        word has. Bits 0-17 name the feature, 18-30 its dimension, 31 its sign."""
+        """The features of words as 32-bit hashes: those of all words, one after another, and how
+        many each word has. Bits 0-17 name the feature, 18-30 its dimension, 31 its sign."""
         hashes = []
         n_features = []
         for word in some_words:
@@ -182,7 +178,7 @@ class HashEmbedder:
         vocabulary = dict.fromkeys(chain.from_iterable(bags))  # each word once, in order
         new = [word for word in vocabulary if word not in self.known]
         if len(self.known) + len(new) > self.CACHE:
-            self.known.clear()  # the common words come back at once
+            self.known.clear()  # the common words will be back at once
             new = list(vocabulary)
         if new:
             self.known.update(zip(new, self._vectors(new), strict=True))
@@ -192,7 +188,7 @@ class HashEmbedder:
             table[i] = self.known[word]
             row[word] = i
         flat = [row[word] for bag in bags for word in bag]
-        starts = np.cumsum([0] + [len(bag) for bag in bags])[:-1]  # of each bag in flat
+        starts = np.cumsum([0] + [len(bag) for bag in bags])[:-1]  # where each bag begins in flat
         if not flat:
             return np.zeros((len(texts), self.dim), np.float32)
         out = F.embedding_bag(
@@ -234,7 +230,7 @@ class HuggingFaceEmbedder:
         self.id = f"{self.name}:{self.dim}:{self._weights()}"
 
     def _weights(self):
-        """A hash of weights and vocabulary: the files under a name may be replaced by others."""
+        """A hash of weights and vocabulary: a name may come to stand for other files."""
         digest = hashlib.blake2b()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -265,14 +261,14 @@ class HuggingFaceEmbedder:
 
 
 def full_name(name):
-    """What an embedder of this short name calls itself."""
+    """The full name of an embedder, from its short one."""
     return {"hash": "hash:512", "bge-m3": "hf:BAAI/bge-m3"}.get(name, name)
 
 
 def embedder(name, state=None):
     """The embedder called "hash", "hash:DIM", "hf:NAME" or "bge-m3" (the paper's), or UserError.
 
-    state: the .state of the same embedder after .fit, from disk. An object is returned as it is.
+    state: the .state of the same embedder after .fit, from disk. An embedder is returned as it is.
     """
     if not isinstance(name, str):
         return name

@@ -1,18 +1,18 @@
 """A FAISS index of references, of any size: its kinds, how it is made, how it is read (sec. 3.1).
 
-choose_factory      which kind of index for how many references
-encode_shard        a share of the references, embedded and coded
-join                the index of all shards
-open_index          the index again, if it is what its meta.json says
-search              index.search with ids first and nothing made up
+choose_factory      the kind of index for a number of references
+encode_shard        embeds and codes a share of the references
+join                makes the index from all shards
+open_index          opens an index, if it is what its meta.json says
+search              FAISS's search, with ids first and nothing made up
 
-An index is made in <path>/parts/, so that a stopped run goes on, and so that several processes may
-share the work:
-    plan.json, embedder.npy, empty.faiss    made once, by whoever comes first
+An index is made in <path>/parts/, so that a stopped run can go on, and so that several processes
+can share the work:
+    plan.json, embedder.npy, empty.faiss    made once, by whichever process comes first
     1-of-2.codes, 2-of-2.codes              the references of each shard, as codes of the index
     1-of-2.blank, 2-of-2.blank              ids of those that have no vector
 `join` puts the codes into the empty index in the order of the references. So two shards make the
-same index as one, and neither all vectors nor two copies of the index are ever in memory.
+same index as one, and neither all vectors nor two copies of the index are ever in RAM.
 """
 
 import fcntl
@@ -58,7 +58,7 @@ KINDS += ["IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"]
 
 
 def cure_for(path, name=None):
-    """What makes an index that is missing or wrong: a command with all its flags."""
+    """The command, with all its flags, that makes an index which is missing or wrong."""
     path = Path(path)
     if (path.parent / "texts.sqlite").exists():  # the index of a knowledge base
         return f"make it anew with: python kb.py index {shlex.join(['--kb', str(path.parent)])}"
@@ -70,19 +70,20 @@ def cure_for(path, name=None):
 
 # -- Kinds ------------------------------------------------------------------------------------
 
-FLAT = 100_000  # references: up to so many every vector is compared, exactly
-SCALAR = 10_000_000  # references: up to so many a byte a number is kept, beyond it a quarter
-GRAPH = 8192  # lists: beyond so many a graph finds them faster than comparing all
+FLAT = 100_000  # up to so many references, every vector is compared, exactly
+SCALAR = 10_000_000  # up to so many, a number is kept in one byte; beyond, in a quarter of one
+GRAPH = 8192  # beyond so many lists, a graph finds them faster than comparing all
 PROBES = 128  # lists that a query looks into
 
 
 def choose_factory(n, dim=512):
     """The FAISS factory string for n vectors of `dim` numbers.
 
-    Exact up to FLAT. Beyond, about 4 sqrt(n) lists, beyond GRAPH of them found through a graph
-    (HNSW); their vectors are kept as a byte a number (SQ8) or, beyond SCALAR, as codes of 4 numbers
-    a byte (PQ). At a million, with 4,096 lists, a graph takes 1.4 to 1.9 times as long as comparing
-    a query with all centroids, for the same recall (experiments/index_at_size.py --factory).
+    Up to FLAT references the search is exact. Beyond, there are about 4 sqrt(n) lists; if those are
+    more than GRAPH, a graph (HNSW) finds them. Their vectors are kept in one byte a number (SQ8)
+    or, beyond SCALAR references, in one byte for 4 numbers (PQ). At a million references, with
+    4,096 lists, a graph takes 1.4 to 1.9 times as long as comparing a query with all centroids, for
+    the same recall (experiments/index_at_size.py --factory).
     >>> choose_factory(20_000), choose_factory(1_000_000), choose_factory(112_000_000)
     ('Flat', 'IVF4096,SQ8', 'IVF32768_HNSW32,PQ128')
     """
@@ -95,7 +96,7 @@ def choose_factory(n, dim=512):
 
 
 def empty_index(factory, dim):
-    """The index that a factory string names, untrained. UserError for a kind that is not KINDS:
+    """The untrained index that a factory string names. UserError for a kind that is not in KINDS:
     it would lose ids, or could not be made in parts."""
     faiss = optional("faiss")
     try:
@@ -110,7 +111,7 @@ def empty_index(factory, dim):
     check(fits, f"--factory {factory}: an {kind} cannot be made in parts or loses ids; {cure}")
     if isinstance(inner, faiss.IndexIVF):
         inner.nprobe = min(PROBES, inner.nlist)
-        inner.cp.min_points_per_centroid = 1  # no warning: we choose how many there are
+        inner.cp.min_points_per_centroid = 1  # no warning: sample_size has chosen how many
         quantizer = faiss.downcast_index(inner.quantizer)
         if isinstance(quantizer, faiss.IndexHNSW):
             quantizer.hnsw.efSearch = 2 * PROBES  # lists it looks at to find the nearest
@@ -118,7 +119,7 @@ def empty_index(factory, dim):
 
 
 def inner_index(index):
-    """The index that holds the vectors, behind what turns them first (OPQ, PCA)."""
+    """The index that holds the vectors, behind any rotation of them (OPQ, PCA)."""
     faiss = optional("faiss")
     index = faiss.downcast_index(index)
     while isinstance(index, faiss.IndexPreTransform):
@@ -127,33 +128,33 @@ def inner_index(index):
 
 
 def _reason(error):
-    """What FAISS says, without where in its source."""
+    """FAISS's message, without the place in its source."""
     return str(error).split("failed: ")[-1].split("Error: ")[-1].splitlines()[0]
 
 
 def n_lists(index):
-    """Lists of an inverted file; 0 where every vector is compared."""
+    """How many lists an inverted file has; 0 if every vector is compared."""
     return getattr(inner_index(index), "nlist", 0)
 
 
 def sample_size(n, index):
-    """References whose vectors lists and codes are learnt from."""
+    """From how many references lists and codes are learnt."""
     if index.is_trained:
         return 0
     return min(n, max(TRAIN, A_LIST * n_lists(index)))
 
 
 def predict(n, index):
-    """What an index of n vectors takes: bytes in RAM and on disk, bytes of RAM at most while it is
-    made, and multiplications of its training."""
+    """What an index of n vectors takes: its bytes, in RAM and on disk; the most bytes of RAM while
+    it is made; and the multiplications of its training."""
     lists = n_lists(index)
     size = n * index.sa_code_size()
     if lists:
-        # an id each; a centroid and its 2 x 32 neighbours in the graph a list
+        # for each vector an id; for each list a centroid and its 2 x 32 neighbours in the graph
         size += 8 * n + lists * (4 * index.d + 4 * 2 * 32)
     sample = sample_size(n, index)
     codes = min(sample, CODES) if lists else 0
-    # the sample; and, of what codes are learnt from, a copy and the residuals
+    # the sample, and a copy and the residuals of the part from which codes are learnt
     peak = max(size, 4 * index.d * (sample + 2 * codes))
     return size, peak, 10 * sample * lists * index.d  # 10 rounds of k-means
 
@@ -166,7 +167,7 @@ def encode_shard(
 ):
     """Embeds the references of shard (i, n), 1 <= i <= n: an n-th of the batches of BATCH.
 
-    All that `join` needs then lies in `path`/parts. Returns the fitted embedder.
+    Afterwards `path`/parts has all that `join` needs of it. Returns the fitted embedder.
     """
     parts = Path(path, "parts")
     try:
@@ -182,7 +183,7 @@ def encode_shard(
     codes = parts / f"{i}-of-{n_shards}.codes"
     blanks = codes.with_suffix(".blank")
     with codes.open("ab") as code_file, blanks.open("ab") as blank_file:
-        # after a kill: only whole batches count, and of the blank ids only those that have a code
+        # after a kill only whole batches count, and only those blank ids that have a code
         done = codes.stat().st_size // index.sa_code_size()
         if start + done < stop:
             done = done // BATCH * BATCH
@@ -209,7 +210,7 @@ def encode_shard(
 
 
 def rows_of_shard(n, i, n_shards):
-    """The references start..stop of shard i: whole batches, so that all shards compute as one."""
+    """start and stop of shard i's references: whole batches, so that all shards compute as one."""
     n_batches = -(-n // BATCH)
     start = n_batches * (i - 1) // n_shards * BATCH
     stop = n_batches * i // n_shards * BATCH
@@ -217,8 +218,10 @@ def rows_of_shard(n, i, n_shards):
 
 
 def exact_quantizer(index):
-    """What finds the list of a vector by comparing all, where the index itself has a graph (HNSW)
-    for that: for a thousand vectors at a time a product is faster, and never wrong."""
+    """Finds the lists of vectors by comparing all, for an index with a graph (HNSW); else None.
+
+    For a thousand vectors at a time a matrix product is faster than the graph, and never wrong.
+    """
     faiss = optional("faiss")
     if not isinstance(index, faiss.IndexIVF):
         return None
@@ -302,12 +305,12 @@ def _prepare(path, references, tokenizer_name, encoder, factory, progress):
 
 
 def _spread(n, most):
-    """At most so many ids, evenly over 0..n-1."""
+    """At most `most` ids, spread evenly over 0..n-1."""
     return np.linspace(0, n - 1, min(n, most)).astype(np.int64)
 
 
 def _train(index, factory, model, references, tokenizer):
-    """Lists and codes, learnt from a sample of the references."""
+    """Learns lists and codes from a sample of the references."""
     n = len(references)
     ids = _spread(n, sample_size(n, index))
     if len(ids) == 0:
@@ -320,7 +323,7 @@ def _train(index, factory, model, references, tokenizer):
         vectors[i : i + BATCH] = embed_references(model, references, tokenizer, some)
     try:
         if isinstance(index, optional("faiss").IndexIVF):
-            # The lists from all, the codes from every few: of these FAISS keeps two copies more
+            # The lists from all, the codes from fewer: of those FAISS makes two more copies
             pointer = optional("faiss").swig_ptr(vectors)
             index.train_q1(len(vectors), pointer, False, index.metric_type)
             vectors = vectors[:: max(1, len(vectors) // CODES)]
@@ -331,7 +334,7 @@ def _train(index, factory, model, references, tokenizer):
 
 
 def _forecast(path, references, index, factory, model, tokenizer):
-    """One line, before the work: what an index will take. Times are measured on a little of it."""
+    """One line, before the work, on what an index will take. Times are measured on a small part."""
     n = len(references)
     size, peak, products = predict(n, index)
     some = _spread(n, BATCH)  # so many are embedded to see how long it takes ...
@@ -351,7 +354,7 @@ def _forecast(path, references, index, factory, model, tokenizer):
 
 
 def join(path, references, progress=True):
-    """Makes the index of all its shards. UserError if one of them is not done."""
+    """Makes the index from all its shards. UserError if one of them is not done."""
     faiss = optional("faiss")
     path = Path(path)
     parts = path / "parts"
@@ -374,7 +377,7 @@ def join(path, references, progress=True):
     made.replace(path / "index.faiss")
     shutil.copy(parts / "embedder.npy", path / "embedder.npy")
     meta = {key: plan[key] for key in META if key in plan}
-    # the last: without its checksum nobody takes the index for a new one
+    # the last: until its checksum is there, nobody takes the index for the new one
     write_json(path / "meta.json", meta | dict(checksum=checksum, blank=blank))
     shutil.rmtree(parts)
     Path(path, "changes.npz").unlink(missing_ok=True)  # of an older index
@@ -418,7 +421,7 @@ def _fill(index, files, n, progress):
 
 
 def _reserve(inner, files):
-    """Makes each inverted list as large as it will be: else they grow by doubling."""
+    """Makes each inverted list as large as it will be; otherwise they grow by doubling."""
     faiss = optional("faiss")
     n_bytes = inner.coarse_code_size()  # a code begins with the number of its list, low byte first
     weights = 256 ** np.arange(n_bytes)  # (n_bytes,)
@@ -433,7 +436,7 @@ def _reserve(inner, files):
 
 
 def _blocks(files, size, rows=65_536):
-    """All codes of the files (n, size) uint8, some rows at a time."""
+    """Yields all codes of the files, (n, size) uint8, some rows at a time."""
     for file in files:
         with file.open("rb") as f:
             while data := f.read(rows * size):
@@ -444,7 +447,7 @@ def _blocks(files, size, rows=65_536):
 
 
 def open_index(file, meta, cure):
-    """A FAISS index that is what its meta.json says; it is never in memory twice."""
+    """Opens a FAISS index, if it is what its meta.json says. It is never in RAM twice."""
     faiss = optional("faiss")
     check(file.exists(), f"{file} is missing; {cure}")
     check(checksum_of(file) == meta["checksum"], f"{file} is damaged or half renewed; {cure}")
@@ -458,15 +461,15 @@ def open_index(file, meta, cure):
 
 
 def search(index, vectors, k):
-    """The k nearest of vectors (n, dim), best first: ids (n, k) int64 and scores (n, k) float32,
-    -1 and -inf where there are no more."""
+    """The k nearest of each of vectors (n, dim), best first: ids (n, k) int64 and scores (n, k)
+    float32; -1 and -inf if there are no more."""
     faiss = optional("faiss")
     n = len(vectors)
     ids = np.full((n, k), -1, np.int64)
     scores = np.full((n, k), -np.inf, np.float32)
     there = min(k, index.ntotal)
     if n and there:
-        # From so many queries x dim on FAISS takes BLAS (default: 128,000); from 4 queries it pays
+        # FAISS uses BLAS from so many queries x dim on (default: 128,000); it pays from 4 queries
         faiss.cvar.distance_compute_blas_threshold = 4 * index.d
         found_scores, found = index.search(vectors, there)
         ids[:, :there] = found
@@ -476,7 +479,7 @@ def search(index, vectors, k):
 
 
 def best_of(ids, scores, k):
-    """The k best of each row of ids and scores (n, m), best first; of equal ones the first."""
+    """The k best of each row of ids and scores (n, m), best first; ties keep their order."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]  # (n, k)
     return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
 
@@ -498,7 +501,7 @@ def checksum_of(file):
 
 @contextmanager
 def lock(path):
-    """Only one process at a time holds the lock of a directory; one that dies gives it back."""
+    """Holds the lock of a directory, one process at a time; a process that dies gives it back."""
     Path(path).mkdir(parents=True, exist_ok=True)
     with open(Path(path, "lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -4,19 +4,19 @@
 //
 // The story. Attention is where a memory is read, and there the work is odd: a chunk of 64 tokens
 // attends 5 memories of 8 keys, next to its ordinary causal attention over thousands. PyTorch's
-// fused kernels cannot mix both. What is needed around them is little arithmetic and much moving of
-// data, so that each kernel below is judged by the bytes that it must move:
+// fused kernels cannot do both at once. The rest takes little arithmetic and moves much data, so
+// each kernel below is judged by the bytes that it must move:
 //
-//     a.  memory attention, plainly: 30 lines, a thread a query; the meaning of all that follows
+//     a.  memory attention, plainly: 30 lines, one thread a query; it says what the fast one means
 //     b.  tensor cores: how tiles of 16 x 16 lie in the registers of a warp
 //     c.  memory attention, fast: forward, dq, and dk dv
 //     d.  decode attention: one new token over the cache
 //     e.  codes of the bank become keys and values in the cache
 //     f.  which tokens of a reference are kept (sec. 3.3)
 //
-// Plain C functions of raw pointers, sizes and a stream; kernels.py calls them through ctypes.
-// Each has a PyTorch equivalent in memory.py or quantize.py. Data is bfloat16, sums are float32.
-// Without a GPU all but the PTX runs on a CPU in the tests, where tests/cuda_on_cpu.h plays one.
+// These are plain C functions of raw pointers, sizes and a stream; kernels.py calls them through
+// ctypes. Each has a PyTorch equivalent in memory.py or quantize.py. Data is bfloat16, sums are
+// float32. The tests run all but the PTX on a CPU, where tests/cuda_on_cpu.h stands in for a GPU.
 
 #ifdef __CUDACC__  // otherwise tests/cuda_on_cpu.h has all this, and says what it does
 #include <cuda_bf16.h>
@@ -37,7 +37,7 @@ template <class... P, class... A>
 int launch(void (*kernel)(P...), i64 blocks, int threads, size_t bytes, void* stream, A... args) {
     if (blocks == 0) return 0;
 #ifdef __CUDACC__
-    if (bytes > 48 << 10)  // more must be asked for
+    if (bytes > 48 << 10)  // a kernel must ask for more than that
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     kernel<<<blocks, threads, bytes, (cudaStream_t)stream>>>(args...);
 #else
@@ -46,7 +46,7 @@ int launch(void (*kernel)(P...), i64 blocks, int threads, size_t bytes, void* st
     return cudaGetLastError();
 }
 
-// Runs a statement with head_dim as the constant DH, so that what is dh long lies in registers.
+// Runs a statement with head_dim as the constant DH, so that arrays of dh numbers lie in registers.
 #define CASE(d, ...) case d: { const int DH = d; __VA_ARGS__; }
 #define FOR_HEAD_DIM(dh, ...)                                                                   \
     switch (dh) { CASE(16, __VA_ARGS__) CASE(32, __VA_ARGS__) CASE(48, __VA_ARGS__)             \
@@ -57,23 +57,23 @@ int launch(void (*kernel)(P...), i64 blocks, int threads, size_t bytes, void* st
 //
 // A chunk of the context, C tokens, reads R memories of S keys each: 64 by 40 in the 2.4b model.
 // PyTorch has computed the causal part: out and lse, the logarithm of the sum of exp(score). The
-// memories join the same softmax (eq. 3.1): with their scores s_j the whole sum is
+// memories join the same softmax (eq. 3.1). With their scores s_j and values v_j:
 //
 //     exp(lse') = exp(lse) + sum_j exp(s_j)
 //     out' = exp(lse - lse') out + sum_j exp(s_j - lse') v_j
 //
-// q, out, dout, dq are (B, H, n, dh), rows of dh numbers wherever PyTorch laid them: to copy all
-// queries would cost as much as to read the memories. lse, delta (B, H, n); mem_k mem_v
-// (M, Hkv, S, dh), mem_m numbers from memory to memory; count (M, Hkv): filled slots; recall
-// (B, c, R), -1 = none. n = P + T tokens, P of header.
+// q, out, dout, dq are (B, H, n, dh), with any strides between rows of dh numbers: copying all
+// queries would cost as much as reading the memories. lse, delta (B, H, n); mem_k mem_v
+// (M, Hkv, S, dh), mem_m numbers from one memory to the next; count (M, Hkv): filled slots; recall
+// (B, c, R), -1 = none, for c chunks of C tokens. n = P + T tokens, P of them header.
 
 struct Query { int b, head, t; };  // t = -1: there is none
-struct Rows {  // numbers from a sequence, a head, a token to the next
+struct Rows {  // strides: how many numbers from one sequence, head, token to the next
     i64 b, h, t;
     __device__ i64 at(Query x) const { return x.t < 0 ? -1 : x.b * b + x.head * h + x.t * t; }
 };
 
-struct Call {  // what a call is given
+struct Call {  // the arguments of a call
     bf16 *out, *dq, *dmem_k, *dmem_v;
     float *lse, *delta;
     const bf16 *q, *dout, *mem_k, *mem_v;
@@ -85,7 +85,7 @@ struct Call {  // what a call is given
     __device__ i64 in_lse(Query x) const {  // and in delta
         return x.t < 0 ? -1 : ((i64)x.b * H + x.head) * n + x.t;
     }
-    // Slot s of the memory in place r of a chunk: where its key and value lie, -1: it is empty.
+    // Where the key and value of slot s lie, of the r-th memory that a chunk reads; -1: empty.
     __device__ i64 in_memory(int b, int chunk, int r, int h, int s, int dh) const {
         i64 m = recall[((i64)b * c + chunk) * R + r];
         return m < 0 || s >= count[m * Hkv + h] ? -1 : m * mem_m + ((i64)h * S + s) * dh;
@@ -104,7 +104,8 @@ __global__ void __launch_bounds__(128) plain_forward(Call x, int dh) {
     bf16* out = x.out + x.in_out.at(query);
     float& lse = x.lse[x.in_lse(query)];
     const int h = query.head / (x.H / x.Hkv);
-    float score[128], top = isinf(lse) ? -1e30f : lse, sum = 0;  // no key yet: -inf, on CUDA +inf
+    // lse is infinite where there is no key yet: -inf, or from PyTorch's CUDA +inf
+    float score[128], top = isinf(lse) ? -1e30f : lse, sum = 0;
     for (int j = 0; j < x.R * x.S; j++) {
         const i64 key = x.in_memory(b, chunk, j / x.S, h, j % x.S, dh);
         score[j] = key < 0 ? -INFINITY : 0;
@@ -142,8 +143,9 @@ extern "C" int memory_attention_plain(
 
 // -- b. Tensor cores ---------------------------------------------------------------------------
 //
-// A tensor core multiplies tiles: mma adds (16, 16) times (16, 8) to (16, 8), and the 32 lanes of a
-// warp hold the numbers. Tiles come from shared memory by ldmatrix. Both are PTX only.
+// A tensor core multiplies tiles: mma adds the product of a (16, 16) and a (16, 8) tile to a third
+// one (16, 8), and the 32 lanes of a warp hold the numbers. ldmatrix brings tiles from shared
+// memory. Both exist in PTX only.
 
 #ifdef __CUDACC__
 __device__ inline unsigned pack(float lo, float hi) {
@@ -167,13 +169,13 @@ __device__ inline void mma(float* c, const unsigned a[4], unsigned b0, unsigned 
 }
 #endif
 
-// A tile of 16 rows lies in a warp as mma's left factor and its result do: lane l has rows l/4 and
-// l/4 + 8, of these columns 2(l%4) and the next, and so on every 8 columns. Element e of a lane is
-// in row l/4 + 8 side(e), column(e); elements 2i and 2i+1 are one register i of a left factor.
+// A tile of 16 rows lies in a warp as mma's left factor and its result do: lane l has parts of rows
+// l/4 and l/4 + 8, and of every 8 columns the two that begin at 2(l%4). Element e of a lane is in
+// row l/4 + 8 side(e), column(e); elements 2i and 2i+1 share register i of a left factor.
 __device__ inline constexpr int side(int e) { return e / 2 % 2; }
 __device__ inline int column(int e) { return e / 4 * 8 + threadIdx.x % 4 * 2 + e % 2; }
 
-// 16 rows of numbers; at[0], at[1]: where this lane's two rows begin, -1: zeros, and not stored.
+// Load and store 16 rows. at[0], at[1]: where this lane's two rows begin; -1: zeros, not stored.
 template <int N> __device__ void load(unsigned (&a)[N], const bf16* x, const i64* at) {
     UNROLL for (int i = 0; i < N; i++)
         a[i] = at[i % 2] < 0 ? 0 : *(const unsigned*)(x + at[i % 2] + column(2 * i));
@@ -232,8 +234,9 @@ __device__ inline float quad_max(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// 16 more keys: scores s (16, 16) become exp(s - m), and m, l, sum follow. m begins at NOTHING, not
-// at -inf, for -inf - -inf is nan. l is each lane's share: its quad_sum is the row's.
+// One step of the online softmax, by 16 more keys: scores s (16, 16) become exp(s - m), and the
+// running maximum m, sum l and output `sum` are scaled to the new m. m begins at NOTHING, not at
+// -inf, for -inf - -inf is nan. Each lane has a share of l: the quad_sum of l is the row's.
 const float NOTHING = -1e30f;
 template <int N>
 __device__ void softmax(float (&s)[8], float (&m)[2], float (&l)[2], float (&sum)[N]) {
@@ -249,16 +252,17 @@ __device__ void softmax(float (&s)[8], float (&m)[2], float (&l)[2], float (&sum
 
 // -- c. Memory attention, fast -----------------------------------------------------------------
 //
-// The G = H / Hkv query heads of a key-value head read the same keys, so that a job (sequence,
-// key-value head, chunk) has G*C queries. 64 of them, 16 a warp, are a block; it fetches keys and
-// values from the pool by the recall table straight into shared memory, for the tensor cores.
+// The G = H / Hkv query heads of a key-value head read the same keys, so a job (sequence, key-value
+// head, chunk) has G*C queries. A block takes 64 of them, 16 a warp. By the recall table it fetches
+// keys and values from the pool straight into shared memory, for the tensor cores.
 //
 // A flash kernel goes over the keys in blocks and keeps, for each query, the largest score m so
 // far, l = the sum of exp(score - m), and the output times l. Here the causal part, computed by
 // PyTorch, is simply the first block: m = lse, l = 1, output = out. The memories are the next, 16
 // keys a block, and the merge by log-sum-exp needs no code of its own.
 //
-// Floor times, BW = bytes/s, F = bfloat16 operations/s, N = B H T, K = R S padded to 16s:
+// Floor times (bytes, then arithmetic, then what is moved), with BW = bytes/s, F = bfloat16
+// operations/s, N = B H T queries, K = R S padded to 16s:
 //   forward  (6 dh N + 8 N + 4 M Hkv S dh) / BW     4 dh N K / F    q; out, lse in and out; pool
 //   dq       (10 dh N + 8 N + 4 M Hkv S dh) / BW    6 dh N K / F    q, dout, out; dq in and out
 //   dk dv    (4 dh + 8) N R / BW (mostly from L2)   8 dh N R 16 ceil(S / 16) / F       q, dout
@@ -279,10 +283,10 @@ struct Jobs : Call {
     }
 };
 
-// What forward and dq begin with: which queries, and the copy of their keys and values to shared
-// memory, which goes on until wait(). Slots with nothing (no memory, a short one, padding to 16s)
-// become zeros and not what happened to lie there, since 0 * nan is nan; a bias of -inf takes them
-// out of the softmax.
+// How forward and dq begin: they find their queries, and start to copy keys and values to shared
+// memory; wait() waits for that. Empty slots (no memory, a short one, padding to 16s) become zeros
+// and not what happened to lie there, since 0 * nan is nan; a bias of -inf takes them out of the
+// softmax.
 template <int DH> struct Job {
     bf16 *k, *v;     // (keys, LD)
     float* bias;     // (keys,)
@@ -321,7 +325,7 @@ template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_forward(J
         in_q[i] = x.in_q.at(job.query[i]), in_lse[i] = x.in_lse(job.query[i]);
         in_out[i] = x.in_out.at(job.query[i]);
         m[i] = in_lse[i] < 0 ? INFINITY : x.lse[in_lse[i]];
-        before[i] = isinf(m[i]) ? -1 : in_out[i];  // no key: -inf or, from PyTorch's CUDA, +inf
+        before[i] = isinf(m[i]) ? -1 : in_out[i];  // no key: -inf, or +inf from PyTorch's CUDA
         if (before[i] < 0) m[i] = NOTHING;
         l[i] = before[i] >= 0 && threadIdx.x % 4 == 0;
     }
@@ -345,8 +349,8 @@ template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_forward(J
     store(x.out, sum, in_out);
 }
 
-// The backward of a softmax, given the MERGED out and lse: p = exp(score - lse) is what a key had
-// of the whole softmax, ds = p (dout . v - delta), delta = dout . out. So
+// The backward of a softmax, given the MERGED out and lse: p = exp(score - lse) is a key's share of
+// the whole softmax, delta = dout . out, ds = p (dout . v - delta). So
 //     dq += ds k        dk = ds^T q        dv = p^T dout
 // are the memories' share of each gradient; the causal part's own backward gives the rest.
 template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_dq(Jobs x) {
@@ -387,12 +391,13 @@ template <int DH> __global__ void __launch_bounds__(32 * WARPS) memory_dq(Jobs x
     store(x.dq, sum, at);
 }
 
-// A block for 16 slots of a memory and a key-value head. It walks over the chunks that use the
-// memory, in order, a tile of 16 queries a warp; slots are the rows here, queries the columns. At
-// the end the warps' sums are added in order. No atomics: the same bits in every run.
+// One block for 16 slots of a memory and a key-value head. It walks over the chunks that use the
+// memory, in order; each warp takes a tile of 16 queries at a time. Here slots are the rows and
+// queries the columns. At the end the warps' sums are added in order, without atomics: every run
+// gives the same bits.
 //
-// Two lanes fetch a query: 16 bytes of q and of dout in turn, into the warp's own shared memory, of
-// which it has two halves: while it computes with one, the next tile arrives in the other.
+// Two lanes fetch a query, taking turns at 16 bytes of q and of dout, into the warp's own shared
+// memory. It has two halves: while the warp computes with one, the next tile arrives in the other.
 struct Fetched { float lse, delta; };  // of this lane's query; lse = inf: it is not there
 
 template <int DH>
@@ -489,8 +494,9 @@ extern "C" int memory_attention(
                                    x.keys() * (4 * LD<DH> + 4), stream, x))
 }
 
-// dmem_k dmem_v (M, Hkv, S, dh). uses: places in the recall table (B*c*R of them), sorted by which
-// memory stands there; those of memory m are first[m] to first[m + 1] - 1. delta: scratch.
+// dmem_k dmem_v (M, Hkv, S, dh). uses: the B*c*R places of the recall table, sorted by the memory
+// that stands there; those of memory m are uses[first[m]] to uses[first[m + 1] - 1]. delta is
+// scratch.
 extern "C" int memory_attention_backward(
     bf16* dq, const bf16* dout, bf16* out, bf16* dmem_k, bf16* dmem_v, const bf16* q,
     const bf16* mem_k, const bf16* mem_v, float* delta, float* lse, const i64* count,
@@ -508,19 +514,20 @@ extern "C" int memory_attention_backward(
 
 // -- d. Decode attention -----------------------------------------------------------------------
 //
-// One new token a sequence joins a layer's buffer [header | memory slots | context], as its key
-// number length - 1, and attends all that is there. Nothing but reading each key and value once:
-// floor time 4 dh B Hkv length / BW. The ladder to there:
-//   1. a block a query head: the G of a group read the same keys;
-//   2. a block a group, its heads the rows of one mma: but batch 1 has 8 groups for 132 units;
-//   3. tiles of 64 keys are dealt to `parts` blocks, each leaves (out, lse) in scratch, and the
-//      last to finish merges them, in order: the same bits in every run;
-//   4. here: while a warp computes with one tile, the next arrives.
-// The length is read on the GPU: one captured graph serves all up to N.
+// One new token of each sequence joins a layer's buffer [header | memory slots | context], as key
+// number length - 1, and attends all keys there. The work is to read each key and value once: floor
+// time 4 dh B Hkv length / BW. The ladder to there:
+//   1. a block for each query head: but the G heads of a group read the same keys again and again;
+//   2. a block for each group, its heads the rows of one mma: but batch 1 has 8 groups for the 132
+//      units of the GPU;
+//   3. tiles of 64 keys are dealt to `parts` blocks. Each leaves (out, lse) in scratch, and the
+//      last to finish merges them in order: the same bits in every run;
+//   4. here: the next tile arrives while a warp computes with one.
+// The length is read on the GPU, so one captured graph serves all lengths up to N, the buffer's.
 
-__device__ int finished[1 << 14];  // parts of a group; 0 between launches: one stream at a time
+__device__ int finished[1 << 14];  // parts of each group; 0 between launches, of one stream only
 
-// Element i of n results over different keys made one; each is (G, dh), then its G lse.
+// Merges element i of n results, each over other keys; a result is (G, dh), then its G lse.
 __device__ inline float merge(const float* x, int n, int G, int dh, int i, float& lse) {
     const int size = G * (dh + 1), of = G * dh + i / dh;
     float top = NOTHING, sum = 0, out = 0;
@@ -542,8 +549,8 @@ struct Buffer {  // a layer of the cache and the new token, as decode_attention 
     int Hkv, G, N, first, slots, parts;
 };
 
-// Starts the copy of keys at.. at + 15 and their values; returns which of them count, a bit each.
-// Those that do not become zeros, as in c. The new key is not in the buffer yet, and goes there.
+// Starts to copy keys at to at + 15 and their values; returns which of them count, one bit each.
+// The others become zeros, as in part c. The new key is not in the buffer yet: it is put there.
 template <int DH>
 __device__ unsigned fetch(const Buffer& x, int pair, int n, int at, bf16* k_s, bf16* v_s) {
     const int lane = threadIdx.x % 32, b = pair / x.Hkv, h = pair % x.Hkv;
@@ -602,7 +609,8 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(bf16* y, float* scra
         __syncwarp();  // before the tile after the next overwrites this one
     }
     __pipeline_wait_prior(0);
-    // The warps' results to shared memory, merged to scratch; the parts' there, merged to y.
+    // The warps' results go to shared memory and are merged into scratch; the last block merges the
+    // parts' results there into y.
     __syncthreads();
     float *result = (float*)smem + warp * size, *all = scratch + (i64)pair * x.parts * size, lse;
     UNROLL for (int i = 0; i < 2; i++) {
@@ -617,7 +625,7 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(bf16* y, float* scra
         all[part * size + i] = merge((float*)smem, WARPS, G, DH, i, lse);
         if (i % DH == 0) all[part * size + G * DH + i / DH] = lse;
     }
-    __threadfence();  // first what this thread wrote, then the count that says so
+    __threadfence();  // others must see what this thread wrote before they see the count
     __syncthreads();
     if (threadIdx.x == 0) *(int*)smem = atomicAdd(finished + pair, 1);
     __syncthreads();
@@ -643,10 +651,10 @@ extern "C" int decode_attention(bf16* y, const bf16* q, const bf16* k, const bf1
 // -- e. Codes ----------------------------------------------------------------------------------
 //
 // A vector's code names F rows of a table (quantize.py); their float32 sum goes to the memory slots
-// of the cache. A block unpacks the numbers of 128 vectors, then dh / 4 threads a vector add.
-// Bytes: the codes in, 2 dh a vector out, 4 F dh from the table, by way of L2: 160 memories of the
-// 2.4b model are 450,560 vectors, 6.3 MB in, 72 MB out, 1.4 GB from a table of 13 MB. Floor time:
-// the larger of (in + out) / BW and what the table gives / the bandwidth of L2.
+// of the cache. A block unpacks the numbers of 128 vectors; then dh / 4 threads add up each vector.
+// Bytes of a vector: its code in, 2 dh out, and 4 F dh from the table by way of L2. 160 memories of
+// the 2.4b model are 450,560 vectors: 6.3 MB in, 72 MB out, 1.4 GB from a table of 13 MB. Floor
+// time: the larger of (in + out) / BW and (bytes from the table) / (bandwidth of L2).
 
 __global__ void __launch_bounds__(256)
 codes_kernel(bf16* kv, const unsigned char* codes, const float* table, const int* fields,
@@ -692,10 +700,10 @@ extern "C" int decode_codes(bf16* kv, const unsigned char* codes, const float* t
 // -- f. Which tokens to keep -------------------------------------------------------------------
 //
 // w_j = sum over query heads and tokens i of softmax_j(q_i . k_j / sqrt(dh)), then the s largest. A
-// block has a reference and a key-value head, its keys in shared memory. A warp computes 16 rows of
-// scores at a time, all n <= 128 columns in registers, and adds them to its sums of columns: no
-// n x n matrix leaves the chip. Floor time, besides 2 N (H + Hkv) n dh / BW: 2 N H n n dh / F, and
-// N H n n exponentials, of which a unit does 16 a clock.
+// block has one reference and one key-value head, with its keys in shared memory. A warp computes
+// 16 rows of scores at a time, all n <= 128 columns in registers, and adds them to its column sums:
+// no n x n matrix leaves the chip. Floor times: 2 N (H + Hkv) n dh / BW for the bytes,
+// 2 N H n n dh / F for the products, and N H n n exponentials, of which a unit does 16 a clock.
 
 template <int DH>
 __global__ void __launch_bounds__(32 * WARPS)
@@ -741,7 +749,7 @@ select_kernel(float* weights, i64* chosen, const bf16* q, const bf16* k, const b
         }
         UNROLL for (int e = 0; e < 64; e++)
             l[side(e)] += x[e / 8][e % 8] = __expf(x[e / 8][e % 8] - top[side(e)]);
-        UNROLL for (int i = 0; i < 2; i++)  // padding asks for nothing: 0 / 1e-30
+        UNROLL for (int i = 0; i < 2; i++)  // a row of padding has the sum 0: 0 / 1e-30
             l[i] = approximate ? 1 : 1 / fmaxf(quad_sum(l[i]), 1e-30f);
         UNROLL for (int i = 0; i < 32; i++) {
             const float* p = x[i / 4] + i / 2 % 2 * 4 + i % 2;
@@ -754,7 +762,7 @@ select_kernel(float* weights, i64* chosen, const bf16* q, const bf16* k, const b
     }
     if (lane == 0) peaks[warp] = peak;
     __syncthreads();
-    float w = 0;  // from here on thread j is token j
+    float w = 0;  // from here on, thread j handles token j
     for (int i = 0; i < WARPS; i++) peak = fmaxf(peak, peaks[i]);
     for (int i = 0; i < WARPS; i++) w += w_s[i * 128 + j] * __expf(peaks[i] - peak);
     if (j < n) weights[pair * n + j] = w;
@@ -781,7 +789,7 @@ extern "C" int select_tokens(const bf16* q, const bf16* k, float* weights, i64* 
 
 // -- What kernels.py asks first ----------------------------------------------------------------
 
-extern "C" int memory3_kernels_version() { return 2; }  // of the functions above; it is there, too
+extern "C" int memory3_kernels_version() { return 2; }  // of these functions; as in kernels.py
 extern "C" const char* memory3_kernels_trouble() {  // null, or why no kernel can run
 #ifdef __CUDACC__
     cudaFuncAttributes x;
