@@ -37,7 +37,7 @@ def forward(c, n, head=True):
 
 
 def write_implicit(c):
-    """Into parameters: ref_len tokens in one training step, which rarely teaches a fact (A.1)."""
+    """Into parameters: ref_len tokens of a training step (A.1), which rarely teaches a fact."""
     return 3 * forward(c, c.max_context) * c.ref_len / c.max_context  # backward: 2 forward
 
 
@@ -59,8 +59,8 @@ def _encode(c, layers, span):  # the last layer has no MLP; a token attends `spa
 
 
 def read_explicit(c):
-    """One chunk attends the S kept tokens of one memory in Lm layers (A.2); of heads that keep
-    memories, if not all do (Config.memory_heads), their query heads alone."""
+    """One chunk attends the S kept tokens of one memory in Lm layers (A.2). If only some heads keep
+    memories (Config.memory_heads), only their query heads read them."""
     keys = math.prod(c.record_shape[:-1]) // 2  # Lm * Hkv * S
     group = c.n_head // c.n_kv_head  # query heads that read each of them
     return 2 * 2 * c.chunk_len * keys * group * c.head_dim
@@ -98,7 +98,8 @@ def advantage_interval(c):
 
 
 def step_flops(c, explicit, tokens=None):
-    """A window's training step; explicit: each chunk also writes one memory, reads R (sec. 3.6)."""
+    """A training step on one window. explicit: each chunk also writes one memory and reads R (sec.
+    3.6)."""
     tokens = tokens or c.max_context
     plain = 3 * forward(c, tokens)  # the backward pass is two forward passes
     if not explicit:
@@ -121,7 +122,7 @@ def reading_share(c, tokens=256):
 def memory_bytes(c, form, references=KNOWLEDGE_BASE):
     """Bytes of one reference. form: "full" = keys and values of all layers, query heads (no GQA)
     and tokens, bf16; "bf16" = the kept ones; "codes" = those by the codec that `references` of
-    them can train. Without the bank's count and checksum, 5 bytes.
+    them can train. The count and checksum of a record, 8 bytes, are left out.
 
     >>> [memory_bytes(Config(), form) for form in ("full", "bf16", "codes")]
     [72089600, 450560, 39424]
@@ -138,7 +139,7 @@ def memory_bytes(c, form, references=KNOWLEDGE_BASE):
 
 
 def sparsity(c, form="bf16"):
-    """How many times less than "full": layers x heads x tokens = 2 * 5 * 16, then the codec."""
+    """How many times smaller than "full": layers x heads x tokens = 2 * 5 * 16, then the codec."""
     return memory_bytes(c, "full") / memory_bytes(c, form)
 
 
@@ -165,7 +166,7 @@ def plan(c, references, uses, flops, utilisation):
     """A knowledge base in every format: [(format, bytes, hours to write, FLOPs in all)].
 
     uses: of each reference; flops: FLOP/s at the machine's peak; utilisation: the share of it that
-    is reached. UserError for what is no positive number, or a share above 1."""
+    is reached. UserError unless all are positive numbers and the share is at most 1."""
     given = dict(references=references, uses=uses, flops=flops, utilisation=utilisation)
     for name, x in given.items():
         check(0 < x < math.inf, f"--{name} {x:g}: give a positive number")
@@ -273,21 +274,28 @@ def table(c):
 def show_table(c):
     """Prints the table; the paper's columns only for the paper's model."""
     with_paper = c == Config()
-    head = f"{'':38} {'ours':>13}"
-    print(f"{head}   paper         where" if with_paper else head)
+    line = f"{'':38} {'ours':>13}"
+    if with_paper:
+        line += "   paper         where"
+    print(line)
     for quantity, ours, paper, where in table(c):
         shown = f"{ours:,}" if isinstance(ours, int) else f"{ours:.5g}"
         line = f"{quantity:38} {shown:>13}"
-        print(f"{line}   {paper:12}  {where}" if with_paper else line)
+        if with_paper:
+            line += f"   {paper:12}  {where}"
+        print(line)
 
 
 def show_plan(c, references, uses, rows):
     print(f"\n{references:,.0f} references of {c.ref_len} tokens, each used {uses:g} times")
     print(f"{'':24} {'GiB':>12} {'hours to write':>15} {'TFlops in all':>14}")
     for form, size, hours, flops in rows:
-        print(f"{form:24} {size / 2**30:12,.6g} {hours:15,.6g} {flops / TERA:14.4g}")
-    cheapest = min(rows, key=flops_of)[0]
-    print(f"cheapest by eq. (1.1): {cheapest.split(',')[0]}")
+        gib = size / 2**30
+        tflops = flops / TERA
+        print(f"{form:24} {gib:12,.6g} {hours:15,.6g} {tflops:14.4g}")
+    cheapest, *_ = min(rows, key=flops_of)
+    name = cheapest.split(",")[0]
+    print(f"cheapest by eq. (1.1): {name}")
 
 
 def show_cluster(gpus, rows):

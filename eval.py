@@ -3,21 +3,21 @@
     python eval.py --json out/demo.json           questions about references it never read
     python eval.py --data DIR --questions_file FILE
 
-Each fact is asked for under the seven conditions below, in all wordings there are. Questions are
+Each fact is asked for under the seven conditions below, in every wording there is. Questions are
 lines of JSON, DATA/questions.jsonl, with these keys; a fact needs the first two:
 
-    question    text that is asked
-    answer      text that is right
-    questions   [text, ...]: all wordings of the question, where there are several
-    reference   which reference of the knowledge base tells it (its row); without it, the condition
-                `oracle` and the hit rate are left out
-    sentences   [text, ...]: what may follow, each a way to give the answer. The answer is exact if
-                the model's likeliest text is one of them. Without: it is exact if the answer
-                stands in the first sentence that the model writes
-    city        the name with which every answer begins: it is put after the question
+    question    the text to ask
+    answer      the right text
+    questions   [text, ...]: all wordings of the question, if there are several
+    reference   the row of the reference that tells the answer; without it, the condition `oracle`
+                and the hit rate are left out
+    sentences   [text, ...]: continuations that give the answer. The answer is exact if the model's
+                likeliest text is one of them; without sentences, if the answer stands in the first
+                sentence that the model writes
+    city        the name with which every answer begins; it is put after the question
     relation    facts of one relation get a column of their own
 
-Without such a file the items are made from references that are held out of training: sentences
+Without such a file the questions are made from references that are held out of training: sentences
 cut off before their last number or name that no training text has (see `cloze`). So any text can
 be asked about.
 
@@ -74,12 +74,12 @@ def load_questions(path, n):
         for key in ("questions", "sentences"):
             texts = row.get(key, [])
             fits = isinstance(texts, list) and all(is_text(text) for text in texts)
-            check(fits, f"{where}: {key} is to be a list of texts")
+            check(fits, f"{where}: {key} must be a list of texts")
         for key in ("city", "relation"):
-            check(isinstance(row.get(key, ""), str), f"{where}: {key} is to be a text")
+            check(isinstance(row.get(key, ""), str), f"{where}: {key} must be a text")
         reference = row.get("reference", -1)
         fits = type(reference) is int and reference >= -1
-        check(fits, f"{where}: reference is to be the row of a reference, from 0")
+        check(fits, f"{where}: reference must be the row of a reference, from 0")
         # wordings in the order of the file, each once
         wordings = dict.fromkeys([row["question"], *row.get("questions", [])])
         full = dict(
@@ -115,8 +115,8 @@ LONGEST = 40  # letters of its answer: more is a clause of a script without spac
 def cloze(texts, is_new, n):
     """Up to n items from texts {reference: text}: sentences cut off before what is new.
 
-    That is the last number or name of a sentence that is in `is_new` (words in lower case) and has
-    something before it. One item a reference.
+    What is new is the last number or name of a sentence that is in `is_new` (words in lower case)
+    and has something before it. Each reference gives one item.
     """
     rows = []
     for i, text in texts.items():
@@ -154,16 +154,17 @@ def last_new(sentence, is_new):
 def new_words(texts, tokenizer, data, progress=True):
     """The words of texts (in lower case) that no training text of the data set has.
 
-    Where there is no training text here to look at: the words that one of the texts alone has."""
+    If there is no training text here: the words that only one of the texts has."""
     n_texts = Counter()  # that have a word
     for text in texts:
         n_texts.update({word.casefold() for word in WORD.findall(text)})
     words = set(n_texts)
     splits = [split for split in TRAINING if Path(data, f"{split}.bin").exists()]
     if not splits:
-        print(f"{data} has no training text here: rare words are asked for, which it may have")
+        print(f"{data} has no training text here: asking for rare words, which it may contain")
         words = {word for word, n in n_texts.items() if n == 1}
-    block, margin = 1 << 18, 32  # tokens; the margin is read twice, for words cut by a block's end
+    block = 1 << 18  # tokens
+    margin = 32  # tokens that are read twice, for words that a block's end cuts
     for split in splits:
         tokens = corpus.open_tokens(data, split)
         starts = range(0, len(tokens), block)
@@ -187,7 +188,7 @@ def make_rows(a, references, tokenizer, seed=0):
 
 
 def find_rows(a, references, tokenizer):
-    """The facts to ask for: of --questions_file, of the data set, or made from its references."""
+    """The facts to ask for: from --questions_file, from the data set, or made from references."""
     path = a.questions_file or f"{a.data}/questions.jsonl"
     if a.questions_file or Path(path).exists():
         rows = load_questions(path, a.questions)
@@ -223,8 +224,8 @@ class Asker:
     def prompt(self, row, condition):
         """-> prompt tokens: the question, and the name with which its answer begins.
 
-        RAG reads in the plain format, best reference first: this is how the implicit stage has
-        taught it to read, and what serves it best here (with the header it loses a third)."""
+        RAG reads in the plain format, best reference first: the implicit stage has taught the
+        model to read so, and it answers best so (with the header it loses a third)."""
         cfg = self.model.config
         bos = self.tokenizer.bos
         prompt = self.tokenizer.encode(row["question"])
@@ -238,7 +239,7 @@ class Asker:
         return [bos, *prompt]
 
     def longest(self, row):
-        """Tokens to leave free for an answer."""
+        """How many tokens to leave free for an answer."""
         return max([ANSWER, *(len(self.tokenizer.encode(text)) for text in row["sentences"])])
 
     def sources(self, rows, condition):
@@ -257,11 +258,11 @@ class Asker:
         """-> for each row dict(exact, nats, found).
 
         Each sentence that gives the answer is followed token by token (`forced`). The answer is
-        exact if in one of them each token was the likeliest, which is when greedy generation would
-        have written it, full stop included. nats: -log of the sum of their probabilities (the
-        branches of Definition 2.6). found: whether the right reference was among the memories read
-        at the answer's start. Rows without sentences: see `freely`; their nats are those of the
-        bare answer after the question."""
+        exact if in one of them every token was the likeliest: greedy generation would have written
+        it, full stop included. nats: -log of the sum of their probabilities (the branches of
+        Definition 2.6). found: whether the right reference was among the memories read at the
+        answer's start. Rows without sentences: see `freely`; their nats are those of the bare
+        answer after the question."""
         results = [dict(exact=False, nats=math.inf, found=False) for _ in rows]
         groups = defaultdict(list)  # prompts of one length, answers of one length: a batch
         free = defaultdict(list)
@@ -344,7 +345,7 @@ class Asker:
         return 1e3 * seconds / n_tokens
 
     def bytes_per_reference(self, condition, rows):
-        """What a reference takes on disk; of text in UTF-8: the mean over those asked for."""
+        """The bytes of a reference on disk; for text, the mean of the known references in UTF-8."""
         if condition in ("plain", "none"):
             return 0  # nothing is kept
         if condition == "quantized":
@@ -393,11 +394,12 @@ def measure(asker, rows, conditions=tuple(CONDITIONS), timed=24):
     -> {condition: dict(exact={"all", ...}, found, nats, separable, bytes_..., ms_per_token)}
     exact, found, nats: means over all wordings.
 
-    separable (Definition 2.6): the share of facts that in every wording there is have p <= 1/2
-    without memory and p >= 0.9 under the condition. The definition asks, for any realization, that
-    of the answer's tokens one be <= 1/2 without, all >= 0.9 with. Here p = exp(-nats) is the whole
-    answer's, summed over its sentences (the definition's branches): p >= 0.9 is more than it asks
-    (no factor is below the product), p <= 1/2 is less (0.7 x 0.7)."""
+    separable (Definition 2.6): the share of facts that in every wording have p <= 1/2 without
+    memory and p >= 0.9 under the condition. The definition asks, for any realization, that one of
+    the answer's tokens have p <= 1/2 without, and that all have p >= 0.9 with. Here p = exp(-nats)
+    is that of the whole answer, summed over its sentences (the definition's branches). So our
+    p >= 0.9 is stricter (no factor is below the product), and our p <= 1/2 is weaker (0.7 x 0.7).
+    """
     asked = every_wording(rows)
     facts = np.array([row["fact"] for row in asked])
     answers = {c: asker.ask(asked, c) for c in dict.fromkeys(["none", *conditions])}
@@ -450,8 +452,10 @@ def parser():
     form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
     model_flags(p)
-    p.add_argument("--memory_heads", help="also ask with these alone: 3.0,3.1 (layer.head)")
-    p.add_argument("--questions_file", help="other questions than DATA/questions.jsonl")
+    p.add_argument(
+        "--memory_heads", help="also ask with memories of these heads only: 3.0,3.1 (layer.head)"
+    )
+    p.add_argument("--questions_file", help="questions to ask (None: DATA/questions.jsonl)")
     p.add_argument(
         "--questions", type=number(int, 1), default=600, help="how many facts to ask for"
     )
@@ -461,7 +465,7 @@ def parser():
 
 
 def json_flag(parser):
-    parser.add_argument("--json", help="a file: write the results there too")
+    parser.add_argument("--json", help="a file to write the results to")
 
 
 def prepare_json(a):
@@ -478,7 +482,7 @@ def write_result(a, result):
 
 
 def open_codes(a, bank):
-    """The vector-quantized memories; None, and a word on it, where there are none."""
+    """The vector-quantized memories. If there are none it says so and returns None."""
     if not bank.quantized:
         made = f"python write.py --checkpoint {a.checkpoint} --out {bank.path} --quantize"
         print(f"vector-quantized memories are left out: there are none; first {made}")
@@ -536,7 +540,7 @@ def main(argv=None):
 
 
 def conditions_of(asker, rows):
-    """{condition: its name in the table} of those that can be asked for; a word on each other."""
+    """{condition: its name in the table} of those to ask under; prints what is left out."""
     config = asker.model.config
     words = dict(R=config.n_recall, embedder=asker.retriever.meta["embedder"])
     names = {}

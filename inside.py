@@ -1,13 +1,13 @@
 """Retrieval from inside (Remark 3.1): the model's own queries search its own memories.
 
-The kept keys of one key-value head are the vectors of a reference, exactly as its memory holds
-them, after RoPE. A query text is read as a context is, behind the header; of its tokens the ones
-that a memory would keep search with their queries of the same head. No encoder, no training.
+The vectors of a reference are the kept keys of one key-value head, exactly as its memory holds
+them, after RoPE. A query text is read like a context, behind the header. Of its tokens, those that
+a memory would keep search with their queries of the same head. No encoder, no training.
 
     score(text, reference) = mean over the chosen tokens i of max over the kept tokens j of
                              cos(q_i, k_j)                   [MaxSim, as ColBERT's late interaction]
 
-Not here: what finds references by their text (retrieval.py).
+Not here: finding references by their text (retrieval.py).
 """
 
 import re
@@ -29,7 +29,7 @@ FORMAT = "memory3 keys 1"
 META = dict(
     format=str,
     embedder=str,  # self:LAYER.HEAD
-    embedder_id=str,  # ... of which model
+    embedder_id=str,  # self:LAYER.HEAD:fingerprint of the model
     tokenizer_id=str,
     references=str,  # their hash
     checksum=int,  # of index.faiss
@@ -58,9 +58,10 @@ def parse_head(name, config):
 
 @torch.inference_mode()
 def query_vectors(model, texts, i, head):
-    """What searches for memories, of token sequences without BOS: for each an array (m, dh) of unit
-    vectors, those of the query heads that share key-value head `head` of memory layer i, at the
-    tokens that a memory would keep. A text without tokens has none."""
+    """The vectors by which token sequences (without BOS) search for memories: for each an array
+    (m, dh) of unit vectors. They are the queries of all query heads that share key-value head
+    `head` of memory layer i, at the tokens that a memory would keep. A text without tokens has
+    none."""
     cfg = model.config
     layer = cfg.memory_layers[i]
     group = cfg.n_head // cfg.n_kv_head
@@ -80,14 +81,20 @@ def query_vectors(model, texts, i, head):
     cos, sin = rope_table(at, cfg)  # (P+1+n, dh)
 
     def attend(l, q, k, v):
-        """Below the layer a plain decoder; there the queries and what is kept of them."""
-        turned = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        """Below `layer` a plain decoder; there its queries, and which tokens it would keep."""
+        turned_q = apply_rope(q, cos, sin)  # (B, H, P+1+n, dh)
+        turned_k = apply_rope(k, cos, sin)  # (B, Hkv, P+1+n, dh)
         if l < layer:
-            return causal_attention(*turned, v), None
-        # chosen before RoPE, as the tokens of a reference are; searching with it, as in reading
-        rule = cfg.memory_tokens, cfg.approximate_weights, cfg.selection
-        chosen = keep_tokens(q[:, :, first:], k[:, :, first:], mask, *rule)  # (B, Hkv, S)
-        queries = turned[0][:, head * group : (head + 1) * group, first:]  # (B, G, n, dh)
+            return causal_attention(turned_q, turned_k, v), None
+        # tokens are chosen before RoPE, as those of a reference are; the search is after it, as
+        # reading is
+        own_q = q[:, :, first:]  # (B, H, n, dh)
+        own_k = k[:, :, first:]  # (B, Hkv, n, dh)
+        size = cfg.memory_tokens
+        approximate = cfg.approximate_weights
+        chosen = keep_tokens(own_q, own_k, mask, size, approximate, cfg.selection)  # (B, Hkv, S)
+        heads = slice(head * group, (head + 1) * group)
+        queries = turned_q[:, heads, first:]  # (B, G, n, dh)
         return None, (queries, chosen[:, head])
 
     x = model.embed(tokens)  # (B, P+1+n, d)
@@ -104,7 +111,7 @@ def query_vectors(model, texts, i, head):
 
 @torch.inference_mode()
 def written_keys(model, references, i, head):
-    """The keys of references (token ids), as a memory of theirs holds them: for each an array
+    """The keys of references (token ids), as their memories would hold them: for each an array
     (count, dh) of unit vectors."""
     longest = max(len(reference) for reference in references)
     tokens = torch.full((len(references), longest), -1)  # (N, n)
@@ -114,21 +121,21 @@ def written_keys(model, references, i, head):
 
 
 def stored_keys(memories, i, head):
-    """The same of memories that are there."""
+    """The keys in these memories: for each an array (count, dh) of unit vectors."""
     kept = memories.kv[:, i, 0, head].detach().float()  # (N, S, dh)
     keys = F.normalize(kept, dim=-1).cpu().numpy()  # (N, S, dh)
     return [row[:n] for row, n in zip(keys, memories.count.tolist(), strict=True)]
 
 
 class KeyRetriever:
-    """References that are found by the keys of one head: .search as retrieval.Retriever has it.
+    """Finds references by the keys of one head; .search is that of retrieval.Retriever.
 
         index.faiss   the keys, one after the other
         rows.npy      (n, 3): id of a reference, the first of its rows, how many
         meta.json     whose keys these are
 
-    A change appends rows and forgets rows; save() writes all. What is forgotten is found no more,
-    but its keys lie in index.faiss until the index is made anew.
+    A change appends rows and forgets rows; save() writes everything. What is forgotten is no longer
+    found, but its keys stay in index.faiss until the index is made anew.
     """
 
     def __init__(self, path, index, rows, model, tokenizer, meta):
@@ -145,7 +152,7 @@ class KeyRetriever:
         self._find_owners()
 
     def _find_owners(self):
-        """owner (all rows,): whose key a row is, -1 = nobody's any more."""
+        """owner (all rows,): the reference whose key a row is, -1 = forgotten."""
         self.owner = np.full(self.index.ntotal, -1, np.int64)
         for i, (first, count) in self.rows.items():
             self.owner[first : first + count] = i
@@ -159,7 +166,7 @@ class KeyRetriever:
         parse_head(name, model.config)
         dim = model.config.head_dim
         n_keys = n * model.config.memory_tokens
-        # keys are short: as many numbers as FLAT vectors of 512 are compared exactly
+        # keys are short: compare exactly up to as many numbers as FLAT vectors of 512 have
         n_like = n_keys * dim // 512
         factory = "Flat"
         if n_like > vectors_index.FLAT:
@@ -172,7 +179,7 @@ class KeyRetriever:
             rows[id] = (first, len(array))
             first += len(array)
             arrays.append(array)
-        nothing = np.zeros((0, dim), np.float32)  # so that no references are an index, too
+        nothing = np.zeros((0, dim), np.float32)  # so that an index may have no references
         stacked = np.concatenate([*arrays, nothing])  # (all keys, dh)
         if not index.is_trained:
             index.train(stacked[:: max(1, len(stacked) // 262_144)])
@@ -189,14 +196,17 @@ class KeyRetriever:
 
     @staticmethod
     def build(path, references, tokenizer_name, name, model, bank=None, progress=True):
-        """Indexes the memories of references, and writes the directory `path`. bank: where they
-        are (bank.MemoryBank); None: they are written once more, for their keys alone."""
-        check(model is not None, f"--embedder {name}: an index of whose keys? give --checkpoint")
+        """Indexes the memories of references, and writes the directory `path`. bank: the MemoryBank
+        that has them; None: they are written once more, for their keys alone."""
+        check(
+            model is not None,
+            f"--embedder {name} needs the model whose keys to index: give --checkpoint",
+        )
         i, head = parse_head(name, model.config)
         n = len(references)
 
         def keys():
-            """(id, (count, dh)) of all references that are there."""
+            """Yields (id, keys (count, dh)) of all references that are not deleted."""
             for start in tqdm(range(0, n, BATCH), "reading keys", disable=not progress):
                 ids = [id for id in range(start, min(start + BATCH, n)) if len(references[id])]
                 if not ids:
@@ -213,7 +223,7 @@ class KeyRetriever:
 
     @staticmethod
     def open(path, model, tokenizer_name=None, references=None):
-        """Opens what save wrote. UserError without a model, or for another's keys (Remark A.1)."""
+        """Opens what save wrote. UserError without the model whose keys they are (Remark A.1)."""
         path = Path(path)
         cure = cure_for(path)
         meta = read_json(path / "meta.json", META, cure)
@@ -223,7 +233,7 @@ class KeyRetriever:
             model is not None, f"{path} is searched by the model that wrote it: give --checkpoint"
         )
         ours = f"{meta['embedder']}:{model.fingerprint()}"
-        line = f"{path}: keys of {meta['embedder_id']}, and a model that is {ours}; {cure}"
+        line = f"{path} has keys of {meta['embedder_id']}, and this model is {ours}; {cure}"
         check(meta["embedder_id"] == ours, line)
         tokenizer = corpus.tokenizer(tokenizer_name or path.parent)
         line = f"{path}: tokenizer {meta['tokenizer_id']} and {tokenizer.id} do not compare; {cure}"
@@ -240,7 +250,7 @@ class KeyRetriever:
         return KeyRetriever(path, index, table, model, tokenizer, meta)
 
     def save(self, references=None):
-        """Writes all of it. references: what the changes made of the references."""
+        """Writes everything. references: the references as they are after the changes."""
         faiss = optional("faiss")
         path = Path(self.path)
         path.mkdir(parents=True, exist_ok=True)
@@ -286,13 +296,13 @@ class KeyRetriever:
 
     def _search_one(self, vectors, k):
         """vectors (m, dh) -> the ids and scores of at most k references, best first."""
-        # Whose keys are near to one of the vectors: only these references are scored ...
+        # Only references with a key near one of the vectors are scored ...
         rows, _ = vectors_index.search(self.index, vectors, FETCH)  # (m, FETCH)
         owners = self.owner[rows[rows >= 0]]
         candidates = np.unique(owners[owners >= 0])  # (c,)
         if len(candidates) == 0:
             return candidates, np.zeros(0, np.float32)
-        # ... by all their keys
+        # ... and by all of their keys
         places = []
         starts = []  # of each candidate's keys
         n_keys = 0
@@ -353,7 +363,7 @@ class KeyRetriever:
 
 
 class Named:
-    """What says which embedder this is: see embed.py."""
+    """The name, id and dim of an embedder: see embed.py."""
 
     def __init__(self, name, id, dim):
         self.name = name

@@ -352,13 +352,13 @@ def test_load_questions(tmp_path):
         (dict(question="q?"), "it has no 'answer'"),
         (dict(good, question=" "), "question is empty"),
         (dict(good, answer=7), "'answer' is an integer"),
-        (dict(good, sentences="a."), "sentences is to be a list of texts"),
-        (dict(good, questions=["q?", ""]), "questions is to be a list of texts"),
-        (dict(good, city=None), "city is to be a text"),
-        (dict(good, relation=3), "relation is to be a text"),
-        (dict(good, reference="7"), "reference is to be the row"),
-        (dict(good, reference=True), "reference is to be the row"),
-        (dict(good, reference=-2), "reference is to be the row"),
+        (dict(good, sentences="a."), "sentences must be a list of texts"),
+        (dict(good, questions=["q?", ""]), "questions must be a list of texts"),
+        (dict(good, city=None), "city must be a text"),
+        (dict(good, relation=3), "relation must be a text"),
+        (dict(good, reference="7"), "reference must be the row"),
+        (dict(good, reference=True), "reference must be the row"),
+        (dict(good, reference=-2), "reference must be the row"),
     ]:
         path.write_text(f"{json.dumps(good)}\n\n{json.dumps(wrong)}\n")
         with pytest.raises(ValueError, match=f"questions.jsonl.* line 3: {words}"):
