@@ -562,22 +562,23 @@ class Memory3(nn.Module):
         cfg = self.config
         references = references.to(self.device)
         mask = references >= 0  # (N, n): True where a real token is
-        N, n = references.shape
+        n = references.shape[1]
         line = f"references of {n} tokens; the model takes 1 to {cfg.ref_len}"
         check(1 <= n <= cfg.ref_len, line)
         if not torch.compiler.is_compiling():
             gap = mask[:, 1:] & ~mask[:, :-1]
             check(not gap.any(), "padding stands before a token: references are left-aligned")
         P = len(cfg.header)
-        sequences = references  # (D, L): what is encoded; D = N and L = n but for documents
+        sequences = references  # (D, m): what is encoded; without documents D = N and m = n
         if documents is not None:
             sequences, row, place = join_pieces(references, documents.to(self.device))
             longest = sequences.shape[1]
             most = cfg.max_context + cfg.ref_len
             check(longest <= most, f"a document of {longest} tokens; the most at once is {most}")
-        D, L = sequences.shape
-        tokens = torch.cat([self._header(D), sequences.clamp(min=0)], 1)  # (D, P+L)
-        cos, sin = rope_table(torch.arange(P + L, device=tokens.device), cfg)  # (P+L, dh)
+        header = self._header(len(sequences))  # (D, P)
+        tokens = torch.cat([header, sequences.clamp(min=0)], 1)  # (D, P+m)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)  # (P+m,)
+        cos, sin = rope_table(positions, cfg)  # (P+m, dh)
         last = cfg.memory_layers[-1]
         if cfg.kept_heads is not None:
             # which heads would fill a slot of a memory that has one token
@@ -585,11 +586,11 @@ class Memory3(nn.Module):
             keeps = filled_slots(one_token, cfg).unsqueeze(-1) > 0  # (Lm, 1, Hkv, 1)
 
         def own(x):
-            """Of each reference its own tokens: x (D, h, P+L, dh) -> (N, h, n, dh)."""
+            """x (D, H or Hkv, P+m, dh) at each reference's own tokens: (N, H or Hkv, n, dh)."""
             if documents is None:
                 return x[:, :, P:]  # all but the header
-            x = x.transpose(1, 2)  # (D, P+L, h, dh)
-            x = x[row[:, None], P + place]  # (N, n, h, dh)
+            x = x.transpose(1, 2)  # (D, P+m, H or Hkv, dh)
+            x = x[row[:, None], P + place]  # (N, n, H or Hkv, dh)
             return x.transpose(1, 2)
 
         def attend(l, q, k, v):
@@ -620,7 +621,7 @@ class Memory3(nn.Module):
             # padding is on the right, so the causal mask already hides it from real tokens
             return causal_attention(q, k, v), made
 
-        x = self.embed(tokens)  # (D, P+L, d)
+        x = self.embed(tokens)  # (D, P+m, d)
         parts = []  # of the memory, one for each memory layer
         indices = []
         for l in range(last + 1):
@@ -650,9 +651,9 @@ def kept(x, index):
 def join_pieces(references, documents):
     """Documents from their pieces (Remark 3.2): references (N, n), documents (N,) as in write.
 
-    -> the tokens of D documents (D, L), L >= n, -1 = padding at the end; the row (N,) of each
-    piece; and the place in that row of each of its tokens (N, n), 0 for padding. UserError where
-    the pieces of a document do not follow each other.
+    -> the tokens of D documents (D, m), m >= n, -1 = padding at the end; the row (N,) of each
+    piece; and the place in that row of each of its tokens (N, n), 0 for padding. UserError if the
+    pieces of a document do not follow each other.
 
     >>> pieces = torch.tensor([[5, 6, -1], [7, 8, 9], [4, -1, -1]])
     >>> tokens, row, place = join_pieces(pieces, torch.tensor([3, 3, 8]))
@@ -662,17 +663,18 @@ def join_pieces(references, documents):
     [[0, 1, 0], [2, 3, 4], [0, 0, 0]]
     """
     numbers, row = documents.unique_consecutive(return_inverse=True)  # (D,), (N,)
-    once = len(numbers.unique()) == len(numbers)
-    check(once, "documents: the pieces of each must follow each other")
+    each_once = len(numbers.unique()) == len(numbers)
+    check(each_once, "documents: the pieces of each must follow each other")
     n = references.shape[1]
     is_token = references >= 0  # (N, n)
     length = is_token.sum(1)  # (N,), of each piece
     total = torch.zeros_like(numbers).index_add(0, row, length)  # (D,), of each document
-    begin = length.cumsum(0) - length  # (N,): where a piece begins if all is one document
-    begin = begin - (total.cumsum(0) - total)[row]  # ... in its own
+    begin = length.cumsum(0) - length  # (N,): where a piece would begin if all were one document
+    document_begin = total.cumsum(0) - total  # (D,): where its document would begin
+    begin = begin - document_begin[row]  # (N,): where it begins in its document
     place = begin[:, None] + torch.arange(n, device=begin.device)  # (N, n)
     longest = max(n, int(total.max()))
-    tokens = references.new_full((len(numbers), longest), -1)  # (D, L)
+    tokens = references.new_full((len(numbers), longest), -1)  # (D, m)
     rows = row[:, None].expand(-1, n)  # (N, n)
     tokens[rows[is_token], place[is_token]] = references[is_token]
     return tokens, row, place.masked_fill(~is_token, 0)

@@ -796,6 +796,8 @@ def command_line(argv=None):
         check(settings, f"{last} holds weights alone, no run: --init {last} with another --out")
         known = [field.name for field in fields(TrainConfig) if field.name not in OF_THIS_TIME]
         settings = {name: settings[name] for name in known if name in settings}
+        if args.steps:  # the run now ends by these, not by the minutes it was begun with
+            settings["minutes"] = 0.0
         settings |= given(args, TrainConfig) | dict(out=args.resume)
         return TrainConfig(**settings), None
 

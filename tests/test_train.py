@@ -313,7 +313,8 @@ def test_recomputing_changes_nothing(data, tmp_path, stage):
 
 def test_minutes_end_a_run_with_its_decay(data, tmp_path, monkeypatch):
     """Catches a run that goes on after its time, an lr that has not decayed when it ends, a resume
-    that gets the whole time again, and steps that are counted although time is."""
+    that gets the whole time again, steps that are counted although time is, and a --steps that a
+    run begun with --minutes drops without a word."""
     clock = [1000.0]
 
     def tick():
@@ -334,6 +335,8 @@ def test_minutes_end_a_run_with_its_decay(data, tmp_path, monkeypatch):
     cfg, config = train.command_line(["--resume", str(tmp_path / "out"), "--minutes", "3"])
     more = train.main(cfg, config)["step"] - result["step"]
     assert result["step"] // 3 < more < result["step"]  # half the time again, all of it decaying
+    cfg, _ = train.command_line(["--resume", str(tmp_path / "out"), "--steps", "500"])
+    assert (cfg.steps, cfg.minutes) == (500, 0)
 
 
 def test_measure_trains_and_saves_nothing(data, tmp_path):
