@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 8 train.py --parallel ddp ...        all weights on every GPU
     torchrun --nproc_per_node 8 train.py --parallel fsdp ...       each GPU holds an eighth of them
 
-The processes share out the windows of a step, and the mean of their gradients is the gradient of
-the whole batch: the run is that of one process, to rounding. ddp (DistributedDataParallel) is for
-models that fit a GPU; fsdp (fully_shard) splits weights, gradients and states of the optimizer, and
+The processes share the windows of a step, and the mean of their gradients is the gradient of the
+whole batch: up to rounding, the run is that of one process. ddp (DistributedDataParallel) is for
+models that fit one GPU; fsdp (fully_shard) splits weights, gradients and optimizer states, and
 gathers the weights of one block at a time, when it computes. Checkpoints are those of one process.
 """
 
@@ -32,7 +32,7 @@ TIMEOUT = timedelta(minutes=10)  # a process that waits longer for another ends 
 def start(kind, device):
     """Joins the processes that torchrun started -> rank, number of processes, this one's device.
 
-    Only rank 0 prints. Where one process ends with an error, torchrun ends the others.
+    Only rank 0 prints. If one process ends with an error, torchrun ends the others.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if kind == "none":
@@ -72,8 +72,8 @@ def shard(model, dtype):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mp_policy=policy)
-    # what is in no block: embeddings and the last norm. They too leave after each pass, or
-    # validation would leave whole ones where the optimizer's parts should be
+    # Embeddings and the last norm are in no block. They must be split again after each pass, too:
+    # validation would leave them whole, where the optimizer expects its parts
     fully_shard(model, mp_policy=policy, reshard_after_forward=True)
     register_fsdp_forward_method(model, "write")  # gathers them as forward does
 
@@ -108,8 +108,8 @@ def reduce(numbers, how, device):
 
 
 def gather(model, optimizer=None):
-    """-> the whole weights and the optimizer's states by name. Under fsdp on the CPU, and empty in
-    all processes but rank 0; otherwise those in use, not copies."""
+    """-> the whole weights and the optimizer's states, by name. Under fsdp they are on the CPU, and
+    None in all processes but rank 0; otherwise they are those in use, not copies."""
     wholes = {}  # by parameter: input and output embeddings may be one
     weights = {}
     states = {}
@@ -123,7 +123,7 @@ def gather(model, optimizer=None):
 
 
 def whole(x):
-    """All of a tensor of which each process holds a part; other things as they are."""
+    """All of a tensor of which each process holds a part; anything else as it is."""
     if not isinstance(x, DTensor):
         return x
     x = x.full_tensor()
@@ -131,8 +131,8 @@ def whole(x):
 
 
 def scatter(model, optimizer, saved):
-    """The reverse of gather: copies what a checkpoint holds, every process its part."""
-    optimizer.zero_grad(set_to_none=True)  # or nan would stay in every later gradient
+    """Undoes gather: each process copies its part of what a checkpoint holds."""
+    optimizer.zero_grad(set_to_none=True)  # else a nan would stay in every later gradient
     for name, p in model.named_parameters():
         with torch.no_grad():
             p.copy_(part(saved["model"][name], p))
@@ -141,7 +141,7 @@ def scatter(model, optimizer, saved):
 
 
 def part(x, like):
-    """What this process holds of a checkpoint's tensor, where it holds the parameter `like`."""
+    """This process's part of a checkpoint's tensor, cut as its parameter `like` is."""
     if not isinstance(x, torch.Tensor):
         return x
     x = x.to(like.device, copy=True)
@@ -151,11 +151,11 @@ def part(x, like):
 
 
 def local(x):
-    """What this process holds of a tensor: all of it, or its part."""
+    """This process's part of a tensor, or all of it if it is not split."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def stop():
-    """Leaves the other processes, at the end of the command."""
+    """Parts from the other processes at the end of the command."""
     if dist.is_initialized():
         dist.destroy_process_group()
