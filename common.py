@@ -1,4 +1,4 @@
-"""What every file needs: refusals in one line, files of ours, optional packages, devices.
+"""What every file needs: errors in one line, our own files, optional packages, devices.
 
 check(condition, line)      every refusal: one line that names the file or flag and the cure
 check_fields(config)        every field of a dataclass within the range of its annotation
@@ -31,7 +31,7 @@ import torch
 
 
 class UserError(ValueError):
-    """What the user gave cannot be used: its text is one line that names it and the cure."""
+    """Something that the user gave cannot be used. Its text, one line, names that and the cure."""
 
 
 def check(condition, line):
@@ -111,7 +111,7 @@ def run(main):
 
 
 def visible(text):
-    r"""The text without what steers a terminal: control characters become their escapes.
+    r"""The text without characters that control a terminal: they become their escapes.
 
     References come from anywhere; an escape sequence in one could clear the screen or worse.
     >>> print(visible("Kyiv\x1b[2J has\n2797553"))
@@ -135,7 +135,7 @@ def visible(text):
 
 
 def read_bytes(path, cure):
-    """The bytes of a file of ours. UserError if it is missing, empty or may not be read."""
+    """The bytes of one of our files. UserError if it is missing, empty or may not be read."""
     path = Path(path)
     check(path.exists(), f"{path} is missing: {cure}")
     try:
@@ -147,8 +147,8 @@ def read_bytes(path, cure):
 
 
 def read_text(path, cure):
-    """The text of a file of ours: UTF-8 whatever the locale, with or without a byte order mark,
-    lines ending in LF or CRLF. UserError if it is missing, empty or something else."""
+    """The text of one of our files: UTF-8 whatever the locale, with or without a byte order mark,
+    lines ending in LF or CRLF. UserError if it is missing, empty or anything else."""
     data = read_bytes(path, cure)
     try:
         text = data.decode("utf-8-sig")
@@ -170,13 +170,13 @@ def read_json(path, schema, cure):
 
 
 def read_rows(path, schema, cure):
-    """A JSON-lines file of ours as a list of dicts; blank lines count for nothing, and a file
-    without any row is refused. UserError names the line."""
+    """One of our JSON-lines files as a list of dicts. Blank lines do not count, and a file without
+    any row is refused. UserError names the line."""
     return [row for _, row in numbered_rows(path, schema, cure)]
 
 
 def numbered_rows(path, schema, cure):
-    """The same with the line of each row: [(line, row)]."""
+    """Like read_rows, with the line number of each row: [(line, row)]."""
     rows = []
     for line, text in enumerate(read_text(path, cure).split("\n"), start=1):
         if text.strip():
@@ -243,7 +243,7 @@ def read_array(path, dtype, shape, cure):
 
 
 def replace_file(path, write):
-    """Writes a file beside its place with write(file), then renames it: never a half file.
+    """Writes a file beside its place with write(file), then renames it: no file is ever half there.
 
     UserError if the place cannot be written to; the old file, if any, is then as it was.
     """

@@ -556,7 +556,11 @@ def made_from(config):
     """A Config as a config.json of Hugging Face."""
     c = config
     check(not (c.qkv_bias and c.qk_norm), "no family has both a bias and a norm of q and k")
-    family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+    family = "llama"
+    if c.qkv_bias:
+        family = "qwen2"
+    if c.qk_norm:
+        family = "qwen3"
     rope = dict(rope_type="default", rope_theta=c.rope_base)
     if c.rope_factor > 1:
         rope |= dict(rope_type="llama3", factor=c.rope_factor)

@@ -3,7 +3,7 @@
 A prepared data set is a directory, made by data/<name>/prepare.py. It holds all that it needs, so
 it can be moved, renamed and used from any working directory:
     meta.json           manifest: what is in it, how it was made
-    tokenizer.json      byte-pair ranks, where the data set has a tokenizer of its own
+    tokenizer.json      byte-pair ranks, if the data set has a tokenizer of its own
     <split>.bin         tokens of a split, uint16 (uint32 for a vocabulary beyond 65,536)
     <refs>.bin, .idx    references: their tokens end to end, and N+1 offsets (int64)
 Nothing here knows what the texts are about.
@@ -27,14 +27,14 @@ from common import UserError, check, optional, read_json, replace_file, write_js
 class Tokenizer:
     """A tiktoken encoding with the few things that a decoder needs around it.
 
-    bos: id of the token every text begins with. header: the modified BOS of references, the tokens
-    of "<s>Reference:" (sec. 3.2). n_vocab: ids are below it. prefix_space: a space goes before the
-    first word, as Llama has it, so that a name is the same tokens wherever it stands.
+    bos: id of the token that every text begins with. header: the modified BOS of references, the
+    tokens of "<s>Reference:" (sec. 3.2). n_vocab: ids are below it. prefix_space: whether a space
+    goes before the first word, as in Llama, so that a name is the same tokens wherever it stands.
     id: names all that decides which tokens a text becomes; it is stored wherever tokens are.
     """
 
     def __init__(self, encoding, bos, name, prefix_space=False, n_vocab=None):
-        """n_vocab: where the encoding has ids that the model has not (bytes without a token)."""
+        """n_vocab: if the encoding has ids that the model lacks (bytes without a token)."""
         self.encoding = encoding
         self.bos = bos
         self.name = name
@@ -70,7 +70,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        """The text of token ids; BOS, -1 padding and ids of no token become nothing."""
+        """The text of token ids, without BOS, -1 padding and ids that are no token's."""
         known = []
         for i in ids:
             i = int(i)
@@ -109,7 +109,7 @@ def tokenizer(name):
         used = manifest(name, dict(tokenizer=str))["tokenizer"]
         if used in optional("tiktoken").list_encoding_names():
             return _from_tiktoken(used)
-        # else a directory, seen from this one: "." (that which is missing) or another data set
+        # else a directory, seen from this one: "." (its own, which is missing) or another data set
         path = _present(Path(name, used, "tokenizer.json"))
         return open_tokenizer(path)
     known = ", ".join(optional("tiktoken").list_encoding_names())

@@ -413,14 +413,16 @@ def measure(asker, rows, conditions=tuple(CONDITIONS), timed=24):
                 exact[row["relation"]].append(answer["exact"])
         failed = (p["none"] > 0.5) | (p[condition] < 0.9)
         n_failed = len(np.unique(facts[failed]))  # facts that one of their wordings fails
-        table[condition] = dict(
-            exact={relation: float(np.mean(each)) for relation, each in exact.items()},
-            found=float(np.mean([answer["found"] for answer in answers[condition]])),
-            nats=float(np.mean([answer["nats"] for answer in answers[condition]])),
-            separable=1 - n_failed / len(rows),
-            bytes_per_reference=asker.bytes_per_reference(condition, rows),
-            ms_per_token=asker.ms_per_token(asked[:timed], condition),
-        )
+        found = [answer["found"] for answer in answers[condition]]
+        nats = [answer["nats"] for answer in answers[condition]]
+        means = {relation: float(np.mean(each)) for relation, each in exact.items()}
+        measured = dict(exact=means)
+        measured["found"] = float(np.mean(found))
+        measured["nats"] = float(np.mean(nats))
+        measured["separable"] = 1 - n_failed / len(rows)
+        measured["bytes_per_reference"] = asker.bytes_per_reference(condition, rows)
+        measured["ms_per_token"] = asker.ms_per_token(asked[:timed], condition)
+        table[condition] = measured
     return table
 
 

@@ -312,11 +312,16 @@ def stats(a):
     bank = MemoryBank.open(a.kb)
     texts = bank.references
     n = texts.count_live()
-    print(f"{a.kb}: {n:,} references, {len(texts) - n:,} deleted, {texts.version:,} changes so far")
-    print(f"memories: {bank.record_bytes:,} bytes each ({bank.meta['dtype']} {bank.shape})")
+    n_deleted = len(texts) - n
+    dtype = bank.meta["dtype"]
+    print(f"{a.kb}: {n:,} references, {n_deleted:,} deleted, {texts.version:,} changes so far")
+    print(f"memories: {bank.record_bytes:,} bytes each ({dtype} {bank.shape})")
     if bank.quantized:
-        print(f"codes: {bank.codes.record_bytes:,} bytes each ({bank.codes.codec.spec})")
-    print(f"model: {bank.meta['fingerprint']}; tokenizer: {bank.meta['tokenizer_id']}")
+        spec = bank.codes.codec.spec
+        print(f"codes: {bank.codes.record_bytes:,} bytes each ({spec})")
+    writer = bank.meta["fingerprint"]
+    tokenizer_id = bank.meta["tokenizer_id"]
+    print(f"model: {writer}; tokenizer: {tokenizer_id}")
     print(f"disk: {size_of(a.kb):,} bytes")
 
 
