@@ -997,8 +997,9 @@ class MemoryBank:
 
     def replace(self, i, tokens, source=None):
         """Gives reference i another text (a deleted one lives again) and that text's memory. A kill
-        leaves one of the two texts; its memory is then missing or right. A piece of a whole document
-        stays in its place there; the memories of the pieces after it then count as missing."""
+        leaves one of the two texts; its memory is then missing or right. A piece of a whole
+        document stays in its place there, and the memories of the pieces after it count as missing.
+        """
         if i < self.n_pieces:
             place = self.references.source(i).get("piece", 0)
             source = dict(source or {}, piece=place)
