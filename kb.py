@@ -140,7 +140,7 @@ def add(a):
     bank = open_base(a)
     live = Live.open(bank.references)
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
-    given = []
+    given = []  # (tokens, source); read before anything is written: a bad file changes nothing
     for name in a.files or ["-"]:
         for text, source in read_file(name, a.by):
             for tokens in fit(text, live.tokenizer, bank.references.ref_len):
@@ -152,6 +152,7 @@ def add(a):
     steps = range(0, len(given), BATCH)
     for start in tqdm(steps, f"{BATCH} texts", disable=len(given) < BATCH):
         part = given[start : start + BATCH]
+        # before they are added, else each would be nearest to itself
         near = live.search([tokens for tokens, _ in part], 1) if a.near else None
         ids = bank.add([tokens for tokens, _ in part], [source for _, source in part])
         if near:
@@ -171,7 +172,7 @@ def report_near(a, live, ids, near, scores, shown):
     """Prints which new texts are near an older one, 10 at most; returns how many are."""
     n_near = 0
     for i, (old,), (score,) in zip(ids, near.tolist(), scores.tolist(), strict=True):
-        if old < 0 or old == i or score < a.near:
+        if old < 0 or old == i or score < a.near:  # none, the same text, or another one
             continue
         n_near += 1
         if shown + n_near <= 10:
@@ -197,7 +198,7 @@ def replace(a):
 
 def delete(a):
     """Forgets references: when this returns, their tokens and memories are overwritten."""
-    bank = MemoryBank.open(a.kb)
+    bank = MemoryBank.open(a.kb)  # no model: nothing is encoded
     bank.delete(a.ids)
     print(f"forgotten: {', '.join(map(str, a.ids))} (their vectors stay in the index, unused, and")
     print(f"traces in free pages, until: python kb.py compact --kb {a.kb})")
@@ -212,6 +213,7 @@ def forget_like(a):
     check(found, f"{a.kb}: nothing is as similar as {a.near}: give a smaller --near")
     show(bank.references, live.tokenizer, found)
     if not a.yes:
+        # where nobody can answer, nothing is deleted
         check(sys.stdin.isatty(), f"{len(found)} would be forgotten: add --yes to forget them")
         answer = input(f"forget these {len(found)}? [y/N] ")
         if answer.strip().lower() != "y":
@@ -269,6 +271,7 @@ def compact(a):
     bank = MemoryBank.open(a.kb)
     before = size_of(a.kb)
     bank.compact()
+    # the index as well: vectors of deleted texts are hidden in it, and word counts remember them
     live = Live.open(bank.references)
     Live.build(bank.references, live.meta["embedder"])
     print(f"{a.kb}: {before:,} bytes before, {size_of(a.kb):,} now")
@@ -289,6 +292,7 @@ def merge(a):
     ids = other.live()
     for start in tqdm(range(0, len(ids), BATCH), f"{BATCH} texts", disable=len(ids) < BATCH):
         texts = other.rows(ids[start : start + BATCH])
+        # "base": whose it was, should the two ever have to be told apart again
         sources = [dict(json.loads(text.source), base=str(a.other)) for text in texts]
         bank.add([other.tokens(text) for text in texts], sources)
     Live.open(bank.references).save()
