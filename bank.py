@@ -753,8 +753,9 @@ class MemoryBank:
         return sorted(found)
 
     def _texts(self, ids):
-        """The Texts of `ids` as they are now. The seal of a piece covers those before it, too: when
-        one of them changes, a memory that was made of it no longer fits, and is missing."""
+        """The Texts of `ids` as they are now. The seal of a piece also covers the pieces before it:
+        if one of them changes, the memories that have seen it no longer fit and count as missing.
+        """
         texts = self.references.rows(ids)
         if not self.n_pieces:
             return texts
@@ -927,31 +928,34 @@ class MemoryBank:
                 yield part, self._packed(made, part), made.count.tolist(), self.stores
 
     def _make_documents(self, texts, batch):
-        """As _make, for whole documents (Remark 3.2): at least `batch` pieces at a time, with those
-        that stand before them."""
-        windows = defaultdict(list)  # the id with which a window begins -> Texts to encode
+        """As _make, for whole documents (Remark 3.2): at least `batch` pieces at a time, together
+        with the pieces before them."""
+        windows = defaultdict(list)  # id at which a window begins -> the Texts to encode in it
         for text in sorted(texts, key=operator.attrgetter("id")):
-            windows[text.id - len(self._before(text))].append(text)
+            begin = text.id - len(self._before(text))
+            windows[begin].append(text)
+        last = next(reversed(windows), None)
         ids = []
-        documents = []  # of which window each id is
+        documents = []  # the window of each id
         part = []
-        for begin, wanted in windows.items():
-            window = range(begin, wanted[-1].id + 1)
+        rows = []  # where in ids each Text of part stands
+        for begin, to_encode in windows.items():
+            rows += [len(ids) + text.id - begin for text in to_encode]
+            part += to_encode
+            window = range(begin, to_encode[-1].id + 1)
             ids += window
             documents += [begin] * len(window)
-            part += wanted
-            if len(ids) < batch and begin != next(reversed(windows)):
+            if len(ids) < batch and begin != last:
                 continue
-            # an id may be in two windows: the later one is where it is wanted, if it is
-            rows = {(d, i): row for row, (d, i) in enumerate(zip(documents, ids, strict=True))}
-            of = [rows[text.id - len(self._before(text)), text.id] for text in part]
             with torch.inference_mode():
                 tokens = self.references.batch(ids)  # (n, longest)
-                made = self.model.write(tokens, documents=torch.tensor(documents))[of]
+                made = self.model.write(tokens, documents=torch.tensor(documents))
+            made = made[rows]
             yield part, self._packed(made, part), made.count.tolist(), self.stores
             ids = []
             documents = []
             part = []
+            rows = []
 
     def _packed(self, made, texts):
         """The memories of Texts as they are stored, (n, *record_shape) on the CPU."""
