@@ -721,8 +721,12 @@ class MemoryBank:
 
     def check_documents(self, whole):
         """UserError if the base is of whole documents and `whole` is False, or the other way."""
-        has = "whole documents" if self.n_pieces else "references that are encoded alone"
-        check(whole == bool(self.n_pieces), f"{self.path} is of {has}: give another --out")
+        if self.n_pieces:
+            line = "whole documents: add --whole_documents"
+        else:
+            line = "references that are encoded alone: drop --whole_documents"
+        same = whole == (self.n_pieces > 0)
+        check(same, f"{self.path} is of {line}, or give another --out")
 
     # -- whole documents
 

@@ -1,6 +1,6 @@
 """Pieces that say only "it": memories written alone, or in their document (Remark 3.2).
 
-    python experiments/whole_documents.py --checkpoint checkpoints/toy --steps 300
+    python experiments/whole_documents.py
 
 A made-up place is told of in a document of two references, and only the first names it:
 
@@ -18,6 +18,7 @@ once for each way of writing, with the same documents, questions and pools.
 
 import argparse
 import copy
+import math
 import random
 import sys
 import time
@@ -216,12 +217,26 @@ def judge(model, tokenizer, way, a):
     return result
 
 
+def table(result):
+    """The result in Markdown."""
+    head = ["model, second piece", "bytes"]
+    for pool in POOLS:
+        head += [f"{pool}: exact", "nats"]
+    lines = [head]
+    for name, row in sorted(result["rows"].items()):
+        cells = [name, f"{result['bytes']:,}"]
+        for pool in POOLS:
+            cells += [f"{row[pool]['exact']:.3f}", f"{row[pool]['nats']:.2f}"]
+        lines.append(cells)
+    return columns(*lines)
+
+
 def main(argv=None):
     form = argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
     model_flags(p, bank=False)
-    p.add_argument("--steps", type=number(int, 0), default=300, help="of training, each way")
-    p.add_argument("--batch", type=number(int, 6), default=24, help="documents at a time")
+    p.add_argument("--steps", type=number(int, 0), default=80, help="of training, each way")
+    p.add_argument("--batch", type=number(int, 6), default=12, help="documents at a time")
     p.add_argument("--lr", type=number(float, 0), default=1e-3, help="its highest value")
     p.add_argument("--places", type=number(int, 6), default=4000, help="to train on")
     p.add_argument("--questions", type=number(int, 6), default=480, help="to judge by; others")
@@ -233,20 +248,15 @@ def main(argv=None):
     whole = a.questions % a.batch == 0
     check(whole, f"--questions {a.questions}: a multiple of --batch {a.batch}")
     model, tokenizer = open_model(a.checkpoint, a.data, a.device, verify=not a.no_verify)
-    bytes_each = 2 * torch.Size(model.config.record_shape).numel()
-    result = {}
+    rows = {}
     for way in a.ways:
-        result[f"as it is, {way}"] = judge(model, tokenizer, way, a)
+        rows[f"as it is, {way}"] = judge(model, tokenizer, way, a)
         if a.steps:
             trained = train(model, tokenizer, way, a)
-            result[f"trained, {way}"] = judge(trained, tokenizer, way, a)
-    lines = [
-        ["second piece written", "bytes", *[f"{p}: {x}" for p in POOLS for x in ("exact", "nats")]]
-    ]
-    for name, row in sorted(result.items()):
-        cells = [f"{row[pool][x]:.3f}" for pool in POOLS for x in ("exact", "nats")]
-        lines.append([name, f"{bytes_each:,}", *cells])
-    print(f"\n{columns(*lines)}")
+            rows[f"trained, {way}"] = judge(trained, tokenizer, way, a)
+    bytes_each = 2 * math.prod(model.config.record_shape)  # bfloat16
+    result = dict(model=model.fingerprint(), bytes=bytes_each, steps=a.steps, rows=rows)
+    print(f"\n{table(result)}")
     write_result(a, result)
     return result
 

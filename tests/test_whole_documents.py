@@ -1,6 +1,7 @@
 """Whole documents (Remark 3.2) in the bank, write.py and the experiment. (Writing itself: see
 test_model.py.) Odd sizes."""
 
+import json
 import random
 import shutil
 
@@ -143,7 +144,7 @@ def test_what_is_added_later_stands_alone(bank, model):
 def test_alone_and_whole_are_two_bases(tmp_path, written, model):
     """One kind of memories taken for the other."""
     refs = references(tmp_path / "data")
-    with pytest.raises(UserError, match="is of whole documents: give another --out"):
+    with pytest.raises(UserError, match="is of whole documents: add --whole_documents"):
         MemoryBank.create(written, model, refs, "float32")
     alone = MemoryBank.create(tmp_path / "alone", model, refs, "float32")
     with pytest.raises(UserError, match="references that are encoded alone"):
@@ -229,6 +230,14 @@ def test_the_experiment(world, tmp_path):
     flags = dict(checkpoint=tmp_path / "model.pt", data=world.data, device="cpu", steps=2, batch=6)
     flags |= dict(places=11, questions=12, json=tmp_path / "whole.json")
     result = whole_documents.main([str(x) for k, v in flags.items() for x in (f"--{k}", v)])
-    assert len(result) == 6
-    for row in result.values():
+    assert len(result["rows"]) == 6 and result["bytes"] == 2 * 2 * 2 * 2 * 5 * 12
+    for row in result["rows"].values():
         assert set(row) == {"right piece", "among five"} and row["among five"]["nats"] > 0
+
+
+def test_the_evidence_is_the_measured_one():
+    """A table edited by hand, or older than the result beside it."""
+    result = json.loads((ROOT / "experiments/results/whole_documents.json").read_text())
+    page = (ROOT / "experiments/README.md").read_text()
+    table = whole_documents.table(result)
+    assert f"<!-- whole -->\n{table}\n<!-- /whole -->" in page
