@@ -1074,9 +1074,9 @@ class MemoryBank:
 def add_places(sources, references):
     """Notes in the source of each piece of a whole document how many stand before it."""
     if isinstance(references, Texts):  # the sources of a base say it already
-        cure = "make it of the data set"
+        cure = "drop --whole_documents, or name the data set that it was made of"
         whole = references.meta.get("n_pieces", 0)
-        check(whole, f"{references.path} does not know whole documents: {cure}")
+        check(whole, f"{references.path}: its documents are not known: {cure}")
         for source in sources[whole:]:  # added later: encoded alone
             source.pop("piece", None)
         return

@@ -495,7 +495,8 @@ class References:
         """How many pieces of its document stand before each reference, (N,) int64. UserError where
         the data set does not say which references are pieces of one document."""
         file = Path(f"{self.path}.documents")
-        check(file.exists(), f"{file} is missing: this data set does not know whole documents")
+        cure = "drop --whole_documents, or prepare its texts with data/text/prepare.py"
+        check(file.exists(), f"{file} is missing, its documents are not known: {cure}")
         counts = np.fromfile(file, "<i8")
         fits = counts.sum() == len(self) and (counts > 0).all()
         check(fits, f"{file} does not fit {self.path}.idx: {_cure(file.parent)}")
