@@ -74,6 +74,11 @@ def test_what_heads_find_is_the_measured_one():
     for name, row in result("inside").items():
         measured.append([name, f"{row['recall_at_5']:.3f}", f"{row['few_words']:.3f}"])
     assert rows("inside") == measured
+    reworded = result("inside_reworded")
+    found = {name: row["recall_at_5"] for name, row in reworded.items() if name != "hash"}
+    best = max(found, key=found.get)
+    assert f"{best}, still the best, finds {found[best]:.3f}" in EVIDENCE
+    assert f"hashed embedder {reworded['hash']['recall_at_5']:.3f}" in EVIDENCE.replace("\n", " ")
 
 
 def test_separable_facts_are_those_of_the_demo():
