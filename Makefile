@@ -37,9 +37,10 @@ toy: .venv/ready
 		--references kb --split $$s --chunk_len 32 --context 256; done
 	test -f $(DATA)/explicit.neighbors.bin || $(PY) retrieval.py neighbors --data $(DATA) \
 		--references train_refs --split explicit --chunk_len 32 --context 256
-	$(PY) train.py --preset toy --stage implicit --out out/implicit --steps 2500 --lr 3e-3 --compile
-	$(PY) train.py --init out/implicit --stage explicit --out out/toy --steps 2500 --decay 0.4 \
-		--compile
+	$(PY) train.py --preset toy --stage implicit --out out/implicit --steps 700 --batch 64 \
+		--lr 3e-3 --decay 0.2 --compile
+	$(PY) train.py --init out/implicit --stage explicit --out out/toy --steps 2400 --batch 64 \
+		--lr 2e-3 --decay 0.4 --compile
 
 # Your own text (own.sh): make own TEXT=folder MINUTES=30 MODEL=
 own: .venv/ready

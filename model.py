@@ -329,7 +329,7 @@ def fused_parts():
 
 # -- The loss ----------------------------------------------------------------------------------
 
-MOST_LOGITS = 2**25  # that the loss computes at a time: 128 MB in float32
+MOST_LOGITS = 2**27  # that the loss computes at a time: 512 MB in float32
 
 
 def cross_entropy(head, x, targets):

@@ -1,7 +1,6 @@
 """A training step as train.py makes it, on random tokens, as many windows at a time as fit."""
 
 import gc
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -55,10 +54,15 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()  # half made, where it was this that did not fit
         empty(self.b.device)
-        with suppress(torch.OutOfMemoryError):
+        try:
             self(micro, explicit)
             self(micro, explicit)
             return True
+        except torch.OutOfMemoryError:
+            pass
+        except RuntimeError as error:  # what cuBLAS says of it
+            if "ALLOC_FAILED" not in str(error):
+                raise
         self.optimizer.zero_grad(set_to_none=True)
         empty(self.b.device)
         return False
