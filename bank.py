@@ -21,6 +21,7 @@ import json
 import math
 import operator
 import os
+import shlex
 import sqlite3
 import struct
 import sys
@@ -38,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 import corpus
-from common import UserError, check, write_json
+from common import UserError, check, command, write_json
 from memory import Memories, pack_heads, unpack_heads
 from quantize import Codec
 
@@ -146,7 +147,7 @@ class Texts:
         self.connected_by = None  # the process whose connection it is
         self.inherited = []  # connections of a parent process: neither used nor closed
         self.lock = None  # of this process's threads: one transaction at a time
-        cure = f"python write.py --out {path}"
+        cure = command("write.py", "--out", path)
         check(
             self.file.exists(), f"{self.file} is missing: no knowledge base here; make one: {cure}"
         )
@@ -200,7 +201,7 @@ class Texts:
             db.close()
 
     def _read_meta(self):
-        cure = f"python write.py --out {self.path}"
+        cure = command("write.py", "--out", self.path)
         check(
             self.run(HAS_BASE),
             f"{self.file} holds no base, its creation was cut short; make it: {cure}",
@@ -592,7 +593,7 @@ class MemoryBank:
         self.codes = None
         self.codes_made = None  # when their codec was written
         self._look_for_codes()
-        cure = f"make them with: python write.py --out {path} --quantize"
+        cure = f"make them with: {_write_command(path, model)} --quantize"
         check(not codes or self.quantized, f"{path} has no quantized memories; {cure}")
         self.store = self.codes if codes else self.memories  # what recall reads
         self.codec = self.store.codec
@@ -638,7 +639,7 @@ class MemoryBank:
             self.codes_made = made
             self.codes = None
             if made:
-                codec = load_codec(self.path).to(self.device)
+                codec = load_codec(self.path, self.model).to(self.device)
                 self.codes = self._store("codes/codes.bin", codec.bytes, codec)
 
     @staticmethod
@@ -712,8 +713,9 @@ class MemoryBank:
             reader = model.fingerprint()
             checkpoint = getattr(model, "path", "checkpoints/toy")
             line = f"{path} is of model {writer}: {reader} cannot read those memories (Remark A.1)"
-            cure = f"--checkpoint {checkpoint} --references {path} --out {path}.{reader[:4]}"
-            cure = f"write its texts for this model into another base: python write.py {cure}"
+            flags = ["--checkpoint", checkpoint, "--references", path]
+            cure = command("write.py", *flags, "--out", f"{path}.{reader[:4]}")
+            cure = f"write its texts for this model into another base: {cure}"
             check(reader == writer, f"{line}; {cure}")
             line = f"{references.file}: memories of {tuple(shape)}, the model's are of"
             check(tuple(shape) == tuple(model.config.memory_shape), f"{line} another shape")
@@ -984,7 +986,7 @@ class MemoryBank:
                         store.write(text, rows[j], count[j])
 
     def _need_model(self, why):
-        cure = f"with its model: python write.py --out {self.path}"
+        cure = f"with its model: {command('write.py', '--out', self.path)}"
         check(self.model, f"{why}; write it {cure}")
 
     # -- changing
@@ -1127,9 +1129,17 @@ def copy_tokenizer(data, path, n_vocab):
     return tokenizer_id
 
 
-def load_codec(path):
+def _write_command(path, model):
+    """The command that writes the base at `path` with its model, if that is known."""
+    flags = ["--checkpoint", model.path] if hasattr(model, "path") else []
+    return command("write.py", *flags, "--out", path)
+
+
+def load_codec(path, model):
     try:
         return Codec.load(path / "codes")
     except UserError as error:
-        cure = f"make the codes anew: rm -r {path}/codes (texts and memories stay), then"
-        raise UserError(f"{error}; {cure} python write.py --out {path} --quantize") from None
+        remove = shlex.join(["rm", "-r", str(path / "codes")])
+        again = _write_command(path, model) + " --quantize"
+        cure = f"make the codes anew: {remove} (texts and memories stay), then {again}"
+        raise UserError(f"{error}; {cure}") from None

@@ -9,6 +9,7 @@ optional(package)           a package that only some commands need
 find_device(name)           "auto": CUDA where there is one
 number(int, 1)              a type of argparse: a number with its range
 visible(text)               a text that a terminal cannot obey
+command(*words)             a command line that the user can paste
 run(main)                   an entry point: a UserError is one line, a bug keeps its traceback
 
 A reader's `cure` is what the user can do about a file that is missing or damaged, as the end of a
@@ -21,6 +22,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -93,21 +95,30 @@ def optional(package):
 # -- Entry points -----------------------------------------------------------------------------
 
 
+def command(*words):
+    """A command line of ours as a cure gives it: a path with a blank in it stays one word.
+
+    >>> command("write.py", "--out", "my texts/bank")
+    "python write.py --out 'my texts/bank'"
+    """
+    return shlex.join(["python", *map(str, words)])
+
+
 def run(main):
     """Runs an entry point. What the user can mend is one line: UserError and Ctrl-C.
 
     Everything else is a bug, and keeps its traceback.
     """
-    command = os.path.basename(sys.argv[0])
+    name = os.path.basename(sys.argv[0])
     if hasattr(sys.stdout, "reconfigure"):
         # a terminal that cannot show a letter (LC_ALL=C) gets its code, and the command goes on
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
-        sys.exit(f"{command}: {error}")
+        sys.exit(f"{name}: {error}")
     except KeyboardInterrupt as stop:  # a command that saves before it ends says here how to go on
-        sys.exit(f"{command}: stopped {stop}".rstrip())
+        sys.exit(f"{name}: stopped {stop}".rstrip())
 
 
 def visible(text):

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import corpus
-from common import UserError, check, make_directory, optional, read_json, run, write_json
+from common import UserError, check, command, make_directory, optional, read_json, run, write_json
 from model import Config, Memory3, load_checkpoint, rope_table, save_checkpoint
 
 # the families, by Hugging Face's model_type: what is not in config.json but in their code
@@ -685,7 +685,8 @@ def main(argv=None):
     print(f"{a.out}: {json.dumps(asdict(config))}")
     print(f"{config.n_params:,} non-embedding weights; a memory has {config.memory_shape}")
     if not a.to_hf:
-        print(f"It cannot read memories yet: python train.py --init {a.out} --stage explicit ...")
+        made = command("train.py", "--init", a.out, "--stage", "explicit")
+        print(f"It cannot read memories yet: {made} ...")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import UserError, check, optional, read_json, replace_file, write_json
+from common import UserError, check, command, optional, read_json, replace_file, write_json
 
 # -- The tokenizer ----------------------------------------------------------------------------
 
@@ -334,11 +334,12 @@ def _cure(folder):
     """The command that makes what a data set lacks."""
     folder = Path(folder)
     if Path(folder, "prepare.py").exists():
-        return f"run python {folder}/prepare.py"
+        return "run " + command(folder / "prepare.py")
     try:
         return "run " + read_json(folder / "meta.json", dict(command=str), "")["command"]
     except UserError:
-        return f"run python data/text/prepare.py TEXTS --out {folder}, or give another data set"
+        made = command("data/text/prepare.py", "TEXTS", "--out", folder)
+        return f"run {made}, or give another data set"
 
 
 def _present(path):

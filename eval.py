@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import corpus
 from bank import MemoryBank
-from common import check, number, numbered_rows, run, visible, write_json
+from common import check, command, number, numbered_rows, run, visible, write_json
 from generate import generate, in_context, model_flags, open_memory, open_model
 from retrieval import Given, Random
 from views.explain import explain, n_heads
@@ -486,7 +486,8 @@ def write_result(a, result):
 def open_codes(a, bank):
     """The vector-quantized memories. If there are none it says so and returns None."""
     if not bank.quantized:
-        made = f"python write.py --checkpoint {a.checkpoint} --out {bank.path} --quantize"
+        flags = ["--checkpoint", a.checkpoint, "--out", bank.path, "--quantize"]
+        made = command("write.py", *flags)
         print(f"vector-quantized memories are left out: there are none; first {made}")
         return None
     return MemoryBank.open(bank.path, bank.model, codes=True)

@@ -15,7 +15,7 @@ import torch
 
 import corpus
 from bank import MemoryBank, Texts
-from common import check, find_device, number
+from common import check, command, find_device, number
 from embed import HashEmbedder
 from memory import Memories, attention_path
 from model import Cache, load_checkpoint
@@ -581,8 +581,8 @@ def open_bank(a, path, model, cold_start=False):
     UserError."""
     if Texts.exists(path):
         return MemoryBank.open(path, model)
-    made = f"python write.py --checkpoint {a.checkpoint} --data {a.data}"
-    made += f" --references {a.references} --out {path}"
+    flags = ["--checkpoint", a.checkpoint, "--data", a.data, "--references", a.references]
+    made = command("write.py", *flags, "--out", path)
     check(cold_start, f"{path}: no knowledge base here; first {made}")
     texts = corpus.References.open(Path(a.data, a.references))
     return MemoryBank.create(path, model, texts)

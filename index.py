@@ -16,7 +16,6 @@ same index as one, and neither all vectors nor two copies of the index are ever 
 """
 
 import fcntl
-import shlex
 import shutil
 import time
 import zlib
@@ -27,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 import corpus
-from common import UserError, check, optional, read_json, replace_file, write_json
+from common import UserError, check, command, optional, read_json, replace_file, write_json
 from embed import embedder, normalize
 
 FORMAT = "memory3 index 2"
@@ -61,11 +60,11 @@ def cure_for(path, name=None):
     """The command, with all its flags, that makes an index which is missing or wrong."""
     path = Path(path)
     if (path.parent / "texts.sqlite").exists():  # the index of a knowledge base
-        return f"make it anew with: python kb.py index {shlex.join(['--kb', str(path.parent)])}"
-    flags = ["--data", str(path.parent), "--references", path.stem]
+        return f"make it anew with: {command('kb.py', 'index', '--kb', path.parent)}"
+    flags = ["--data", path.parent, "--references", path.stem]
     if name:
         flags += ["--embedder", name]
-    return f"make it anew with: python retrieval.py index {shlex.join(flags)}"
+    return f"make it anew with: {command('retrieval.py', 'index', *flags)}"
 
 
 # -- Kinds ------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ processes may read and change the base meanwhile. The work is done in bank.py an
 import argparse
 import json
 import re
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 import corpus
 from bank import MemoryBank, Texts
-from common import check, find_device, number, read_rows, read_text, run, visible
+from common import check, command, find_device, number, read_rows, read_text, run, visible
 from generate import BANK, wanted
 from model import load_checkpoint
 from retrieval import Live, Only
@@ -132,7 +131,8 @@ def new(a):
     none = corpus.References(Path(a.data, "new"), np.zeros(0), np.zeros(1), tokenizer.n_vocab)
     bank = MemoryBank.create(a.kb, model, none, a.dtype)
     Live.build(bank.references, a.embedder, progress=False)
-    print(f"{a.kb}: an empty knowledge base; fill it with: python kb.py add --kb {a.kb} FILE")
+    fill = command("kb.py", "add", "--kb", a.kb)
+    print(f"{a.kb}: an empty knowledge base; fill it with: {fill} FILE")
 
 
 def add(a):
@@ -179,8 +179,8 @@ def report_near(a, live, ids, near, scores, shown):
             old_text = live.tokenizer.decode(live.references[old]).strip()
             text = live.tokenizer.decode(live.references[i]).strip()
             print(visible(f"{i} is near {old} (similarity {score:.2f}): {old_text}"))
-            put = shlex.join(["python", "kb.py", "replace", "--kb", a.kb, str(old), text])
-            drop = shlex.join(["python", "kb.py", "delete", "--kb", a.kb, str(i)])
+            put = command("kb.py", "replace", "--kb", a.kb, old, text)
+            drop = command("kb.py", "delete", "--kb", a.kb, i)
             print(visible(f"  if it takes its place: {put} && {drop}"))
     return n_near
 
@@ -201,7 +201,7 @@ def delete(a):
     bank = MemoryBank.open(a.kb)  # no model: nothing is encoded
     bank.delete(a.ids)
     print(f"forgotten: {', '.join(map(str, a.ids))} (their vectors stay in the index, unused, and")
-    print(f"traces in free pages, until: python kb.py compact --kb {a.kb})")
+    print(f"traces in free pages, until: {command('kb.py', 'compact', '--kb', a.kb)})")
 
 
 def forget_like(a):
@@ -260,7 +260,8 @@ def verify(a):
         if store is not None:
             bank.store = store
             missing = len(bank.verify())
-            cure = f"; python write.py --out {a.kb} writes them" if missing else ""
+            made = command("write.py", "--out", a.kb)
+            cure = f"; {made} writes them" if missing else ""
             print(f"{name}: {missing:,} missing or damaged{cure}")
     live = Live.open(bank.references)
     print(f"index: {len(live):,} references, {live.embedder.id}")

@@ -13,7 +13,6 @@ means that nothing was found; no memory is recalled in its place.
 import argparse
 import io
 import re
-import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -27,6 +26,7 @@ import inside
 from common import (
     UserError,
     check,
+    command,
     number,
     optional,
     read_array,
@@ -956,10 +956,10 @@ def _references_for(data, split):
 
 
 def _neighbors_cure(data, split, flags):
-    command = ["--data", str(data), "--split", split]
+    words = ["--data", data, "--split", split]
     for name, value in flags.items():
-        command += [f"--{name}", str(value)]
-    return f"make them with: python retrieval.py neighbors {shlex.join(command)}"
+        words += [f"--{name}", value]
+    return f"make them with: {command('retrieval.py', 'neighbors', *words)}"
 
 
 # -- The command line -------------------------------------------------------------------------
@@ -980,14 +980,14 @@ def parser():
     index = commands.add_parser("index", help="embed references, so that they are found", **form)
     join_ = commands.add_parser("join", help="make the index of its finished shards", **form)
     near = commands.add_parser("neighbors", help="references for every training chunk", **form)
-    for command in (index, join_, near):
-        command.add_argument("--data", required=True, help="prepared data directory: data/cities")
-        command.add_argument("--references", default="kb", help="its references: kb, train_refs")
+    for part in (index, join_, near):
+        part.add_argument("--data", required=True, help="prepared data directory: data/cities")
+        part.add_argument("--references", default="kb", help="its references: kb, train_refs")
     embedder_help = "hash, hash:DIM, bge-m3, hf:NAME, or self:LAYER.HEAD (Remark 3.1)"
     index.add_argument("--embedder", default="hash", help=embedder_help)
-    for command in (index, near):
+    for part in (index, near):
         checkpoint_help = "the model whose keys are the vectors, for --embedder self:LAYER.HEAD"
-        command.add_argument("--checkpoint", default="checkpoints/toy", help=checkpoint_help)
+        part.add_argument("--checkpoint", default="checkpoints/toy", help=checkpoint_help)
     index.add_argument("--factory", help="FAISS factory string (None: chosen by size)")
     shard_help = "i/n: only this share of the references, to be joined with the others"
     index.add_argument("--shard", type=_shard, metavar="i/n", help=shard_help)
@@ -1031,9 +1031,9 @@ def write_index(path, references, a):
         report(path, Retriever.build(path, references, a.data, a.embedder, a.factory))
         return
     encode_shard(path, references, a.data, a.embedder, a.factory, a.shard)
-    flags = shlex.join(["--data", a.data, "--references", a.references])
+    join = command("retrieval.py", "join", "--data", a.data, "--references", a.references)
     print(f"{path}: shard {a.shard[0]} of {a.shard[1]} is done; with all of them there, run")
-    print(f"python retrieval.py join {flags}")
+    print(join)
 
 
 def find_neighbors(path, references, a):

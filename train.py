@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import threading
 import time
@@ -42,7 +41,16 @@ import corpus
 import cost
 import parallel
 import retrieval
-from common import UserError, check, check_fields, find_device, make_directory, replace_file, run
+from common import (
+    UserError,
+    check,
+    check_fields,
+    command,
+    find_device,
+    make_directory,
+    replace_file,
+    run,
+)
 from memory import attention_path
 from model import PRESETS, Config, Memory3, load_checkpoint, read_checkpoint, save_checkpoint
 from optimizer import RoundedAdamW
@@ -685,8 +693,8 @@ def main(cfg, config=None):
             if cfg.keep_every and step % cfg.keep_every == 0:
                 save(out / f"step_{step}.pt", model, None, meta, rank)
             if stopping and not end:
-                command = f"python train.py --resume {shlex.quote(str(out))}"
-                raise KeyboardInterrupt(f"after step {step}, which is saved; go on with {command}")
+                again = command("train.py", "--resume", out)
+                raise KeyboardInterrupt(f"after step {step}, which is saved; go on with {again}")
     save(out / "model.pt", model, None, meta, rank)  # what write.py, sample.py, eval.py open
     log.close()
     return dict(model=model, losses=losses, val=val, step=meta["step"])

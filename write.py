@@ -81,7 +81,7 @@ def report(args, bank):
 def check_space(args, bank):
     """UserError if the disk has no room for the memories that are not written yet."""
     file = bank.path / "memories.bin"
-    written = file.stat().st_blocks * 512  # bytes on disk: the file is sparse
+    written = file.stat().st_blocks * 512 if file.exists() else 0  # on disk: the file is sparse
     total = bank.references.count_live() * bank.store.stride
     left = total - written
     free = shutil.disk_usage(bank.path).free

@@ -42,6 +42,7 @@ import retrieval  # noqa: E402
 import train  # noqa: E402
 from common import (  # noqa: E402
     check,
+    command,
     find_device,
     make_directory,
     read_json,
@@ -82,7 +83,7 @@ class World:
     """The countries that may be trained on, and as many made-up ones as are wanted."""
 
     def __init__(self, data):
-        cure = f"run python data/factbook/prepare.py --out {data}"
+        cure = "run " + command("data/factbook/prepare.py", "--out", data)
         countries = read_rows(Path(data, "countries.jsonl"), dict(name=str, facts=list), cure)
         self.countries = [c for c in countries if not c["held_out"]]
         self.held_out = [c for c in countries if c["held_out"]]

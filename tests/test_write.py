@@ -1,7 +1,9 @@
 """write.py from the command line to the bank, at tiny size."""
 
+import argparse
 import base64
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,11 +16,12 @@ import torch
 
 import common
 import corpus
+import generate
 import write
 from bank import MemoryBank
 from common import UserError
 from memory import attention_path
-from model import Config, Memory3, save_checkpoint
+from model import Config, Memory3, load_checkpoint, save_checkpoint
 from retrieval import Live
 
 TOKENIZER = dict(
@@ -216,3 +219,48 @@ def test_one_line_from_the_command_line(place):
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("write.py: ") and done.stderr.count("\n") == 1
     assert "nowhere" in done.stderr
+
+
+def test_a_medium_that_can_only_be_read(place, monkeypatch):
+    """A traceback where the memories are missing and cannot be written."""
+    bank = run(place)
+    bank.references.connection.close()
+    (bank.path / "memories.bin").unlink()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    with pytest.raises(UserError, match="kb.bank can only be read: copy it to where you may write"):
+        run(place)
+
+
+def test_cures_can_be_pasted(place):
+    """A path with a blank or a quote that a printed command takes for two words, or worse."""
+    moved = place / "it's my data; rm x"
+    moved.mkdir()
+    for name in ("toy", "kb.bin", "kb.idx", "tokenizer.json"):
+        shutil.move(place / name, moved / name)
+    common.write_json(moved / "meta.json", dict(n_vocab=257, tokenizer="."))
+    flags = ["--checkpoint", str(moved / "toy"), "--data", str(moved), "--device", "cpu"]
+    parser = argparse.ArgumentParser()
+    generate.model_flags(parser, bank=True)
+    model = load_checkpoint(moved / "toy")[0]
+    asked = parser.parse_args([*flags, "--bank", str(moved / "new bank")])
+    with pytest.raises(UserError, match="no knowledge base here") as e:
+        generate.open_memory(asked, model)
+    bank = write.main(write.command_line([*pasted(e, "write.py"), "--device", "cpu"]))
+    assert bank.path == moved / "new bank" and bank.verify() == []
+    with pytest.raises(UserError, match="has no quantized memories") as e:
+        MemoryBank.open(bank.path, model, codes=True)
+    words = ["--checkpoint", str(moved / "toy"), "--out", str(bank.path), "--quantize"]
+    assert pasted(e, "write.py") == words
+    with pytest.raises(UserError, match="no knowledge base here") as e:
+        MemoryBank.open(moved / "none")
+    assert pasted(e, "write.py") == ["--out", str(moved / "none")]
+    (bank.path / "index" / "meta.json").write_text("[]")
+    with pytest.raises(UserError, match="meta.json is damaged") as e:
+        Live.open(bank.references)
+    assert pasted(e, "kb.py") == ["index", "--kb", str(bank.path)]
+
+
+def pasted(error, file):
+    """The words that a shell makes of the command at the end of a refusal."""
+    return shlex.split(str(error.value).split(f"python {file} ")[1])
