@@ -335,7 +335,8 @@ class Texts:
 
     def changed_since(self, version):
         """The Texts that changed in transactions after number `version`, deleted ones too."""
-        found = self.run("SELECT * FROM texts WHERE version > ? ORDER BY id", version)
+        # "+id": sort what was found; by "id" SQLite would go through the whole table in that order
+        found = self.run("SELECT * FROM texts WHERE version > ? ORDER BY +id", version)
         return [self._sealed(row) for row in found]
 
     def tokens(self, text):
@@ -718,7 +719,8 @@ class MemoryBank:
             cure = f"write its texts for this model into another base: {cure}"
             check(reader == writer, f"{line}; {cure}")
             line = f"{references.file}: memories of {tuple(shape)}, the model's are of"
-            check(tuple(shape) == tuple(model.config.memory_shape), f"{line} another shape")
+            same = tuple(shape) == tuple(model.config.memory_shape)
+            check(same, f"{line} another shape: {RESTORE}")
         return MemoryBank(path, references, model, codes, cache)
 
     def check_documents(self, whole):

@@ -23,8 +23,19 @@ from tqdm import tqdm
 
 import corpus
 from bank import MemoryBank, Texts
-from common import check, command, find_device, number, read_rows, read_text, run, visible
+from common import (
+    check,
+    command,
+    find_device,
+    number,
+    read_json,
+    read_rows,
+    read_text,
+    run,
+    visible,
+)
 from generate import BANK, wanted
+from index import cure_for
 from model import load_checkpoint
 from retrieval import Live, Only
 
@@ -96,6 +107,15 @@ def open_base(a):
     return MemoryBank.open(a.kb, open_model(a))
 
 
+def searcher(a):
+    """The model that --embedder self:LAYER.HEAD searches with; None for an index of texts."""
+    folder = Path(a.kb, "index")
+    name = getattr(a, "embedder", None)
+    if name is None and (folder / "meta.json").exists():
+        name = read_json(folder / "meta.json", dict(embedder=str), cure_for(folder))["embedder"]
+    return open_model(a) if (name or "").startswith("self:") else None
+
+
 def show(texts, tokenizer, ids):
     """Prints references: id, text, source."""
     for text in texts.rows(ids):
@@ -130,7 +150,7 @@ def new(a):
     check(same, f"--data {a.data} has another tokenizer than {a.checkpoint} was trained with")
     none = corpus.References(Path(a.data, "new"), np.zeros(0), np.zeros(1), tokenizer.n_vocab)
     bank = MemoryBank.create(a.kb, model, none, a.dtype)
-    Live.build(bank.references, a.embedder, progress=False)
+    Live.build(bank.references, a.embedder, progress=False, model=model)
     fill = command("kb.py", "add", "--kb", a.kb)
     print(f"{a.kb}: an empty knowledge base; fill it with: {fill} FILE")
 
@@ -138,7 +158,7 @@ def new(a):
 def add(a):
     """Adds texts from files or standard input. Names each that is very near an old one."""
     bank = open_base(a)
-    live = Live.open(bank.references)
+    live = Live.open(bank.references, bank.model)
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
     given = []  # (tokens, source); read before anything is written: a bad file changes nothing
     for name in a.files or ["-"]:
@@ -207,7 +227,7 @@ def delete(a):
 def forget_like(a):
     """Forgets the references similar to a text. Shows them first, and asks (unless --yes)."""
     bank = MemoryBank.open(a.kb)
-    live = Live.open(bank.references)
+    live = Live.open(bank.references, searcher(a))
     ids, scores = live.search([a.text], min(1000, max(1, len(live))))
     found = ids[0][(ids[0] >= 0) & (scores[0] >= a.near)].tolist()
     check(found, f"{a.kb}: nothing is as similar as {a.near}: give a smaller --near")
@@ -238,7 +258,7 @@ def show_texts(a):
 
 def search(a):
     """Shows the references that a text would recall, best first."""
-    from_here = Live.open(Texts(a.kb))
+    from_here = Live.open(Texts(a.kb), searcher(a))
     source = from_here
     if a.filter:
         source = Only(from_here, wanted(a.filter))
@@ -263,18 +283,20 @@ def verify(a):
             made = command("write.py", "--out", a.kb)
             cure = f"; {made} writes them" if missing else ""
             print(f"{name}: {missing:,} missing or damaged{cure}")
-    live = Live.open(bank.references)
+    live = Live.open(bank.references, searcher(a))
     print(f"index: {len(live):,} references, {live.embedder.id}")
 
 
 def compact(a):
     """Rewrites texts and index without what was deleted: no file holds any of it afterwards."""
-    bank = MemoryBank.open(a.kb)
+    model = searcher(a)
+    bank = MemoryBank.open(a.kb, model)
     before = size_of(a.kb)
     bank.compact()
     # the index as well: vectors of deleted texts are hidden in it, and word counts remember them
-    live = Live.open(bank.references)
-    Live.build(bank.references, live.meta["embedder"])
+    live = Live.open(bank.references, model)
+    how = dict(progress=len(live) >= BATCH, model=model, bank=bank)
+    Live.build(bank.references, live.meta["embedder"], **how)
     print(f"{a.kb}: {before:,} bytes before, {size_of(a.kb):,} now")
 
 
@@ -296,7 +318,7 @@ def merge(a):
         # "base": whose it was, should the two ever have to be told apart again
         sources = [dict(json.loads(text.source), base=str(a.other)) for text in texts]
         bank.add([other.tokens(text) for text in texts], sources)
-    Live.open(bank.references).save()
+    Live.open(bank.references, bank.model).save()
     print(f"{a.kb}: {len(bank) - first:,} of {len(ids):,} added; the others were known")
 
 
@@ -332,8 +354,11 @@ def stats(a):
 
 def index(a):
     """Makes the index anew: after damage, or with another embedder."""
-    live = Live.build(Texts(a.kb), a.embedder, a.factory)
-    print(f"{live.path}: {len(live):,} references, {live.embedder.id}, {live.meta['factory']}")
+    model = searcher(a)
+    bank = MemoryBank.open(a.kb, model)
+    live = Live.build(bank.references, a.embedder, a.factory, model=model, bank=bank)
+    kind = live.meta.get("factory", "keys of the memories")
+    print(f"{live.path}: {len(live):,} references, {live.embedder.id}, {kind}")
 
 
 def calibrate(a):
@@ -349,7 +374,7 @@ def calibrate(a):
     if a.unanswerable:
         rows = read_rows(a.unanswerable, dict(question=str), 'give rows like {"question": "..."}')
         unanswerable = [row["question"] for row in rows]
-    live = Live.open(Texts(a.kb))
+    live = Live.open(Texts(a.kb), searcher(a))
     kept, wrong = live.calibrate(answerable, unanswerable, a.keep)
     print(f"of questions that did not teach it: {kept:.3f} of the answerable still find something,")
     print(f"{1 - wrong:.3f} of the unanswerable are recognised ({len(answerable):,} answerable)")
@@ -373,37 +398,53 @@ def parser():
         for flag, options in flags:
             c.add_argument(flag, **options)
 
-    ids = ("ids", dict(type=number(int, 0), nargs="+", metavar="ID"))
-    text = ("text", dict(metavar="TEXT"))
+    ids = ("ids", dict(type=number(int, 0), nargs="+", metavar="ID", help="of references"))
+    text = ("text", dict(metavar="TEXT", help="in quotes"))
     share = number(float, 0, 1)
     near = ("--near", dict(type=share, default=NEAR, help="similarity; 0: name none"))
     filters = ("--filter", dict(action="append", default=[], help="key=value of the source"))
-    embedder = ("--embedder", dict(default="hash", help="hash, hash:DIM, bge-m3 or hf:NAME"))
+    embedder = (
+        "--embedder",
+        dict(default="hash", help="hash, hash:DIM, bge-m3, hf:NAME, self:LAYER.HEAD"),
+    )
     data = ("--data", dict(default="data/cities", help="a data set with the tokenizer"))
-    dtype = ("--dtype", dict(default="bfloat16", choices=["bfloat16", "float32"]))
-    by = ("--by", dict(default="paragraph", choices=["paragraph", "line", "document"]))
+    dtype = (
+        "--dtype",
+        dict(default="bfloat16", choices=["bfloat16", "float32"], help="of the memories"),
+    )
+    kinds = ["paragraph", "line", "document"]
+    by = ("--by", dict(default="paragraph", choices=kinds, help="what makes a reference"))
     files = ("files", dict(nargs="*", metavar="FILE", help=".txt or .jsonl; none or -: stdin"))
     command("new", new, data, dtype, embedder, model=True)
     command("add", add, files, by, near, model=True)
-    command("replace", replace, ("id", dict(type=number(int, 0), metavar="ID")), text, model=True)
+    command(
+        "replace",
+        replace,
+        ("id", dict(type=number(int, 0), metavar="ID", help="of it")),
+        text,
+        model=True,
+    )
     command("delete", delete, ids)
-    command("forget-like", forget_like, text, near, ("--yes", dict(action="store_true")))
+    yes = ("--yes", dict(action="store_true", help="do not ask first"))
+    command("forget-like", forget_like, text, near, yes, model=True)
     start = ("--start", dict(type=number(int, 0), default=0, help="skip so many"))
-    command("list", list_texts, filters, start, ("--limit", dict(type=number(int, 1), default=20)))
+    limit = ("--limit", dict(type=number(int, 1), default=20, help="show so many"))
+    command("list", list_texts, filters, start, limit)
     command("show", show_texts, ids)
-    command("search", search, text, filters, ("--k", dict(type=number(int, 1), default=5)))
-    command("verify", verify)
-    command("compact", compact)
-    command("merge", merge, ("other", dict(metavar="OTHER")), model=True)
+    k = ("--k", dict(type=number(int, 1), default=5, help="how many to show"))
+    command("search", search, text, filters, k, model=True)
+    command("verify", verify, model=True)
+    command("compact", compact, model=True)
+    command("merge", merge, ("other", dict(metavar="OTHER", help="the other base")), model=True)
     command("export", export, filters, ("--out", dict(required=True, help="a .jsonl file")))
     command("stats", stats)
     factory = ("--factory", dict(help="FAISS factory string (None: chosen by size)"))
-    command("index", index, embedder, factory)
+    command("index", index, embedder, factory, model=True)
     asked = ["data/cities/questions.jsonl", "data/cities/questions_reworded.jsonl"]
     questions = ("--questions", dict(nargs="+", default=asked, help=".jsonl files"))
     none = ("--unanswerable", dict(help=".jsonl of questions that no reference answers"))
     keep = ("--keep", dict(type=share, default=0.95, help="share that is to find something"))
-    command("calibrate", calibrate, questions, none, keep)
+    command("calibrate", calibrate, questions, none, keep, model=True)
     return p
 
 

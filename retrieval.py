@@ -151,6 +151,18 @@ def _best_window(t, r, floor, enough):
 # -- The index --------------------------------------------------------------------------------
 
 
+def as_texts(queries, tokenizer):
+    """Queries, texts or token sequences, as normalized texts."""
+    if hasattr(queries, "tolist"):
+        queries = queries.tolist()
+    texts = []
+    for query in queries:
+        if not isinstance(query, str):
+            query = tokenizer.decode(query)
+        texts.append(normalize(query))
+    return texts
+
+
 class Retriever:
     """An index that finds references by text; the id of a reference is its row.
 
@@ -238,7 +250,7 @@ class Retriever:
         """
         check(k >= 1, f"{self.path}: {k} references asked for; ask for 1 or more")
         check(not isinstance(queries, str), "search takes a list of texts, not one text")
-        vectors = self._embed(self._texts(queries))  # (n, dim)
+        vectors = self._embed(as_texts(queries, self.tokenizer))  # (n, dim)
         finite = np.isfinite(vectors).all(1)
         vectors[~finite] = 0  # scores 0 with everything
         ids, scores = self._search_rows(vectors, k)
@@ -251,16 +263,6 @@ class Retriever:
         ids[nothing] = -1
         scores[nothing] = NOTHING
         return ids, scores
-
-    def _texts(self, queries):
-        if hasattr(queries, "tolist"):
-            queries = queries.tolist()
-        texts = []
-        for query in queries:
-            if not isinstance(query, str):
-                query = self.tokenizer.decode(query)
-            texts.append(normalize(query))
-        return texts
 
     def _embed(self, texts):
         vectors = np.array(self.embedder.encode(texts), np.float32)
@@ -473,6 +475,7 @@ class Live:
         name = str(references.path)
         how = Frozen(references), name, encoder
         if isinstance(encoder, str) and encoder.startswith("self:"):
+            shutil.rmtree(new, ignore_errors=True)  # of another kind, unfinished
             made = inside.KeyRetriever.build(new, *how, model, bank, progress)
         else:
             made = Retriever.build(new, *how, factory, progress)
@@ -532,7 +535,7 @@ class Live:
 
     def texts_of(self, queries):
         """Queries, texts or tokens, as texts."""
-        return self.retriever._texts(queries)
+        return as_texts(queries, self.tokenizer)
 
     def found_texts(self, ids):
         """ids (n, k) -> for each query, the texts of what was found."""

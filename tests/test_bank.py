@@ -412,6 +412,34 @@ def test_a_text_is_added_once(bank):
     assert bank.recall([N + 2, N + 3]).count.min() > 0 and bank.verify() == []
 
 
+def test_the_cost_of_a_change_does_not_grow(tmp_path):
+    """A statement that goes through the whole table: one change then costs as much as all texts."""
+
+    def steps_of(n):
+        """The steps of SQLite's machine in each kind of change, in a base of n texts."""
+        meta = dict(n_vocab=5000, ref_len=3)
+        texts = Texts.create(tmp_path / str(n), meta, [[i] for i in range(n)])
+        count = []
+        texts.db.set_progress_handler(lambda: count.append(1), 1)
+        found = []
+        for change in (
+            lambda: texts.add([[4998, 7], [5]]),  # a new one, and one that is there
+            lambda: texts.replace(9, [4999]),
+            lambda: texts.delete([11]),
+            lambda: texts.changed_since(texts.version - 2),
+            lambda: (len(texts), texts.hash, texts.count_live(), texts.find([17])),
+        ):
+            count.clear()
+            change()
+            found.append(len(count))
+        return np.array(found)
+
+    small = steps_of(61)
+    large = steps_of(2999)
+    assert small.min() > 9
+    assert (large < 1.5 * small).all(), (small, large)
+
+
 def test_a_deleted_fact_leaves_every_file(tmp_path, model, bank):
     """Its numbers in memories.bin or the codes, its tokens in the log, in a free page."""
     codes = bank.quantize(SPEC, progress=False)

@@ -21,6 +21,7 @@ from generate import Several, generate
 from retrieval import Live, Only, Relevance
 
 ROOT = Path(corpus.__file__).parent
+TOY = ["--checkpoint", str(ROOT / "checkpoints/toy"), "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +122,78 @@ def test_forget_like_and_compact(world, capsys):
         run(world, "forget-like", "Belholm", "--near", 0.99)
     with pytest.raises(UserError, match="add --yes"):
         run(world, "forget-like", text_of(1), "--near", 0.9)
+    before = world.open()[0].retriever
+    vector = before.index.reconstruct(1).tobytes()
+    counts = before.embedder.state.tobytes()
+    words = (world.bank / "index/embedder.npy").read_bytes()
+    assert vector in (world.bank / "index/index.faiss").read_bytes() and counts in words
     run(world, "forget-like", text_of(1), "--near", 0.9, "--yes")
     run(world, "compact")
     out = capsys.readouterr().out
     assert "forgotten: 1 " in out and "bytes before" in out
     tokens = np.array(world.tok.encode(text_of(1)), "<u2").tobytes()
     for file in world.bank.rglob("*"):
-        assert not file.is_file() or tokens not in file.read_bytes(), file
+        if file.is_file():
+            data = file.read_bytes()
+            assert tokens not in data and vector not in data and counts not in data, file
     retriever, bank = world.open()
     ids, _ = retriever.search([text_of(1)], 17)
     assert 1 not in ids and (ids >= 0).sum() > 9
     assert retriever.retriever.hidden == {1}  # nothing of it stands in the new index
     assert bank.add([world.tok.encode(text_of(1))]) == [17]  # told again
     assert retriever.search([text_of(1)], 1)[0].tolist() == [[17]]
+
+
+def test_a_base_that_is_searched_from_inside(world, tmp_path, capsys):
+    """Commands without the model that searches (Remark 3.1); an index of keys that `compact` turns
+    into one of words; what an unfinished index of words had learnt, left beside the keys."""
+    flags = ("--checkpoint", world.checkpoint, "--device", "cpu")
+    shutil.copytree(world.bank / "index", world.bank / "index.new")  # a kill left it
+    run(world, "index", "--embedder", "self:1.1", *flags)
+    assert "keys of the memories" in capsys.readouterr().out
+    assert not (world.bank / "index" / "embedder.npy").exists()
+    run(world, "search", text_of(3), *flags)
+    assert "similarity" in capsys.readouterr().out
+    (tmp_path / "a.txt").write_text("Zub City has 42 people.")
+    run(world, "add", tmp_path / "a.txt")
+    run(world, "verify", *flags)
+    assert "index: 18 references, self:1.1" in capsys.readouterr().out
+    keys = Live.open(Texts(world.bank), world.model).retriever
+    row = keys.index.reconstruct(keys.rows[17][0]).tobytes()
+    assert row in (world.bank / "index" / "index.faiss").read_bytes()
+    run(world, "delete", 17)
+    run(world, "compact", *flags)
+    for file in (world.bank / "index").iterdir():
+        assert row not in file.read_bytes(), file
+    rows = [dict(question=f"Where is {name}holm?", reference=i) for i, name in enumerate(PLACES)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(world, "calibrate", "--questions", tmp_path / "q.jsonl", *flags)
+    assert Live.open(Texts(world.bank), world.model).relevance
+    with pytest.raises(UserError, match="give --checkpoint"):
+        Live.open(Texts(world.bank))
+
+
+@pytest.mark.slow
+def test_the_toy_no_longer_knows_a_forgotten_fact(tmp_path, capsys):
+    """A deleted fact that the model still gives: from a memory, or the index."""
+    path = tmp_path / "mine.kb"
+
+    def ask(*flags):
+        base = ["--kb", str(path), *TOY, "--tokens", "12"]
+        sample.main([*base, "--prompt", "How many people live in Zubrowka City?", *flags])
+        return capsys.readouterr().out.split(" -> ")[1]
+
+    kb.main(["new", "--kb", str(path), "--data", str(ROOT / "data/cities"), *TOY])
+    rows = [dict(text=f"Town {name}holm has {i * i + 7} people.") for i, name in enumerate(PLACES)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kb.main(["add", "--kb", str(path), str(tmp_path / "a.jsonl"), *TOY])
+    assert "4242" not in ask()
+    assert "4242" in ask("--remember", "Zubrowka City has 4242 people.")
+    assert "4242" in ask()
+    kb.main(["delete", "--kb", str(path), "17"])
+    assert "4242" not in ask()
+    kb.main(["compact", "--kb", str(path)])
+    assert "4242" not in ask()
 
 
 def test_the_commands_say_what_is_wrong(world, tmp_path, capsys, monkeypatch):
