@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 import corpus
-from common import UserError, check, command, write_json
+from common import UserError, check, command, lock, write_json
 from memory import Memories, pack_heads, unpack_heads
 from quantize import Codec
 
@@ -654,21 +654,29 @@ class MemoryBank:
         c = model.config
         check(dtype in ("bfloat16", "float32"), f"dtype {dtype}: a bank is in bfloat16 or float32")
         made_of = f"{Path(references.path).name} {references.hash}"
-        if Texts.exists(path):
-            bank = MemoryBank.open(path, model)
-            has = bank.meta["dtype"]
-            check(has == dtype, f"{path} is a bank of {has}, not of {dtype}: give another --out")
-            bank.check_documents(whole_documents)
-            line = f"{path} was made of other references than {references.path} as it is now"
-            cure = "the base itself is whole; for the new ones give another --out"
-            check(bank.meta["made_of"] == made_of, f"{line}: {cure}")
-            return bank
-        longest = max([0, *(len(row) for row in references)])
-        fits = longest <= c.ref_len and references.n_vocab <= c.vocab_size
-        has = f"{references.path}: {longest} tokens, vocabulary of {references.n_vocab}"
-        check(fits, f"{has}; the model takes ref_len {c.ref_len} and {c.vocab_size}")
-        check_free(path)
-        path.mkdir(parents=True, exist_ok=True)
+        if not Texts.exists(path):
+            longest = max([0, *(len(row) for row in references)])
+            fits = longest <= c.ref_len and references.n_vocab <= c.vocab_size
+            has = f"{references.path}: {longest} tokens, vocabulary of {references.n_vocab}"
+            check(fits, f"{has}; the model takes ref_len {c.ref_len} and {c.vocab_size}")
+            check_free(path)
+            with lock(path):  # one process makes it, the others take it as it is then
+                if not Texts.exists(path):
+                    how = dtype, whole_documents, made_of
+                    MemoryBank._make_base(path, model, references, *how)
+        bank = MemoryBank.open(path, model)
+        has = bank.meta["dtype"]
+        check(has == dtype, f"{path} is a bank of {has}, not of {dtype}: give another --out")
+        bank.check_documents(whole_documents)
+        line = f"{path} was made of other references than {references.path} as it is now"
+        cure = "the base itself is whole; for the new ones give another --out"
+        check(bank.meta["made_of"] == made_of, f"{line}: {cure}")
+        return bank
+
+    @staticmethod
+    def _make_base(path, model, references, dtype, whole_documents, made_of):
+        """Fills a free directory with the texts and what else a base needs."""
+        c = model.config
         if isinstance(references, Texts):
             data = references.path
             sources = references.sources()
@@ -695,7 +703,6 @@ class MemoryBank:
             half=half,
         )
         Texts.create(path, meta, references, sources)
-        return MemoryBank.open(path, model)
 
     @staticmethod
     def open(path, model=None, codes=False, cache=1024):
@@ -863,11 +870,12 @@ class MemoryBank:
         """The ids that are not deleted (n,)."""
         return self.references.live()
 
-    def verify(self):
-        """The ids whose record is missing or damaged. Reads the whole bank; changes nothing."""
+    def verify(self, ids=None):
+        """The ids (of `ids`, or of all) whose record is missing or damaged. Reads the records of
+        all of them; changes nothing."""
         room = np.empty((self.window, self.record_bytes), np.uint8)
         bad = []
-        for texts in self._windows():
+        for texts in self._windows(ids):
             rows = list(room[: len(texts)])
             filled = self.store.read(texts, rows)
             bad += [text.id for text, n in zip(texts, filled, strict=True) if n == 0]
@@ -891,13 +899,17 @@ class MemoryBank:
 
     # -- writing
 
-    def write(self, batch=64, progress=True):
+    def write(self, batch=64, progress=True, shard=(1, 1)):
         """Warm start: writes every memory that is missing or damaged, and returns how many there
         were. If it is stopped, the next call goes on where it was, since each record says by itself
-        whether it is the memory of its text."""
+        whether it is the memory of its text. shard (i, n), 1 <= i <= n: only the i-th of n shares
+        of the references, so that n processes can fill one base at once."""
         self._need_model(f"{self.path}: it is open for reading only")
-        todo = self.verify()
-        n = self.references.count_live()
+        i, n_shards = shard
+        # neighbours stay together: pieces of a whole document are encoded with those before them
+        ids = np.array_split(self.live(), n_shards)[i - 1]
+        todo = self.verify(ids)
+        n = len(ids)
         with tqdm(total=n, initial=n - len(todo), unit=" memories", disable=not progress) as bar:
             for texts in self._windows(todo):
                 for part, kv, count, stores in self._make(texts, batch):
@@ -1104,8 +1116,9 @@ def as_records(store, kv):
     return rows.contiguous().view(torch.uint8).view(len(kv), -1).numpy()
 
 
-OURS = {"texts.sqlite", "texts.sqlite-wal", "texts.sqlite-shm", "memories.bin", "codes", "index"}
-OURS |= {"index.new", "index.old", "relevance.json", "tokenizer.json", "meta.json"}
+OURS = {"texts.sqlite", "texts.sqlite-wal", "texts.sqlite-shm", "texts.sqlite-journal", "lock"}
+OURS |= {"memories.bin", "codes", "index", "index.new", "index.old"}
+OURS |= {"relevance.json", "tokenizer.json", "meta.json"}
 
 
 def check_free(path):

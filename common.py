@@ -5,9 +5,10 @@ check_fields(config)        every field of a dataclass within the range of its a
 read_text, read_json,
 read_rows, read_array       the readers of all our text, JSON, JSON-lines and NumPy files
 replace_file, write_json    written beside and renamed: a kill leaves the old file
+lock(path)                  one process at a time in a directory
 optional(package)           a package that only some commands need
 find_device(name)           "auto": CUDA where there is one
-number(int, 1)              a type of argparse: a number with its range
+shard, number(int, 1)       types of argparse: a share "2/3"; a number with its range
 visible(text)               a text that a terminal cannot obey
 command(*words)             a command line that the user can paste
 run(main)                   an entry point: a UserError is one line, a bug keeps its traceback
@@ -17,13 +18,16 @@ sentence: "run python data/cities/prepare.py".
 """
 
 import argparse
+import fcntl
 import importlib
 import io
 import json
 import math
 import os
+import re
 import shlex
 import sys
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -299,6 +303,15 @@ def make_directory(path):
 # -- Devices ----------------------------------------------------------------------------------
 
 
+@contextmanager
+def lock(path):
+    """Holds the lock of a directory, one process at a time; a process that dies gives it back."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    with open(Path(path, "lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def find_device(name):
     """ "auto": CUDA where there is one. UserError for a name that PyTorch does not know."""
     if name == "auto":
@@ -307,6 +320,18 @@ def find_device(name):
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def shard(text):
+    """A type for argparse: share i of n that as many processes take on.
+
+    >>> shard("2/3")
+    (2, 3)
+    """
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text}: give i/n with 1 <= i <= n, as 1/4")
+    return int(match[1]), int(match[2])
 
 
 def number(kind, low=-math.inf, high=math.inf):

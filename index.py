@@ -15,18 +15,25 @@ can share the work:
 same index as one, and neither all vectors nor two copies of the index are ever in RAM.
 """
 
-import fcntl
 import shutil
 import time
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import corpus
-from common import UserError, check, command, optional, read_json, replace_file, write_json
+from common import (
+    UserError,
+    check,
+    command,
+    lock,
+    optional,
+    read_json,
+    replace_file,
+    write_json,
+)
 from embed import embedder, normalize
 
 FORMAT = "memory3 index 2"
@@ -496,12 +503,3 @@ def checksum_of(file):
         while block := f.read(1 << 24):
             crc = zlib.crc32(block, crc)
     return crc
-
-
-@contextmanager
-def lock(path):
-    """Holds the lock of a directory, one process at a time; a process that dies gives it back."""
-    Path(path).mkdir(parents=True, exist_ok=True)
-    with open(Path(path, "lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -12,7 +12,6 @@ means that nothing was found; no memory is recalled in its place.
 
 import argparse
 import io
-import re
 import shutil
 import tempfile
 from collections import Counter
@@ -34,6 +33,7 @@ from common import (
     read_json,
     replace_file,
     run,
+    shard,
     write_json,
 )
 from embed import HashEmbedder, digest, embedder, normalize, words
@@ -968,14 +968,6 @@ def _neighbors_cure(data, split, flags):
 # -- The command line -------------------------------------------------------------------------
 
 
-def _shard(text):
-    """ "2/3" -> (2, 3), for argparse."""
-    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text}: give i/n with 1 <= i <= n, as 1/4")
-    return int(match[1]), int(match[2])
-
-
 def parser():
     form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p = argparse.ArgumentParser(description=main.__doc__, **form)
@@ -993,7 +985,7 @@ def parser():
         part.add_argument("--checkpoint", default="checkpoints/toy", help=checkpoint_help)
     index.add_argument("--factory", help="FAISS factory string (None: chosen by size)")
     shard_help = "i/n: only this share of the references, to be joined with the others"
-    index.add_argument("--shard", type=_shard, metavar="i/n", help=shard_help)
+    index.add_argument("--shard", type=shard, metavar="i/n", help=shard_help)
     near.add_argument("--split", default="explicit", help="token file whose chunks are the queries")
     near.add_argument("--chunk_len", type=number(int, 1), default=64, help="C, tokens a chunk")
     near.add_argument("--k", type=number(int, 1), default=1, help="references a chunk (paper: 1)")

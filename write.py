@@ -3,6 +3,7 @@
     python write.py --data data/cities --references kb
     python write.py --quantize      also the same memories in fewer bytes (sec. 3.3)
     python write.py --data data/mine --whole_documents --out out/whole      (Remark 3.2)
+    python write.py --shard 1/4     a quarter of the memories; 4 such processes at once write all
 
 The texts are copied into --out, which is the knowledge base from then on: kb.py changes it. If
 write.py is stopped, the same command goes on where it was; it says so when nothing is left to do.
@@ -17,7 +18,7 @@ import numpy as np
 
 import corpus
 from bank import MemoryBank, Texts
-from common import check, find_device, run
+from common import UserError, check, find_device, run, shard
 from embed import full_name
 from generate import BANK, place
 from memory import attention_path
@@ -28,6 +29,11 @@ from retrieval import Live
 
 def main(args):
     """Writes the memories, the index, and with args.quantize the codes; returns the bank."""
+    later = ("quantize", "codec", "embedder", "factory")
+    given = [f"--{name}" for name in later if getattr(args, name)]
+    if args.shard and given:
+        cure = "give it to the command without --shard that follows"
+        raise UserError(f"{given[0]}: a shard is of memories alone; {cure}")
     args.out = place(args.out, args.data, Path(args.references or "kb").name)
     check(args.batch > 0, f"--batch {args.batch}: at least 1")
     if args.codec:
@@ -37,7 +43,9 @@ def main(args):
     bank = open_base(args, model)
     report(args, bank)
     check_space(args, bank)
-    fill(bank, args.batch)
+    fill(bank, args.batch, args.shard)
+    if args.shard:
+        return bank
     write_index(bank, args.embedder, args.factory)
     if args.quantize or args.codec:
         quantize(bank, args.codec)
@@ -88,13 +96,17 @@ def check_space(args, bank):
     check(free >= left, f"--out {args.out}: {left:,} bytes to write, {free:,} are free")
 
 
-def fill(bank, batch):
-    """Encodes the references whose memories are missing, `batch` at a time, and says how fast."""
+def fill(bank, batch, share=None):
+    """Encodes the references whose memories are missing, `batch` at a time, and says how fast.
+    share (i, n): only the i-th of n shares of them."""
     began = time.time()
-    n = bank.write(batch)
+    n = bank.write(batch, shard=share or (1, 1))
     rate = n / (time.time() - began)
     done = f"{n:,} written, {rate:,.0f} memories/s" if n else "complete, nothing to write"
     print(f"{bank.path}: {done}")
+    if share:
+        rest = "when all are, the same command without --shard makes the index"
+        print(f"shard {share[0]} of {share[1]} is done; {rest}")
 
 
 def write_index(bank, encoder=None, factory=None):
@@ -159,6 +171,8 @@ def command_line(argv=None):
     p.add_argument("--embedder", help=embedder)
     p.add_argument("--factory", help="FAISS factory string of the index (None: chosen by size)")
     p.add_argument("--batch", type=int, default=64, help="references at a time")
+    part = "i/n: only this share of the memories, as one of n processes on the same --out"
+    p.add_argument("--shard", type=shard, metavar="i/n", help=part)
     no_verify = "skip the checkpoint's checksum: opens faster"
     p.add_argument("--no_verify", action="store_true", help=no_verify)
     p.add_argument("--device", default="auto", help="cuda, cpu, or auto: cuda where there is one")

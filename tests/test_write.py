@@ -2,7 +2,9 @@
 
 import argparse
 import base64
+import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -144,6 +146,101 @@ def test_quantizes(place, capsys):
     assert MemoryBank.open(bank.path, codes=True).recall([new]).count.tolist() == [2]
     with pytest.raises(UserError, match="has codec Residual2x6,PQ5x6: drop --codec"):
         run(place, "--codec", "Residual2x5,PQ5x5")
+
+
+def equal(bank, other):
+    """Whether two banks have the same memories, up to rounding."""
+    a = bank.recall(bank.live())
+    b = other.recall(other.live())
+    near = torch.allclose(a.kv.float(), b.kv.float(), rtol=0.02, atol=0.02)
+    return near and a.count.tolist() == b.count.tolist()
+
+
+def test_shards_make_the_bank_of_one_process(place, capsys):
+    """Catches a share that is left out or written twice, a shard that makes an index of what is not
+    there, and an index or a bank unlike that of one process."""
+    (place / "one").mkdir()
+    one = run(place, "--out", place / "one" / "kb.bank")
+    written = 0
+    for i in (3, 1, 2):
+        capsys.readouterr()
+        bank = run(place, "--shard", f"{i}/3", "--batch", 2)
+        written += int(re.search(r"(\d+) written", capsys.readouterr().out)[1])
+        assert not (bank.path / "index").exists()
+    assert written == 29 and bank.verify() == []
+    bank = run(place)
+    assert "complete, nothing to write" in capsys.readouterr().out
+    assert equal(one, bank)
+    found = [Live.open(b.references).search(["City 7 has", "9 people"], 5) for b in (one, bank)]
+    assert np.array_equal(found[0][0], found[1][0])
+    with pytest.raises(UserError, match="--codec: a shard is of memories alone"):
+        run(place, "--shard", "1/3", "--codec", "Residual2x6,PQ5x6")
+    for wrong in ("0/3", "4/3", "3", "a/b"):
+        with pytest.raises(SystemExit):
+            run(place, "--shard", wrong)
+        assert "1 <= i <= n" in capsys.readouterr().err
+
+
+def test_shards_of_whole_documents(place):
+    """Catches a document that two shards share, whose later pieces lack what stands before them."""
+    rows = [corpus.tokenizer(place).encode(f"City {i} has {i} towns.") for i in range(11)]
+    corpus.References.create(place / "kb", rows, 257, documents=[4, 7])
+    (place / "one").mkdir()
+    flags = ["--whole_documents", "--references", "kb"]
+    one = run(place, "--out", place / "one" / "kb.bank", *flags)
+    for i in (2, 3, 1):
+        bank = run(place, "--shard", f"{i}/3", *flags)
+    assert bank.verify() == [] and equal(one, bank)
+
+
+def test_a_killed_shard_resumes(place, monkeypatch, capsys):
+    """Catches a shard that begins anew after a kill, or takes what is half done for done."""
+    keep = MemoryBank._keep
+    kept = []
+
+    def killed(bank, part, *rest, **how):
+        if len(kept) == 2:
+            raise InterruptedError
+        kept.append(part)
+        return keep(bank, part, *rest, **how)
+
+    monkeypatch.setattr(MemoryBank, "_keep", killed)
+    with pytest.raises(InterruptedError):
+        run(place, "--shard", "2/2", "--batch", 3)
+    monkeypatch.undo()
+    n = sum(len(part) for part in kept)
+    bank = run(place, "--shard", "2/2", "--batch", 3)
+    assert f"{14 - n} written" in capsys.readouterr().out and 0 < n < 14
+    assert bank.verify() == [*range(15)]
+
+
+def test_processes_fill_one_base_at_once(place):
+    """Catches processes that make the base at the same moment, each over the other's files."""
+    model = load_checkpoint(place / "toy")[0].eval()
+    model.fingerprint()
+    fork = multiprocessing.get_context("fork")
+    start = fork.Event()
+    said = fork.Queue()
+
+    def shard(i):
+        torch.set_num_threads(1)  # a fork has no other threads
+        start.wait()
+        try:
+            bank = MemoryBank.create(place / "base", model, corpus.References.open(place / "kb"))
+            said.put(bank.write(2, progress=False, shard=(i, 3)))
+        except BaseException as error:
+            said.put(repr(error))
+
+    processes = [fork.Process(target=shard, args=(i,)) for i in (1, 2, 3)]
+    for process in processes:
+        process.start()
+    start.set()
+    written = [said.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(written) == [9, 10, 10]
+    bank = MemoryBank.open(place / "base", model)
+    assert bank.verify() == []
 
 
 def test_refuses(place, tmp_path):
