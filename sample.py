@@ -1,6 +1,6 @@
 """Generation with memory recall (sec. 3.1), and a look at what was recalled.
 
-    python sample.py --prompt "What is the population of Kyiv?"
+    python sample.py --prompt "What is the population of Rivello?"
     python sample.py --prompt "..." --explain --html out/memory.html     what was recalled and read
     python sample.py --prompt "..." --cold_start --bank out/cold.bank    writes memories on recall
     python sample.py --prompt "What is the population of Zubrowka City?" \\
