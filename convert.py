@@ -239,7 +239,11 @@ class Gguf:
         if name not in self.fields:
             check(default is not None, f"{self.path}: it does not say {name}")
             return default
-        return self.fields[name].contents()
+        try:
+            return self.fields[name].contents()
+        except UnicodeDecodeError:
+            line = f"{self.path} is damaged: {name} is no text: copy the file again"
+            raise UserError(line) from None
 
     def their_name(self, name):
         """ "blk.0.attn_q.weight" -> "model.layers.0.self_attn.q_proj.weight" """
@@ -272,6 +276,7 @@ class Gguf:
             rms_norm_eps=meant(of("attention.layer_norm_rms_epsilon")),
             rope_theta=meant(of("rope.freq_base", 10000.0)),
             max_position_embeddings=of("context_length"),
+            sliding_window=of("attention.sliding_window", 0),  # 0: none
             vocab_size=int(embedding.shape[-1]),  # its shapes are written backwards
             tie_word_embeddings="lm_head.weight" not in self.tensors,
             bos_token_id=self.field("tokenizer.ggml.bos_token_id", -1),
@@ -340,6 +345,17 @@ class Gguf:
 # -- The shape --------------------------------------------------------------------------------
 
 
+def size_in(made, path, name, default=None):
+    """A whole number of a config.json that is at least 1."""
+    value = made.get(name, default)
+    if value is None:
+        value = default
+    check(value is not None, f"{path}: its config.json does not say {name}")
+    fits = type(value) is int and value >= 1
+    check(fits, f"{path}: its config.json has {name} {value!r}, which is no size")
+    return value
+
+
 def config_from(made, path, header, changes=None):
     """The Config of a config.json (a dict), or UserError for what we do not have.
 
@@ -349,14 +365,7 @@ def config_from(made, path, header, changes=None):
     check(family in FAMILIES, f"{path}: model_type {family!r}; there are {', '.join(FAMILIES)}")
 
     def of(name, default=None):
-        """A whole number of theirs that is at least 1."""
-        value = made.get(name, default)
-        if value is None:
-            value = default
-        check(value is not None, f"{path}: its config.json does not say {name}")
-        fits = type(value) is int and value >= 1
-        check(fits, f"{path}: its config.json has {name} {value!r}, which is no size")
-        return value
+        return size_in(made, path, name, default)
 
     # what is supported where it has this value, or none
     plain = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, partial_rotary_factor=1)
@@ -386,8 +395,10 @@ def config_from(made, path, header, changes=None):
     shape["memory_from"] = shape["n_layer"] // 4
     shape |= FAMILIES[family] | rope_fields(made, path) | ours
     shape |= changes or {}
-    longest = longest_context(made, shape)
-    wanted = shape.setdefault("max_context", min(longest, 8192))
+    longest = longest_context(made, path, shape)
+    wanted = shape.get("max_context", min(longest, 8192))
+    check(type(wanted) is int, f"{path}: max_context {wanted!r} is no whole number")
+    shape["max_context"] = wanted
     line = f"--max_context {wanted}: the model was made for {longest} beside header and reference"
     check(0 < wanted <= longest, line)
     return Config.from_dict(shape)
@@ -396,6 +407,7 @@ def config_from(made, path, header, changes=None):
 def rope_fields(made, path):
     """The fields of RoPE, as older (rope_theta, rope_scaling) and newer files have them."""
     rope = made.get("rope_parameters") or made.get("rope_scaling") or {}
+    check(isinstance(rope, dict), f"{path}: the RoPE in its config.json is no object")
     base = rope.get("rope_theta") or made.get("rope_theta") or 10000.0
     found = dict(rope_base=base)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -415,15 +427,15 @@ def rope_fields(made, path):
     return found
 
 
-def longest_context(made, shape):
+def longest_context(made, path, shape):
     """The most context tokens: no position beyond those that the model was made for, and none from
     which a token would lie outside of a sliding window, which we do not have."""
-    longest = made.get("max_position_embeddings") or 2048
-    window = made.get("sliding_window")
-    if window and made.get("use_sliding_window", True):
-        longest = min(longest, window)
+    longest = size_in(made, path, "max_position_embeddings", 2048)
+    if made.get("sliding_window") and made.get("use_sliding_window", True):
+        longest = min(longest, size_in(made, path, "sliding_window"))
     defaults = {f.name: f.default for f in fields(Config)}
-    return longest - len(shape["header"]) - shape.get("ref_len", defaults["ref_len"])
+    ref_len = size_in(shape, path, "ref_len", defaults["ref_len"])
+    return longest - len(shape["header"]) - ref_len
 
 
 # -- In ---------------------------------------------------------------------------------------

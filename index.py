@@ -15,6 +15,7 @@ can share the work:
 same index as one, and neither all vectors nor two copies of the index are ever in RAM.
 """
 
+import fcntl
 import shutil
 import time
 import zlib
@@ -189,8 +190,11 @@ def encode_shard(
     codes = parts / f"{i}-of-{n_shards}.codes"
     blanks = codes.with_suffix(".blank")
     with codes.open("ab") as code_file, blanks.open("ab") as blank_file:
+        fcntl.flock(code_file, fcntl.LOCK_EX)  # one process a shard; a second one waits
         # after a kill only whole batches count, and only those blank ids that have a code
         done = codes.stat().st_size // index.sa_code_size()
+        if start + done > stop:  # damaged: begin anew
+            done = 0
         if start + done < stop:
             done = done // BATCH * BATCH
         code_file.truncate(done * index.sa_code_size())

@@ -277,6 +277,11 @@ def test_older_and_newer_rope():
         (dict(num_hidden_layers=None), "does not say num_hidden_layers"),
         (dict(num_hidden_layers="11"), "num_hidden_layers '11', which is no size"),
         (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "does not say low_freq_factor"),
+        (dict(rope_scaling=[8.0]), "RoPE in its config.json is no object"),
+        (dict(max_position_embeddings="4k"), "max_position_embeddings '4k', which is no size"),
+        (dict(sliding_window="4k"), "sliding_window '4k', which is no size"),
+        (dict(memory3=dict(ref_len="long")), "ref_len 'long', which is no size"),
+        (dict(memory3=dict(max_context=None)), "max_context None is no whole number"),
         (dict(memory3=[1]), "memory3 in its config.json is no object"),
         (dict(memory3=dict(memory_token=3)), "unknown config names"),
         (dict(rms_norm_eps="small"), "norm_eps small"),
@@ -500,7 +505,7 @@ def test_prefix_space_leaves(tmp_path):
 # GGUF
 
 
-def write_gguf(path, theirs, tokenizer_file, block=None):
+def write_gguf(path, theirs, tokenizer_file, block=None, window=0):
     """A Llama of transformers as llama.cpp would write it: q and k with their rows permuted."""
     gguf = pytest.importorskip("gguf")
     c = theirs.config
@@ -509,6 +514,7 @@ def write_gguf(path, theirs, tokenizer_file, block=None):
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
+    writer.add_sliding_window(window)
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_head_count(c.num_attention_heads)
@@ -571,7 +577,8 @@ def test_gguf(family, tmp_path):
 
 
 def test_gguf_blocks_and_refusals(tmp_path):
-    """Catches blocks of 8 bits read as something else, and a file that is half one."""
+    """Catches blocks of 8 bits read as something else, a sliding window that is overlooked, and a
+    file that is half one."""
     gguf = pytest.importorskip("gguf")
     theirs = build_theirs("llama", tmp_path, hidden_size=96, head_dim=16, vocab_size=317)
     block = gguf.GGMLQuantizationType.Q8_0
@@ -580,6 +587,13 @@ def test_gguf_blocks_and_refusals(tmp_path):
     ours, _ = load_checkpoint(tmp_path / "ours")
     ratio = ours.blocks[1].attn.out.weight - theirs.model.layers[1].self_attn.o_proj.weight
     assert 0 < ratio.abs().max() < 0.01 * ours.blocks[1].attn.out.weight.abs().max()
+    write_gguf(tmp_path / "w.gguf", theirs, tmp_path / "tokenizer.json", block, window=90)
+    with pytest.raises(UserError, match="the model was made for"):
+        convert.convert(tmp_path / "w.gguf", tmp_path / "window", ref_len=30, max_context=61)
+    damaged = (tmp_path / "x.gguf").read_bytes().replace(b"gpt2", b"gp\xff2", 1)
+    (tmp_path / "damaged.gguf").write_bytes(damaged)
+    with pytest.raises(UserError, match="tokenizer.ggml.model is no text"):
+        convert.convert(tmp_path / "damaged.gguf", tmp_path / "damaged")
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "x.gguf").read_bytes()[:5000])
     with pytest.raises(UserError, match="not a GGUF file, or cut off"):
         convert.convert(tmp_path / "cut.gguf", tmp_path / "cut")

@@ -1,6 +1,7 @@
 """The index of references: its kinds, made in parts, by one process or several, and killed."""
 
 import doctest
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -128,6 +129,27 @@ def test_a_shard_that_is_killed_goes_on(data, many, monkeypatch):  # noqa: F811
 
 def dying_at_once(*_):
     raise KeyboardInterrupt
+
+
+def test_a_shard_that_is_made_twice_at_once(data, many, monkeypatch):  # noqa: F811
+    """Codes of two processes in one file, and a file too long that no run mends any more."""
+    monkeypatch.setattr(index, "BATCH", 4)
+    path = f"{data}/kb.index"
+    how = path, many, str(data), "hash:67"
+    vectors = Retriever.build(*how, progress=False).index.reconstruct_n(0, 47)
+    with ThreadPoolExecutor(2) as threads:
+        twice = [threads.submit(index.encode_shard, *how, progress=False) for _ in range(2)]
+        for future in twice:
+            future.result()
+    codes = data / "kb.index" / "parts" / "1-of-1.codes"
+    assert codes.stat().st_size == 47 * 4 * 67
+    with codes.open("ab") as file:
+        file.write(bytes(4 * 67))
+    with pytest.raises(UserError, match="shard 1/1 is not done"):
+        index.join(path, many, progress=False)
+    made = Retriever.build(*how, progress=False)
+    assert np.array_equal(made.index.reconstruct_n(0, 47), vectors)
+    assert made.meta["blank"] == [3, 30]
 
 
 def test_parts_of_something_else(data, many):  # noqa: F811
