@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 import corpus
-from common import UserError, check, command, lock, write_json
+from common import UserError, check, command, lock, make_directory, write_json
 from memory import Memories, pack_heads, unpack_heads
 from quantize import Codec
 
@@ -163,7 +163,7 @@ class Texts:
         """Makes a base of these token sequences in one transaction; an empty one is a deleted row.
         meta: what the base is, with at least n_vocab and ref_len. sources: a dict a sequence."""
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        make_directory(path)
         db = sqlite3.connect(path / "texts.sqlite", timeout=WAIT, isolation_level=None)
         try:
             db.execute("PRAGMA journal_mode = WAL")

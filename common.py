@@ -164,7 +164,11 @@ def read_bytes(path, cure):
 def read_text(path, cure):
     """The text of one of our files: UTF-8 whatever the locale, with or without a byte order mark,
     lines ending in LF or CRLF. UserError if it is missing, empty or anything else."""
-    data = read_bytes(path, cure)
+    return decode(read_bytes(path, cure), path, cure)
+
+
+def decode(data, path, cure):
+    """The text of the bytes of `path`, as of read_text."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -306,7 +310,7 @@ def make_directory(path):
 @contextmanager
 def lock(path):
     """Holds the lock of a directory, one process at a time; a process that dies gives it back."""
-    Path(path).mkdir(parents=True, exist_ok=True)
+    make_directory(path)
     with open(Path(path, "lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

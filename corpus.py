@@ -418,7 +418,7 @@ def checked_ids(path, tokens, n_vocab):
         low = int(tokens.min())
         high = int(tokens.max())
         wrong = low if low < 0 else high
-        check(low >= 0 and high < n_vocab, f"{path}: id {wrong}; token ids are below {n_vocab}")
+        check(low >= 0 and high < n_vocab, f"{path}: id {wrong}; ids are 0 to {n_vocab - 1}")
     return tokens.astype(dtype_for(n_vocab))
 
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import corpus
 from bank import MemoryBank
-from common import check, command, number, numbered_rows, run, visible, write_json
+from common import check, command, make_directory, number, numbered_rows, run, visible, write_json
 from generate import generate, in_context, model_flags, open_memory, open_model
 from retrieval import Given, Random
 from views.explain import explain, n_heads
@@ -474,7 +474,7 @@ def prepare_json(a):
     """Refuses a --json that cannot be written: now, not after the work."""
     if a.json:
         check(not Path(a.json).is_dir(), f"--json {a.json} is a directory: give a file")
-        Path(a.json).parent.mkdir(parents=True, exist_ok=True)
+        make_directory(Path(a.json).parent)
 
 
 def write_result(a, result):

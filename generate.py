@@ -379,14 +379,18 @@ def likelihood(model, pairs, memories=None, recall=None):
 # -- Writing a fact down ----------------------------------------------------------------------
 
 
+def has_word(text):
+    """Whether a text has a letter or digit: without one no question finds it."""
+    return any(letter.isalnum() for letter in text)
+
+
 def remember(text, tokenizer, config, retriever, bank):
     """Writes a text and its memory into the knowledge base at once. Returns reference ids.
 
     A text of more than ref_len tokens becomes several references, as in sec. 4.4. A text that is
     there already, word for word, is not written again. UserError for a text without a letter or
     digit. The retriever takes in what has changed at its next search, and so finds the text."""
-    has_word = any(letter.isalnum() for letter in text)
-    check(has_word, f"--remember {text!r}: there is no word in it")
+    check(has_word(text), f"--remember {text!r}: there is no word in it")
     tokens = tokenizer.encode(text)
     pieces = []
     for start in range(0, len(tokens), config.ref_len):
@@ -503,7 +507,8 @@ def model_flags(parser, bank=True):
     add("--data", default="data/cities", help="a prepared data set")
     add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
     add("--no_verify", action="store_true", help="skip the checkpoint's checksum: opens faster")
-    add("--n_recall", type=number(int, 0), default=0, help="R, memories a chunk; 0: as trained")
+    n_recall = "R, memories a chunk; 0: as trained"
+    add("--n_recall", type=number(int, 0, 1000), default=0, help=n_recall)
     if bank:
         add("--references", default="kb", help="its knowledge base")
         add("--bank", default=BANK, help="directory of the knowledge base and its memories")

@@ -30,6 +30,7 @@ from common import (
     check,
     command,
     lock,
+    make_directory,
     optional,
     read_json,
     replace_file,
@@ -301,7 +302,7 @@ def _prepare(path, references, tokenizer_name, encoder, factory, progress):
                 return made, model, faiss.read_index(index_file)
     index = empty_index(factory, model.dim)
     shutil.rmtree(parts, ignore_errors=True)  # unfinished, and of another plan
-    parts.mkdir(parents=True)
+    make_directory(parts)
     some = tqdm(_spread(len(references), FIT), "counting words", disable=not progress)
     model = model.fit(text_of(references, tokenizer, i) for i in some)
     if progress:

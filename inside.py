@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import corpus
 import index as vectors_index
-from common import check, optional, read_array, read_json, replace_file, write_json
+from common import check, make_directory, optional, read_array, read_json, replace_file, write_json
 from index import NOTHING, cure_for
 from memory import causal_attention, keep_tokens
 from model import apply_rope, rope_table
@@ -253,7 +253,7 @@ class KeyRetriever:
         """Writes everything. references: the references as they are after the changes."""
         faiss = optional("faiss")
         path = Path(self.path)
-        path.mkdir(parents=True, exist_ok=True)
+        make_directory(path)
         if references is not None:
             self.meta["references"] = references.hash
         file = path / "index.faiss"

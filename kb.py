@@ -26,15 +26,18 @@ from bank import MemoryBank, Texts
 from common import (
     check,
     command,
+    decode,
     find_device,
     number,
+    numbered_rows,
     read_json,
     read_rows,
     read_text,
+    replace_file,
     run,
     visible,
 )
-from generate import BANK, wanted
+from generate import BANK, has_word, wanted
 from index import cure_for
 from model import load_checkpoint
 from retrieval import Live, Only
@@ -51,9 +54,10 @@ def read_file(name, by):
     another one paragraphs, lines or the whole, as `by` says. "-": standard input."""
     cure = 'give a text file, or a .jsonl file with rows like {"text": "..."}'
     if name == "-":
-        yield from cut(sys.stdin.read(), by, "standard input")
+        text = decode(sys.stdin.buffer.read(), "standard input", "give UTF-8")
+        yield from cut(text, by, "standard input")
     elif name.endswith(".jsonl"):
-        for line, row in enumerate(read_rows(name, dict(text=str), cure), start=1):
+        for line, row in numbered_rows(name, dict(text=str), cure):
             text = row.pop("text")
             yield text, dict(row, file=name, line=line)
     else:
@@ -207,6 +211,7 @@ def report_near(a, live, ids, near, scores, shown):
 
 def replace(a):
     """Gives a reference another text; a deleted one lives again."""
+    check(has_word(a.text), f"the text {a.text!r}: there is no word in it; delete forgets a text")
     bank = open_base(a)
     tokenizer = corpus.tokenizer(a.kb)
     pieces = fit(a.text, tokenizer, bank.references.ref_len)
@@ -327,10 +332,14 @@ def export(a):
     texts = Texts(a.kb)
     tokenizer = corpus.tokenizer(a.kb)
     ids = matching(texts, a.filter)
-    with open(a.out, "w", encoding="utf-8") as file:
+
+    def write(file):
         for i in tqdm(ids.tolist(), "references", disable=len(ids) < BATCH):
             row = dict(texts.source(i), id=i, text=tokenizer.decode(texts[i]).strip())
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            file.write(line.encode("utf-8", "backslashreplace"))
+
+    replace_file(a.out, write)
     print(f"{a.out}: {len(ids):,} references")
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus
-from common import UserError, check, find_device, number, optional, run
+from common import UserError, check, find_device, make_directory, number, optional, run
 from eval import columns, json_flag, prepare_json, write_result
 from experiments.text import open_text, text_flags
 from generate import say_what_runs
@@ -94,7 +94,7 @@ def plot(rows, without, path):
     for axis in (left, right):
         axis.set_xlabel("steps since they were written")
         axis.legend(frameon=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_directory(Path(path).parent)
     figure.savefig(path, dpi=110)
     print(f"\nplotted in {path}")
 

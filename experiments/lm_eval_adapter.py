@@ -61,9 +61,11 @@ def options_of(how):
     check(not sampled, "generation options do_sample, temperature: greedy generation only")
     until = how.get("until") or []
     stops = [until] if isinstance(until, str) else until
+    texts = isinstance(stops, list | tuple) and all(isinstance(x, str | None) for x in stops)
+    check(texts, f"generation option until {until!r}: a text, or a list of texts")
     n = how.get("max_gen_toks")
-    n = 64 if n is None else int(n)
-    check(n >= 0, f"generation option max_gen_toks {n}: from 0")
+    n = 64 if n is None else n
+    check(type(n) is int and n >= 0, f"generation option max_gen_toks {n}: an integer from 0")
     return [stop for stop in stops if stop], n
 
 

@@ -487,7 +487,7 @@ def test_manifest_and_token_files(tmp_path):
     "tokens, line",
     [
         ([1, 70000, -1], "id -1"),
-        ([1, 300], "id 300; token ids are below 300"),
+        ([1, 300], "id 300; ids are 0 to 299"),
         (np.array([7, 70000]), "id 70000"),
         (np.array([7, -1], np.int16), "id -1"),
         (np.array([2**63], np.uint64), "id 9223372036854775808"),

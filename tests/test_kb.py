@@ -1,5 +1,6 @@
 """kb.py from the command line, several bases at once, and knowing that it does not know."""
 
+import io
 import json
 import shutil
 import sys
@@ -96,6 +97,27 @@ def test_a_base_from_nothing(world, tmp_path, capsys):
     flags[flags.index("--kb") + 1] = str(path)
     sample.main(flags)
     assert "lang de" in capsys.readouterr().out
+
+
+def test_what_is_given_is_checked(world, tmp_path, monkeypatch):
+    """A blank text in place of a known one; lines miscounted after a blank one; standard input in
+    the letters of the locale; an export that is half there, or a traceback."""
+    with pytest.raises(UserError, match="the text ' ...': there is no word in it"):
+        run(world, "replace", 3, " ...")
+    assert world.tok.decode(MemoryBank.open(world.bank).references[3]).strip() == text_of(3)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('\n{"text": "a"}\n\n\n{"text": "b"}\n')
+    assert [source["line"] for _, source in kb.read_file(str(rows), "line")] == [2, 5]
+    given = io.TextIOWrapper(io.BytesIO("\ufeffÇorlu".encode()), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", given)
+    assert list(kb.read_file("-", "line")) == [("Çorlu", dict(file="standard input", line=1))]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\xe7"), encoding="ascii"))
+    with pytest.raises(UserError, match="standard input is damaged: line 2 is not UTF-8"):
+        list(kb.read_file("-", "line"))
+    with pytest.raises(UserError, match="none/out.jsonl cannot be written"):
+        run(world, "export", "--out", tmp_path / "none" / "out.jsonl")
+    with pytest.raises(UserError, match="rows.jsonl/kb cannot be made a directory"):
+        run(world, "new", path=rows / "kb")
 
 
 def test_a_new_text_near_an_old_one_is_named(world, tmp_path, capsys):

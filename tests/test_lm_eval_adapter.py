@@ -158,6 +158,10 @@ def test_generate_until(bare, model, world):
         (dict(num_beams=4), "num_beams"),
         (dict(top_p=0.5), "top_p"),
         (dict(max_gen_toks=-1), "max_gen_toks -1"),
+        (dict(max_gen_toks="x"), "max_gen_toks x: an integer from 0"),
+        (dict(max_gen_toks=True), "max_gen_toks True: an integer from 0"),
+        (dict(until=5), "until 5: a text, or a list of texts"),
+        (dict(until=[".", 5]), "a text, or a list of texts"),
     ]:
         with pytest.raises(ValueError, match=words):
             bare.generate_until([request(ask, dict(until=["."])), request(ask, how)])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from common import read_rows, run  # noqa: E402
+from common import make_directory, read_rows, run  # noqa: E402
 
 TASK = """task: cities_choice
 dataset_path: json
@@ -55,7 +55,7 @@ def main(argv=None):
         others = [row for row in rows if row["relation"] == relation]
         made["items"] += [item(row, others, rng) for row in others[:200]]
         made["examples"] += [item(row, others, rng) for row in others[-5:]]
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     for name, items in made.items():
         rng.shuffle(items)
         lines = [json.dumps(x, ensure_ascii=False) + "\n" for x in items]

@@ -26,7 +26,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 import corpus  # noqa: E402
-from common import UserError, replace_file, run, write_json  # noqa: E402
+from common import UserError, make_directory, replace_file, run, write_json  # noqa: E402
 
 HELD_OUT = 40  # countries
 MAX_VALUE = 40  # characters of a value that is a fact
@@ -140,7 +140,7 @@ def main(argv=None):
         country["first"] = len(rows)  # reference first + j is of groups[j]
         rows += [tokenizer.encode(text_of(country, g)) for g in country["groups"]]
     out = Path(a.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     corpus.References.create(out / "kb", rows, tokenizer.n_vocab)
     lines = "".join(json.dumps(country) + "\n" for country in countries)
     replace_file(out / "countries.jsonl", lambda file: file.write(lines.encode()))
