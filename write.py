@@ -4,17 +4,20 @@
     python write.py --quantize      also the same memories in fewer bytes (sec. 3.3)
     python write.py --data data/mine --whole_documents --out out/whole      (Remark 3.2)
     python write.py --shard 1/4     a quarter of the memories; 4 such processes at once write all
+    torchrun --nproc_per_node 4 write.py        the same, all four, a GPU each
 
 The texts are copied into --out, which is the knowledge base from then on: kb.py changes it. If
 write.py is stopped, the same command goes on where it was; it says so when nothing is left to do.
 """
 
 import argparse
+import os
 import shutil
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import corpus
 from bank import MemoryBank, Texts
@@ -29,6 +32,11 @@ from retrieval import Live
 
 def main(args):
     """Writes the memories, the index, and with args.quantize the codes; returns the bank."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1 and args.shard is None:  # torchrun started this process, and others
+        args.shard = int(os.environ["RANK"]) + 1, size
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     later = ("quantize", "codec", "embedder", "factory")
     given = [f"--{name}" for name in later if getattr(args, name)]
     if args.shard and given:
@@ -105,7 +113,7 @@ def fill(bank, batch, share=None):
     done = f"{n:,} written, {rate:,.0f} memories/s" if n else "complete, nothing to write"
     print(f"{bank.path}: {done}")
     if share:
-        rest = "when all are, the same command without --shard makes the index"
+        rest = "when all are, the same command alone, without --shard, makes the index"
         print(f"shard {share[0]} of {share[1]} is done; {rest}")
 
 

@@ -181,6 +181,20 @@ def test_shards_make_the_bank_of_one_process(place, capsys):
         assert "1 <= i <= n" in capsys.readouterr().err
 
 
+def test_torchrun_shares_the_memories_out(place, monkeypatch, capsys):
+    """Catches processes of torchrun that all write everything, or leave a share to nobody."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    written = []
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        bank = run(place)
+        out = capsys.readouterr().out
+        written.append(int(re.search(r"(\d+) written", out)[1]))
+        assert f"shard {rank + 1} of 2 is done" in out
+    assert written == [14, 15] and bank.verify() == []
+
+
 def test_shards_of_whole_documents(place):
     """Catches a document that two shards share, whose later pieces lack what stands before them."""
     rows = [corpus.tokenizer(place).encode(f"City {i} has {i} towns.") for i in range(11)]
