@@ -64,6 +64,9 @@ def open_base(args, model):
     """The base at --out; if there is none, it is made of --data and --references."""
     if Texts.exists(args.out) and not args.references:
         bank = MemoryBank.open(args.out, model)
+        has = bank.meta["dtype"]
+        line = f"{args.out} is a bank of {has}, not of {args.dtype}: drop --dtype"
+        check(args.dtype in (None, has), line)
         if args.whole_documents:
             bank.check_documents(True)
         return bank
@@ -76,7 +79,8 @@ def open_base(args, model):
         data = args.data
     same_header = tuple(corpus.tokenizer(data).header) == model.config.header
     check(same_header, f"{data} has another tokenizer than {args.checkpoint} was trained with")
-    return MemoryBank.create(args.out, model, source, args.dtype, args.whole_documents)
+    dtype = args.dtype or "bfloat16"
+    return MemoryBank.create(args.out, model, source, dtype, args.whole_documents)
 
 
 def report(args, bank):
@@ -170,7 +174,8 @@ def command_line(argv=None):
         "--references", help="its reference file (None: kb), or a knowledge base to copy"
     )
     p.add_argument("--out", default=BANK, help="directory of the knowledge base")
-    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    dtype = "of the memories (None: the base's, or bfloat16)"
+    p.add_argument("--dtype", choices=["bfloat16", "float32"], help=dtype)
     whole = "encode the references of a document as one sequence (Remark 3.2)"
     p.add_argument("--whole_documents", action="store_true", help=whole)
     p.add_argument("--quantize", action="store_true", help="also make the quantized memories")

@@ -332,6 +332,17 @@ def test_one_line_from_the_command_line(place):
     assert "nowhere" in done.stderr
 
 
+def test_another_dtype_is_not_ignored(place):
+    """--dtype float32 for a bank of bfloat16, which stays what it is; a bank of float32 that cannot
+    be gone on with unless --dtype is given again."""
+    run(place)
+    with pytest.raises(UserError, match="is a bank of bfloat16, not of float32: drop --dtype"):
+        run(place, "--dtype", "float32")
+    other = run(place, "--out", place / "exact", "--dtype", "float32")
+    assert other.meta["dtype"] == "float32"
+    assert run(place, "--out", place / "exact").meta["dtype"] == "float32"
+
+
 def test_a_medium_that_can_only_be_read(place, monkeypatch):
     """A traceback where the memories are missing and cannot be written."""
     bank = run(place)
