@@ -364,6 +364,9 @@ def stats(a):
 def index(a):
     """Makes the index anew: after damage, or with another embedder."""
     model = searcher(a)
+    check(
+        not (model and a.factory), "--factory: not with --embedder self:, whose keys have their own"
+    )
     bank = MemoryBank.open(a.kb, model)
     live = Live.build(bank.references, a.embedder, a.factory, model=model, bank=bank)
     kind = live.meta.get("factory", "keys of the memories")
@@ -384,6 +387,12 @@ def calibrate(a):
         rows = read_rows(a.unanswerable, dict(question=str), 'give rows like {"question": "..."}')
         unanswerable = [row["question"] for row in rows]
     live = Live.open(Texts(a.kb), searcher(a))
+    n = len(live.references)
+    unknown = [i for _, i in answerable if not 0 <= i < n]
+    line = f"--questions name references {unknown[:5]}, and {a.kb} has 0 to {n - 1}"
+    check(not unknown, f"{line}: name the id that answers each (kb.py list shows them)")
+    there = set(live.references.live().tolist())
+    answerable = [(question, i) for question, i in answerable if i in there]  # not deleted since
     kept, wrong = live.calibrate(answerable, unanswerable, a.keep)
     print(f"of questions that did not teach it: {kept:.3f} of the answerable still find something,")
     print(f"{1 - wrong:.3f} of the unanswerable are recognised ({len(answerable):,} answerable)")

@@ -230,6 +230,9 @@ def test_the_commands_say_what_is_wrong(world, tmp_path, capsys, monkeypatch):
     ]:
         with pytest.raises(UserError, match=line):
             run(world, *args)
+    (tmp_path / "q.jsonl").write_text('{"question": "Where?", "reference": 17}')
+    with pytest.raises(UserError, match=r"name references \[17\], and .* has 0 to 16"):
+        run(world, "calibrate", "--questions", tmp_path / "q.jsonl")
     with pytest.raises(UserError, match="texts.sqlite is missing"):
         run(world, "list", path=tmp_path / "nowhere")
     (tmp_path / "evil.txt").write_text("Evil \x1b[2J City has 3 people.")
