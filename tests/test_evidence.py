@@ -34,6 +34,13 @@ def commands():
     return [line for block in blocks for line in block.splitlines() if " python " in f" {line}"]
 
 
+def test_table_of_swap_is_the_measured_one():
+    """Catches figures of experiments/swap.py that were edited by hand, or are older."""
+    results = json.loads((ROOT / "experiments/results/swap.json").read_text())
+    for name, seconds, new, old, size in results["rows"]:
+        assert f"| {name} | {seconds:.1f} | {new:.3f} | {old:.3f} | {size:,} |" in EVIDENCE
+
+
 def test_losses_on_text_are_the_measured_ones():
     """Catches figures of text.py that were edited by hand, or are older than their result."""
     losses = result("text")["losses"]
