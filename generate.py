@@ -240,9 +240,16 @@ def generate(
     Returns tokens (B, T + n_new or fewer) and the Trace. UserError for arguments that do not fit.
     """
     cfg = model.config
+    check(tokens.ndim == 2, f"prompts of shape {tuple(tokens.shape)}; give (B, T) tokens")
     batch, n_prompt = tokens.shape
     n_end = n_prompt + n_new
-    check(n_prompt > 0, "the prompt is empty; it must have at least the BOS")
+    check(tokens.numel() > 0, "the prompt is empty; it must have at least the BOS")
+    low = int(tokens.min())
+    high = int(tokens.max())
+    line = f"token ids are 0 to {cfg.vocab_size - 1}; the prompt has {low} to {high}"
+    check(low >= 0 and high < cfg.vocab_size, line)
+    fits = math.isfinite(temperature) and temperature >= 0
+    check(fits, f"temperature {temperature}: give a number from 0")
     check(n_new > 0, f"{n_new} new tokens were asked for; ask for at least 1")
     check_fits(n_prompt, n_new, cfg)
     if forced is not None:

@@ -22,8 +22,10 @@ from world import (
 import corpus
 import generate as generation
 import kernels
+from common import UserError
 from generate import generate, remember, sample_token
 from memory import Memories, attention_path
+from model import Config, Memory3
 from quantize import Codec
 from retrieval import Given, Random
 from views.explain import explain
@@ -550,3 +552,20 @@ def test_docstrings():
     """A worked example that its function no longer gives."""
     found = doctest.testmod(generation)
     assert found.attempted >= 1 and not found.failed
+
+
+@pytest.mark.parametrize(
+    "tokens, how, line",
+    [
+        ([[0, 10**6]], {}, "the prompt has 0 to 1000000"),
+        ([[-1, 5]], {}, "the prompt has -1 to 5"),
+        ([0, 5], {}, r"prompts of shape \(2,\)"),
+        ([[0, 5]], dict(temperature=float("nan")), "temperature nan: give a number from 0"),
+        ([[0, 5]], dict(temperature=-1.0), "temperature -1.0: give a number from 0"),
+    ],
+)
+def test_what_is_no_prompt(tokens, how, line):
+    """An id that the model has not, found deep within it; a temperature that gives token 0."""
+    model = Memory3(Config.preset("toy", vocab_size=301, n_layer=2, n_memory_layer=1))
+    with pytest.raises(UserError, match=line):
+        generate(model, torch.tensor(tokens), 2, **how)
