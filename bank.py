@@ -114,11 +114,11 @@ def pack(tokens, meta, path):
     ref_len = meta["ref_len"]
     n_vocab = meta["n_vocab"]
     x = np.atleast_1d(np.asarray(tokens))
-    fits = x.ndim == 1 and x.dtype.kind in "iu"
-    fits = fits and 1 <= len(x) <= ref_len
-    fits = fits and 0 <= x.min() and x.max() < n_vocab
+    valid = x.ndim == 1 and x.dtype.kind in "iu"
+    valid = valid and 1 <= len(x) <= ref_len
+    valid = valid and 0 <= x.min() and x.max() < n_vocab
     bounds = f"1 to {ref_len} tokens (ref_len), each 0 to {n_vocab - 1}"
-    check(fits, f"{path}: a reference is {bounds}")
+    check(valid, f"{path}: a reference is {bounds}")
     x = x.astype(dtype_of(meta))
     return x.tobytes()
 
@@ -207,8 +207,8 @@ class Texts:
             f"{self.file} holds no base, its creation was cut short; make it: {cure}",
         )
         rows = self.run("SELECT meta, seal FROM base")
-        whole = len(rows) == 1 and zlib.crc32(str(rows[0][0]).encode()) == rows[0][1]
-        check(whole, f"{self.file} is damaged: {RESTORE}")
+        complete = len(rows) == 1 and zlib.crc32(str(rows[0][0]).encode()) == rows[0][1]
+        check(complete, f"{self.file} is damaged: {RESTORE}")
         meta = json.loads(rows[0][0])
         other = f"{self.file} is not a knowledge base of version {FORMAT[1]}: give another path"
         check(meta["format"] == FORMAT, other)
@@ -311,26 +311,26 @@ class Texts:
 
     def rows(self, ids):
         """The Texts of `ids`, in this order. UserError for ids that are not there, or damaged."""
-        wanted = [int(i) for i in ids]
+        requested = [int(i) for i in ids]
         statement = "SELECT * FROM texts WHERE id IN (SELECT value FROM json_each(?))"
         found = {}
-        for row in self.run(statement, json.dumps(wanted)):
+        for row in self.run(statement, json.dumps(requested)):
             found[row[0]] = self._sealed(row)
-        for i in wanted:
+        for i in requested:
             if i not in found:
                 n = len(self)
                 check(0 <= i < n, f"{self.path} has references 0 to {n - 1}, and no {i}")
                 raise UserError(f"{self.file} is damaged: reference {i} is gone: {RESTORE}")
-        return [found[i] for i in wanted]
+        return [found[i] for i in requested]
 
     def _sealed(self, row):
         """The Text of a row of the table. UserError if it is not as it was written."""
         try:
             text = Text(*row)
-            whole = seal_of(text) == text.seal
+            complete = seal_of(text) == text.seal
         except (TypeError, AttributeError, struct.error):  # of another type than we write
-            whole = False
-        check(whole, f"{self.file} is damaged at reference {row[0]}: {RESTORE}")
+            complete = False
+        check(complete, f"{self.file} is damaged at reference {row[0]}: {RESTORE}")
         return text
 
     def changed_since(self, version):
@@ -412,12 +412,12 @@ class Texts:
             n = len(self)
             for tokens, source in zip(texts, sources, strict=True):
                 text = make_text(n, version, 1, tokens, source)
-                known = None if copies else self._find(tokens, text.hash)
-                if known is None:
+                listed = None if copies else self._find(tokens, text.hash)
+                if listed is None:
                     db.execute(INSERT, text)
-                    known = n
+                    listed = n
                     n += 1
-                ids.append(known)
+                ids.append(listed)
         return ids
 
     def replace(self, i, tokens, source=None, erase=None):
@@ -656,17 +656,17 @@ class MemoryBank:
         made_of = f"{Path(references.path).name} {references.hash}"
         if not Texts.exists(path):
             longest = max([0, *(len(row) for row in references)])
-            fits = longest <= c.ref_len and references.n_vocab <= c.vocab_size
-            has = f"{references.path}: {longest} tokens, vocabulary of {references.n_vocab}"
-            check(fits, f"{has}; the model takes ref_len {c.ref_len} and {c.vocab_size}")
+            valid = longest <= c.ref_len and references.n_vocab <= c.vocab_size
+            found = f"{references.path}: {longest} tokens, vocabulary of {references.n_vocab}"
+            check(valid, f"{found}; the model takes ref_len {c.ref_len} and {c.vocab_size}")
             check_free(path)
             with lock(path):  # one process makes it, the others take it as it is then
                 if not Texts.exists(path):
                     how = dtype, whole_documents, made_of
                     MemoryBank._make_base(path, model, references, *how)
         bank = MemoryBank.open(path, model)
-        has = bank.meta["dtype"]
-        check(has == dtype, f"{path} is a bank of {has}, not of {dtype}: give another --out")
+        found = bank.meta["dtype"]
+        check(found == dtype, f"{path} is a bank of {found}, not of {dtype}: give another --out")
         bank.check_documents(whole_documents)
         line = f"{path} was made of other references than {references.path} as it is now"
         cure = "the base itself is whole; for the new ones give another --out"
@@ -712,10 +712,12 @@ class MemoryBank:
         references = Texts(path)
         meta = references.meta
         shape = meta["shape"]
-        whole = len(shape) == 5 and all(isinstance(n, int) and 0 < n < 1 << 20 for n in shape)
-        whole = whole and math.prod(shape) < 1 << 32 and meta["dtype"] in ("bfloat16", "float32")
-        whole = whole and are_heads(meta.get("heads"), shape)
-        check(whole, f"{references.file}: memories of shape {shape} are none of ours: {RESTORE}")
+        complete = len(shape) == 5 and all(isinstance(n, int) and 0 < n < 1 << 20 for n in shape)
+        complete = (
+            complete and math.prod(shape) < 1 << 32 and meta["dtype"] in ("bfloat16", "float32")
+        )
+        complete = complete and are_heads(meta.get("heads"), shape)
+        check(complete, f"{references.file}: memories of shape {shape} are none of ours: {RESTORE}")
         if model:
             writer = meta["fingerprint"]
             reader = model.fingerprint()
@@ -726,8 +728,8 @@ class MemoryBank:
             cure = f"write its texts for this model into another base: {cure}"
             check(reader == writer, f"{line}; {cure}")
             line = f"{references.file}: memories of {tuple(shape)}, the model's are of"
-            same = tuple(shape) == tuple(model.config.memory_shape)
-            check(same, f"{line} another shape: {RESTORE}")
+            equal = tuple(shape) == tuple(model.config.memory_shape)
+            check(equal, f"{line} another shape: {RESTORE}")
         return MemoryBank(path, references, model, codes, cache)
 
     def check_documents(self, whole):
@@ -736,8 +738,8 @@ class MemoryBank:
             line = "whole documents: add --whole_documents"
         else:
             line = "references that are encoded alone: drop --whole_documents"
-        same = whole == (self.n_pieces > 0)
-        check(same, f"{self.path} is of {line}, or give another --out")
+        equal = whole == (self.n_pieces > 0)
+        check(equal, f"{self.path} is of {line}, or give another --out")
 
     # -- whole documents
 
@@ -775,12 +777,14 @@ class MemoryBank:
         if not self.n_pieces:
             return texts
         windows = [self._before(text) for text in texts]
-        wanted = {text.id for text in texts}.union(*windows)
-        now = {text.id: text for text in self.references.rows(sorted(wanted))}  # all at one moment
+        requested = {text.id for text in texts}.union(*windows)
+        current = {
+            text.id: text for text in self.references.rows(sorted(requested))
+        }  # all at one moment
         result = []
         for text, window in zip(texts, windows, strict=True):
-            seals = struct.pack(f"<{len(window)}q", *(now[i].seal for i in window))
-            text = now[text.id]
+            seals = struct.pack(f"<{len(window)}q", *(current[i].seal for i in window))
+            text = current[text.id]
             result.append(text._replace(seal=zlib.crc32(seals, text.seal)))
         return result
 
@@ -939,9 +943,9 @@ class MemoryBank:
         for text in texts:
             by_length[len(text.tokens)].append(text)
         for length in sorted(by_length, reverse=True):
-            same = by_length[length]
-            for start in range(0, len(same), batch):
-                part = same[start : start + batch]
+            group = by_length[length]
+            for start in range(0, len(group), batch):
+                part = group[start : start + batch]
                 tokens = np.stack([self.references.tokens(text) for text in part])
                 with torch.inference_mode():
                     made = self.model.write(torch.from_numpy(tokens))
@@ -993,9 +997,9 @@ class MemoryBank:
         """Stores records [(store, rows (n, record_bytes) uint8), ...] of Texts, under the lock, and
         only those of texts that have not changed meanwhile."""
         with self.references.transaction(wait):
-            now = self._texts([text.id for text in texts])
+            current = self._texts([text.id for text in texts])
             for j, text in enumerate(texts):
-                if now[j] == text:
+                if current[j] == text:
                     for store, rows in records:
                         store.write(text, rows[j], count[j])
 
@@ -1065,17 +1069,17 @@ class MemoryBank:
         if not self.quantized:
             self._train_codec(spec)
         bank = MemoryBank.open(self.path, self.model, codes=True, cache=self.cache_size)
-        has = bank.codec.spec
-        line = f"{self.path} has codec {has}: drop --codec, or quantize another base"
-        check(spec in (None, has), line)
+        found = bank.codec.spec
+        line = f"{self.path} has codec {found}: drop --codec, or quantize another base"
+        check(spec in (None, found), line)
         bank.write(progress=progress)
         return bank
 
     def _train_codec(self, spec):
         rng = np.random.default_rng(0)
-        some = self.recall(rng.permutation(self.live())[: 4 * self.window])
-        filled = torch.arange(self.shape[3], device=self.device) < some.count[:, None]  # (n, S)
-        kv = pack_heads(some.kv, self.heads)  # (n, Lm, 2, Hkv, S, dh), or (n, K, 2, S, dh)
+        sample = self.recall(rng.permutation(self.live())[: 4 * self.window])
+        filled = torch.arange(self.shape[3], device=self.device) < sample.count[:, None]  # (n, S)
+        kv = pack_heads(sample.kv, self.heads)  # (n, Lm, 2, Hkv, S, dh), or (n, K, 2, S, dh)
         vectors = kv.transpose(1, -2)[filled]  # (filled, 2, Hkv, Lm, dh), or (filled, 2, K, dh)
         vectors = vectors.flatten(0, -2)  # (filled * 2 * Hkv * Lm, dh)
         sample = 65_536 if self.shape[4] < 64 else 640_000  # see quantize.default_spec
@@ -1091,9 +1095,9 @@ def add_places(sources, references):
     """Notes in the source of each piece of a whole document how many stand before it."""
     if isinstance(references, Texts):  # the sources of a base say it already
         cure = "drop --whole_documents, or name the data set that it was made of"
-        whole = references.meta.get("n_pieces", 0)
-        check(whole, f"{references.path}: its documents are not known: {cure}")
-        for source in sources[whole:]:  # added later: encoded alone
+        complete = references.meta.get("n_pieces", 0)
+        check(complete, f"{references.path}: its documents are not known: {cure}")
+        for source in sources[complete:]:  # added later: encoded alone
             source.pop("piece", None)
         return
     for source, place in zip(sources, references.places().tolist(), strict=True):

@@ -222,11 +222,11 @@ def _fit_schema(row, schema, where, cure):
         if not isinstance(kinds, tuple):
             kinds = (kinds,)
         value = row[key]
-        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+        valid = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
         if isinstance(value, bool):  # to Python a bool is an int
-            fits = bool in kinds
-        wanted = " or ".join(_called(kind) for kind in kinds)
-        check(fits, f"{where}: {key!r} is {_called(type(value))}, not {wanted}: {cure}")
+            valid = bool in kinds
+        requested = " or ".join(_called(kind) for kind in kinds)
+        check(valid, f"{where}: {key!r} is {_called(type(value))}, not {requested}: {cure}")
     return row
 
 
@@ -250,11 +250,11 @@ def read_array(path, dtype, shape, cure):
         why = [*str(error).splitlines(), type(error).__name__][0]
         raise UserError(f"{path} is damaged ({why}): {cure}") from None
     is_array = isinstance(array, np.ndarray)  # else a zip file, which np.load opens too
-    fits = is_array and array.dtype == np.dtype(dtype) and array.ndim == len(shape)
-    if fits:
-        for size, wanted in zip(array.shape, shape, strict=True):
-            fits = fits and wanted in (None, size)
-    check(fits, f"{path} is damaged: not an array of {np.dtype(dtype)} {shape}: {cure}")
+    valid = is_array and array.dtype == np.dtype(dtype) and array.ndim == len(shape)
+    if valid:
+        for size, requested in zip(array.shape, shape, strict=True):
+            valid = valid and requested in (None, size)
+    check(valid, f"{path} is damaged: not an array of {np.dtype(dtype)} {shape}: {cure}")
     return array
 
 

@@ -71,12 +71,12 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of token ids, without BOS, -1 padding and ids that are no token's."""
-        known = []
+        listed = []
         for i in ids:
             i = int(i)
             if 0 <= i < self.n_vocab and i != self.bos and i not in self.no_token:
-                known.append(i)
-        return self.encoding.decode(known, errors="replace")
+                listed.append(i)
+        return self.encoding.decode(listed, errors="replace")
 
     def save(self, path):
         """Writes what `tokenizer` reads: a tokenizer.json of ours."""
@@ -112,8 +112,8 @@ def tokenizer(name):
         # else a directory, seen from this one: "." (its own, which is missing) or another data set
         path = _present(Path(name, used, "tokenizer.json"))
         return open_tokenizer(path)
-    known = ", ".join(optional("tiktoken").list_encoding_names())
-    raise UserError(f"unknown tokenizer {name!r}: give a data directory, or one of {known}")
+    listed = ", ".join(optional("tiktoken").list_encoding_names())
+    raise UserError(f"unknown tokenizer {name!r}: give a data directory, or one of {listed}")
 
 
 def _from_tiktoken(name):
@@ -147,9 +147,9 @@ def open_tokenizer(path):
             raise UserError(f"{path} is damaged: rank {i} is no base64: {cure}") from None
     special = made.get("special", {"<s>": len(made["ranks"])})
     bos = made.get("bos", "<s>")
-    fits = isinstance(special, dict) and all(_is_id(i) for i in special.values())
-    fits = fits and isinstance(bos, str) and bos in special
-    check(fits, f"{path} is damaged: its special tokens: {cure}")
+    valid = isinstance(special, dict) and all(_is_id(i) for i in special.values())
+    valid = valid and isinstance(bos, str) and bos in special
+    check(valid, f"{path} is damaged: its special tokens: {cure}")
     return build_tokenizer(
         path, ranks, made["pattern"], special, bos, made["name"], made["prefix_space"]
     )
@@ -285,8 +285,8 @@ def _pattern_of(made, path):
     if kinds == ["Digits", "ByteLevel"] and by_gpt2 and steps[0].get("individual_digits"):
         return DIGITS_PATTERN, prefix_space
     # a pattern of its own, as Llama 3 and Qwen have: each match is a piece
-    known = kinds == ["Split", "ByteLevel"] and not by_gpt2
-    if known and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+    listed = kinds == ["Split", "ByteLevel"] and not by_gpt2
+    if listed and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
         pattern = steps[0].get("pattern", {}).get("Regex")
         if isinstance(pattern, str):
             return pattern, prefix_space
@@ -317,8 +317,8 @@ def merge_tokenizers(first, second, name):
     """
     ranks = {}
     for tokenizer in (first, second):
-        known = tokenizer.encoding._mergeable_ranks
-        for token in sorted(known, key=known.get):
+        listed = tokenizer.encoding._mergeable_ranks
+        for token in sorted(listed, key=listed.get):
             if token not in ranks:
                 ranks[token] = len(ranks)
     special = {"<s>": len(ranks)}
@@ -382,8 +382,8 @@ def open_tokens(data_dir, split):
     # the manifest knows how long the file was when it was made
     splits = meta.get("splits")
     length = splits.get(split) if isinstance(splits, dict) else None
-    fits = length in (None, len(tokens))
-    check(fits, f"{path} has {len(tokens):,} tokens, meta.json {length}: {_cure(data_dir)}")
+    valid = length in (None, len(tokens))
+    check(valid, f"{path} has {len(tokens):,} tokens, meta.json {length}: {_cure(data_dir)}")
     return tokens
 
 
@@ -468,10 +468,10 @@ class References:
             offsets = np.fromfile(index, "<i8")
         except OSError as error:
             raise UserError(f"{index} cannot be read: {error.strerror}") from None
-        fits = index.stat().st_size % 8 == 0 and len(offsets) > 1 and offsets[0] == 0
+        valid = index.stat().st_size % 8 == 0 and len(offsets) > 1 and offsets[0] == 0
         # tokens beyond the last offset are what a kill left of an append
-        fits = fits and offsets[-1] <= len(tokens) and bool((np.diff(offsets) > 0).all())
-        check(fits, f"{index} does not fit {text}: one of them is cut off: {_cure(text.parent)}")
+        valid = valid and offsets[-1] <= len(tokens) and bool((np.diff(offsets) > 0).all())
+        check(valid, f"{index} does not fit {text}: one of them is cut off: {_cure(text.parent)}")
         return References(Path(path), np.asarray(tokens[: offsets[-1]]), offsets, n_vocab)
 
     def __len__(self):
@@ -499,8 +499,8 @@ class References:
         cure = "drop --whole_documents, or prepare its texts with data/text/prepare.py"
         check(file.exists(), f"{file} is missing, its documents are not known: {cure}")
         counts = np.fromfile(file, "<i8")
-        fits = counts.sum() == len(self) and (counts > 0).all()
-        check(fits, f"{file} does not fit {self.path}.idx: {_cure(file.parent)}")
+        valid = counts.sum() == len(self) and (counts > 0).all()
+        check(valid, f"{file} does not fit {self.path}.idx: {_cure(file.parent)}")
         begin = np.repeat(counts.cumsum() - counts, counts)  # (N,): the first piece's row
         return np.arange(len(self)) - begin
 

@@ -253,8 +253,8 @@ class HuggingFaceEmbedder:
         texts = [normalize(text) for text in texts]
         out = torch.zeros(len(texts), self.dim)
         for i in range(0, len(texts), 64):
-            some = texts[i : i + 64]
-            batch = self.tokenizer(some, return_tensors="pt", padding=True, truncation=True)
+            part = texts[i : i + 64]
+            batch = self.tokenizer(part, return_tensors="pt", padding=True, truncation=True)
             features = self.model(**batch.to(self.model.device)).last_hidden_state  # (n, m, dim)
             out[i : i + 64] = features[:, 0]
         return F.normalize(out, dim=-1).numpy()

@@ -73,13 +73,13 @@ def load_questions(path, n):
             check(is_text(row[key]), f"{where}: {key} is empty")
         for key in ("questions", "sentences"):
             texts = row.get(key, [])
-            fits = isinstance(texts, list) and all(is_text(text) for text in texts)
-            check(fits, f"{where}: {key} must be a list of texts")
+            valid = isinstance(texts, list) and all(is_text(text) for text in texts)
+            check(valid, f"{where}: {key} must be a list of texts")
         for key in ("city", "relation"):
             check(isinstance(row.get(key, ""), str), f"{where}: {key} must be a text")
         reference = row.get("reference", -1)
-        fits = type(reference) is int and reference >= -1
-        check(fits, f"{where}: reference must be the row of a reference, from 0")
+        valid = type(reference) is int and reference >= -1
+        check(valid, f"{where}: reference must be the row of a reference, from 0")
         # wordings in the order of the file, each once
         wordings = dict.fromkeys([row["question"], *row.get("questions", [])])
         full = dict(
@@ -145,8 +145,8 @@ def last_new(sentence, is_new):
     """
     found = None
     for word in WORD.finditer(sentence):
-        fits = word.start() >= SHORTEST and len(word[0]) <= LONGEST
-        if fits and word[0].casefold() in is_new:
+        valid = word.start() >= SHORTEST and len(word[0]) <= LONGEST
+        if valid and word[0].casefold() in is_new:
             found = word.span()
     return found
 
@@ -181,8 +181,8 @@ def make_rows(a, references, tokenizer, seed=0):
         heldout = corpus.manifest(a.data).get("heldout") or len(references)
         ids = ids[ids < heldout]
     order = np.random.default_rng(seed).permutation(ids)
-    some = order[: 20 * a.questions].tolist()  # enough, and no more than that
-    texts = {i: tokenizer.decode(references[i]) for i in some}
+    candidates = order[: 20 * a.questions].tolist()  # enough, and no more than that
+    texts = {i: tokenizer.decode(references[i]) for i in candidates}
     is_new = new_words(texts.values(), tokenizer, a.data)
     return cloze(texts, is_new, a.questions)
 
@@ -352,13 +352,13 @@ class Asker:
             return self.codes.record_bytes
         if condition == "heads":  # what a bank of such a model would have
             config = self.model.config
-            some = n_heads(replace(config, memory_heads=self.heads))
-            return self.bank.record_bytes * some // n_heads(config)
+            n_kept = n_heads(replace(config, memory_heads=self.heads))
+            return self.bank.record_bytes * n_kept // n_heads(config)
         if condition != "rag":
             return self.bank.record_bytes
-        known = [row["reference"] for row in rows if row["reference"] >= 0]
-        known = known or range(min(100, len(self.references)))
-        texts = [self.tokenizer.decode(self.references[i]) for i in known]
+        listed = [row["reference"] for row in rows if row["reference"] >= 0]
+        listed = listed or range(min(100, len(self.references)))
+        texts = [self.tokenizer.decode(self.references[i]) for i in listed]
         return float(np.mean([len(text.encode()) for text in texts]))
 
 
@@ -550,8 +550,8 @@ def conditions_of(asker, rows):
     for condition, text in CONDITIONS.items():
         names[condition] = text.format(**words)
         if condition == "recalled" and asker.heads:
-            some = replace(config, memory_heads=asker.heads)  # refuses what is no head
-            names["heads"] = HEADS.format(K=n_heads(some), N=n_heads(config))
+            reduced = replace(config, memory_heads=asker.heads)  # refuses what is no head
+            names["heads"] = HEADS.format(K=n_heads(reduced), N=n_heads(config))
     if asker.codes is None:  # open_codes has said why
         del names["quantized"]
     if any(row["reference"] < 0 for row in rows):

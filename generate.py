@@ -248,13 +248,13 @@ def generate(
     high = int(tokens.max())
     line = f"token ids are 0 to {cfg.vocab_size - 1}; the prompt has {low} to {high}"
     check(low >= 0 and high < cfg.vocab_size, line)
-    fits = math.isfinite(temperature) and temperature >= 0
-    check(fits, f"temperature {temperature}: give a number from 0")
+    valid = math.isfinite(temperature) and temperature >= 0
+    check(valid, f"temperature {temperature}: give a number from 0")
     check(n_new > 0, f"{n_new} new tokens were asked for; ask for at least 1")
     check_fits(n_prompt, n_new, cfg)
     if forced is not None:
-        fits = forced.shape == (batch, n_new)
-        check(fits, f"forced must be ({batch}, {n_new}) tokens: B, n_new")
+        valid = forced.shape == (batch, n_new)
+        check(valid, f"forced must be ({batch}, {n_new}) tokens: B, n_new")
     check((retriever is None) == (bank is None), "memories need both a retriever and a bank")
     check(bank is None or not plain, "the plain format has no header and reads no memories")
     chunk_len = cfg.chunk_len

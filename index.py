@@ -114,9 +114,9 @@ def empty_index(factory, dim):
         raise UserError(line) from None
     inner = inner_index(index)
     kind = type(inner).__name__
-    fits = kind in KINDS and inner.metric_type == faiss.METRIC_INNER_PRODUCT
+    valid = kind in KINDS and inner.metric_type == faiss.METRIC_INNER_PRODUCT
     cure = "take Flat, SQ8 or PQ64, alone or after IVF1024 or IVF4096_HNSW32"
-    check(fits, f"--factory {factory}: an {kind} cannot be made in parts or loses ids; {cure}")
+    check(valid, f"--factory {factory}: an {kind} cannot be made in parts or loses ids; {cure}")
     if isinstance(inner, faiss.IndexIVF):
         inner.nprobe = min(PROBES, inner.nlist)
         inner.cp.min_points_per_centroid = 1  # no warning: sample_size has chosen how many
@@ -199,8 +199,8 @@ def encode_shard(
         if start + done < stop:
             done = done // BATCH * BATCH
         code_file.truncate(done * index.sa_code_size())
-        known = np.fromfile(blanks, "<i8", blanks.stat().st_size // 8)
-        n_blank = np.count_nonzero(known < start + done)
+        listed = np.fromfile(blanks, "<i8", blanks.stat().st_size // 8)
+        n_blank = np.count_nonzero(listed < start + done)
         blank_file.truncate(8 * n_blank)
         with tqdm(total=stop - start, initial=done, desc="embedding", disable=not progress) as bar:
             try:
@@ -303,8 +303,8 @@ def _prepare(path, references, tokenizer_name, encoder, factory, progress):
     index = empty_index(factory, model.dim)
     shutil.rmtree(parts, ignore_errors=True)  # unfinished, and of another plan
     make_directory(parts)
-    some = tqdm(_spread(len(references), FIT), "counting words", disable=not progress)
-    model = model.fit(text_of(references, tokenizer, i) for i in some)
+    sample = tqdm(_spread(len(references), FIT), "counting words", disable=not progress)
+    model = model.fit(text_of(references, tokenizer, i) for i in sample)
     if progress:
         print(_forecast(path, references, index, factory, model, tokenizer))
     _train(index, factory, model, references, tokenizer)
@@ -330,8 +330,8 @@ def _train(index, factory, model, references, tokenizer):
     check(lists <= len(ids), f"--factory {factory}: {lists} lists for {len(ids)} references")
     vectors = np.zeros((len(ids), model.dim), np.float32)  # the one large array of all this
     for i in range(0, len(ids), BATCH):
-        some = ids[i : i + BATCH]
-        vectors[i : i + BATCH] = embed_references(model, references, tokenizer, some)
+        part = ids[i : i + BATCH]
+        vectors[i : i + BATCH] = embed_references(model, references, tokenizer, part)
     try:
         if isinstance(index, optional("faiss").IndexIVF):
             # The lists from all, the codes from fewer: of those FAISS makes two more copies
@@ -348,10 +348,10 @@ def _forecast(path, references, index, factory, model, tokenizer):
     """One line, before the work, on what an index will take. Times are measured on a small part."""
     n = len(references)
     size, peak, products = predict(n, index)
-    some = _spread(n, BATCH)  # so many are embedded to see how long it takes ...
+    part = _spread(n, BATCH)  # so many are embedded to see how long it takes ...
     began = time.perf_counter()
-    embed_references(model, references, tokenizer, some)
-    embedding = (time.perf_counter() - began) * n / max(1, len(some))
+    embed_references(model, references, tokenizer, part)
+    embedding = (time.perf_counter() - began) * n / max(1, len(part))
     # ... and one product, of which k-means is made
     x = np.ones((1024, index.d), np.float32)
     began = time.perf_counter()
@@ -466,8 +466,8 @@ def open_index(file, meta, cure):
         index = faiss.read_index(str(file))
     except RuntimeError:
         raise UserError(f"{file} is no index of this FAISS version; {cure}") from None
-    fits = index.ntotal == meta["n"] and index.d == meta["dim"]
-    check(fits, f"{file} has {index.ntotal:,} vectors of {index.d}, unlike meta.json; {cure}")
+    valid = index.ntotal == meta["n"] and index.d == meta["dim"]
+    check(valid, f"{file} has {index.ntotal:,} vectors of {index.d}, unlike meta.json; {cure}")
     return index
 
 

@@ -46,10 +46,10 @@ def parse_head(name, config):
     layer = int(match[1])
     head = int(match[2])
     layers = config.memory_layers
-    fits = layer in layers and head < config.n_kv_head
+    valid = layer in layers and head < config.n_kv_head
     last = config.n_kv_head - 1
     line = f"--embedder {name}: memories are kept in layers {layers[0]} to {layers[-1]}"
-    check(fits, f"{line}, heads 0 to {last}")
+    check(valid, f"{line}, heads 0 to {last}")
     i = layers.index(layer)
     kept = config.kept_heads is None or (i, head) in config.kept_heads
     check(kept, f"--embedder {name}: this model keeps no memories there ({config.memory_heads})")
@@ -232,19 +232,21 @@ class KeyRetriever:
         check(
             model is not None, f"{path} is searched by the model that wrote it: give --checkpoint"
         )
-        ours = f"{meta['embedder']}:{model.fingerprint()}"
-        line = f"{path} has keys of {meta['embedder_id']}, and this model is {ours}; {cure}"
-        check(meta["embedder_id"] == ours, line)
+        converted = f"{meta['embedder']}:{model.fingerprint()}"
+        line = f"{path} has keys of {meta['embedder_id']}, and this model is {converted}; {cure}"
+        check(meta["embedder_id"] == converted, line)
         tokenizer = corpus.tokenizer(tokenizer_name or path.parent)
         line = f"{path}: tokenizer {meta['tokenizer_id']} and {tokenizer.id} do not compare; {cure}"
         check(meta["tokenizer_id"] == tokenizer.id, line)
-        fits = references is None or references.hash == meta["references"]
-        check(fits, f"{path} is stale: its references have changed since; {cure}")
+        valid = references is None or references.hash == meta["references"]
+        check(valid, f"{path} is stale: its references have changed since; {cure}")
         rows = read_array(path / "rows.npy", "<i8", (None, 3), cure)
         sizes = dict(n=meta.get("n"), dim=model.config.head_dim, checksum=meta["checksum"])
         index = vectors_index.open_index(path / "index.faiss", sizes, cure)
-        fits = len(rows) == 0 or (rows.min() >= 0 and (rows[:, 1] + rows[:, 2]).max() <= sizes["n"])
-        check(fits, f"{path}/rows.npy is damaged; {cure}")
+        valid = len(rows) == 0 or (
+            rows.min() >= 0 and (rows[:, 1] + rows[:, 2]).max() <= sizes["n"]
+        )
+        check(valid, f"{path}/rows.npy is damaged; {cure}")
         make_reconstructible(index)
         table = {int(i): (int(first), int(count)) for i, first, count in rows}
         return KeyRetriever(path, index, table, model, tokenizer, meta)
@@ -278,10 +280,10 @@ class KeyRetriever:
         scores = np.full((len(texts), k), NOTHING, np.float32)
         asked = [row for row, text in enumerate(texts) if len(text)]  # the others find nothing
         for start in range(0, len(asked), BATCH):
-            some = asked[start : start + BATCH]
-            batch = [texts[row] for row in some]
+            part = asked[start : start + BATCH]
+            batch = [texts[row] for row in part]
             searching = query_vectors(self.model, batch, self.i, self.head)
-            for row, vectors in zip(some, searching, strict=True):  # vectors (m, dh)
+            for row, vectors in zip(part, searching, strict=True):  # vectors (m, dh)
                 found, similarities = self._search_one(vectors, k)
                 ids[row, : len(found)] = found
                 scores[row, : len(found)] = similarities

@@ -150,8 +150,8 @@ def new(a):
     check(not Texts.exists(a.kb), f"--kb {a.kb} is there already: give another path")
     tokenizer = corpus.tokenizer(a.data)
     model = open_model(a)
-    same = tuple(tokenizer.header) == model.config.header
-    check(same, f"--data {a.data} has another tokenizer than {a.checkpoint} was trained with")
+    equal = tuple(tokenizer.header) == model.config.header
+    check(equal, f"--data {a.data} has another tokenizer than {a.checkpoint} was trained with")
     none = corpus.References(Path(a.data, "new"), np.zeros(0), np.zeros(1), tokenizer.n_vocab)
     bank = MemoryBank.create(a.kb, model, none, a.dtype)
     Live.build(bank.references, a.embedder, progress=False, model=model)
@@ -184,9 +184,9 @@ def add(a):
     live.save()
     n_new = len(bank) - first
     rate = len(given) / (time.time() - began)
-    known = len(given) - n_new
+    listed = len(given) - n_new
     print(
-        f"{a.kb}: {n_new:,} added, {known:,} known before; {rate:,.0f} texts/s, memories included"
+        f"{a.kb}: {n_new:,} added, {listed:,} known before; {rate:,.0f} texts/s, memories included"
     )
     if n_near > 10:
         print(f"{n_near:,} are near old ones (similarity from {a.near}); 10 were shown")
@@ -314,8 +314,8 @@ def merge(a):
     """Adds the references of another base, with their sources, except those known already."""
     bank = open_base(a)
     other = Texts(a.other)
-    same = other.meta["tokenizer_id"] == bank.meta["tokenizer_id"]
-    check(same, f"{a.other} has another tokenizer than {a.kb}")
+    equal = other.meta["tokenizer_id"] == bank.meta["tokenizer_id"]
+    check(equal, f"{a.other} has another tokenizer than {a.kb}")
     first = len(bank)
     ids = other.live()
     for start in tqdm(range(0, len(ids), BATCH), f"{BATCH} texts", disable=len(ids) < BATCH):

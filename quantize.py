@@ -157,9 +157,9 @@ class Codec:
         if rotation:  # give it a quantizer as quiet as the others
             rotation.niter = ITERATIONS
             rotation.niter_pq_0 = ITERATIONS
-            own = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
-            rotation.pq = own
-            quantizers.append(own)
+            private = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
+            rotation.pq = private
+            quantizers.append(private)
         for quantizer in quantizers:
             quantizer.cp.niter = ITERATIONS
             quantizer.cp.min_points_per_centroid = 1  # no warnings
@@ -176,8 +176,8 @@ class Codec:
 
     def decode(self, codes):
         """codes (..., bytes) uint8 -> (..., dh) float32 beside the table; as FAISS's sa_decode."""
-        fits = codes.dtype == torch.uint8 and codes.shape[-1] == self.bytes
-        check(fits, f"codec {self.spec}: {self.bytes} uint8 needed, not another codec's")
+        valid = codes.dtype == torch.uint8 and codes.shape[-1] == self.bytes
+        check(valid, f"codec {self.spec}: {self.bytes} uint8 needed, not another codec's")
         *shape, _ = codes.shape
         codes = codes.to(self.table.device)
         codes = codes.reshape(-1, self.bytes)  # (n, bytes)

@@ -224,20 +224,20 @@ class Retriever:
         state = read_array(path / "embedder.npy", "<u4", (None,), cure)
         encoder = encoder or meta["embedder"]
         if isinstance(encoder, str) and encoder.startswith("hash"):
-            fits = len(state) == HashEmbedder.BUCKETS + 1
-            check(fits, f"{path}/embedder.npy is damaged: {len(state)} numbers; {cure}")
+            valid = len(state) == HashEmbedder.BUCKETS + 1
+            check(valid, f"{path}/embedder.npy is damaged: {len(state)} numbers; {cure}")
         model = embedder(encoder, state)
         name = meta["tokenizer"]
         tokenizer = corpus.tokenizer(path.parent if name == ".." else name)
-        for kind, ours in dict(embedder=model.id, tokenizer=tokenizer.id).items():
+        for kind, converted in dict(embedder=model.id, tokenizer=tokenizer.id).items():
             made_with = meta[f"{kind}_id"]
-            line = f"{path}: {kind} {made_with} and {ours} do not compare; {cure}"
-            check(made_with == ours, line)
+            line = f"{path}: {kind} {made_with} and {converted} do not compare; {cure}"
+            check(made_with == converted, line)
         index = open_index(path / "index.faiss", meta, cure)
         retriever = Retriever(path, index, model, tokenizer, meta)
         retriever._read_changes(cure)
-        fits = references is None or references.hash == meta["references"]
-        check(fits, f"{path} is stale: its references have changed since; {cure}")
+        valid = references is None or references.hash == meta["references"]
+        check(valid, f"{path} is stale: its references have changed since; {cure}")
         return retriever
 
     def search(self, queries, k):
@@ -266,8 +266,8 @@ class Retriever:
 
     def _embed(self, texts):
         vectors = np.array(self.embedder.encode(texts), np.float32)
-        fits = vectors.shape == (len(texts), self.embedder.dim)
-        check(fits, f"embedder {self.embedder.name} gives {vectors.shape} for {len(texts)} texts")
+        valid = vectors.shape == (len(texts), self.embedder.dim)
+        check(valid, f"embedder {self.embedder.name} gives {vectors.shape} for {len(texts)} texts")
         return vectors
 
     def _search_rows(self, vectors, k):
@@ -404,9 +404,9 @@ class Retriever:
             arrays = {name: file[name] for name in kinds}
         except Exception as error:  # NumPy's, zipfile's and zlib's own kinds of it
             raise UserError(f"{path} is damaged ({type(error).__name__}); {cure}") from None
-        fits = all(arrays[name].dtype.kind == kind for name, kind in kinds.items())
-        fits = fits and arrays["vectors"].shape == (len(arrays["ids"]), self.embedder.dim)
-        check(fits, f"{path} is damaged; {cure}")
+        valid = all(arrays[name].dtype.kind == kind for name, kind in kinds.items())
+        valid = valid and arrays["vectors"].shape == (len(arrays["ids"]), self.embedder.dim)
+        check(valid, f"{path} is damaged; {cure}")
         if int(arrays["base"]) != self.meta["checksum"]:
             return None  # they belong to an older index
         return arrays
@@ -647,8 +647,8 @@ class Relevance:
             return None
         cure = "remove it, then every question finds something, or calibrate anew: kb.py calibrate"
         made = read_json(file, dict(least=float, counts=dict), cure)
-        whole = all(type(n) is int and n > 0 for n in made["counts"].values())
-        check(whole, f"{file} is damaged: {cure}")
+        complete = all(type(n) is int and n > 0 for n in made["counts"].values())
+        check(complete, f"{file} is damaged: {cure}")
         return Relevance(made["counts"], made["least"])
 
 
@@ -671,13 +671,13 @@ class Only:
         look = 4 * k
         while True:
             ids, scores = self.live.search(queries, min(look, most))  # (n, look)
-            fits = self._fits(ids)
-            n_fitting = fits.sum(1)  # (n,)
+            valid = self._fits(ids)
+            n_fitting = valid.sum(1)  # (n,)
             if look >= most or (n_fitting >= k).all():
                 break
             look *= 4
-        ids = np.where(fits, ids, -1)
-        scores = np.where(fits, scores, NOTHING)
+        ids = np.where(valid, ids, -1)
+        scores = np.where(valid, scores, NOTHING)
         ids, scores = best_of(ids, scores, k)  # (n, k), or all there are
         lacking = ((0, 0), (0, k - ids.shape[1]))
         ids = np.pad(ids, lacking, constant_values=-1)
@@ -688,8 +688,8 @@ class Only:
         """Which of ids (n, k) have a source that says what is wanted."""
         names = np.unique(ids[ids >= 0])
         texts = self.live.references.rows(names)
-        fits = [text.id for text in texts if text.says(self.wanted)]
-        return np.isin(ids, fits) & (ids >= 0)
+        valid = [text.id for text in texts if text.says(self.wanted)]
+        return np.isin(ids, valid) & (ids >= 0)
 
 
 # -- Other sources ----------------------------------------------------------------------------
@@ -911,10 +911,10 @@ def open_neighbors(data, split, chunk_len=None, context=None):
     """
     path = Path(f"{data}/{split}.neighbors.bin")
     side = path.with_suffix(".json")
-    wanted = dict(references=_references_for(data, split))
-    wanted["chunk_len"] = chunk_len or 64
-    wanted["context"] = context or 2048
-    cure = _neighbors_cure(data, split, wanted)
+    requested = dict(references=_references_for(data, split))
+    requested["chunk_len"] = chunk_len or 64
+    requested["context"] = context or 2048
+    cure = _neighbors_cure(data, split, requested)
     check(side.exists() and path.exists(), f"{path}: no neighbours here; {cure}")
     meta = read_json(side, NEIGHBORS, cure)
     k = meta["k"]
@@ -923,21 +923,21 @@ def open_neighbors(data, split, chunk_len=None, context=None):
         check(meta[name] >= 1, f"{side} is damaged: {name} {meta[name]}; {cure}")
 
     # what was not asked for stays as it was: the cure says all of it
-    wanted["references"] = meta["name"]
-    wanted["chunk_len"] = chunk_len or meta["chunk_len"]
-    wanted["context"] = context or meta["context"]
-    wanted["k"] = k
-    wanted["threshold"] = meta["threshold"]
-    cure = _neighbors_cure(data, split, wanted)
+    requested["references"] = meta["name"]
+    requested["chunk_len"] = chunk_len or meta["chunk_len"]
+    requested["context"] = context or meta["context"]
+    requested["k"] = k
+    requested["threshold"] = meta["threshold"]
+    cure = _neighbors_cure(data, split, requested)
     tokens = corpus.open_tokens(data, split)
     references = corpus.References.open(f"{data}/{meta['name']}")
-    now = dict(chunk_len=wanted["chunk_len"], references=references.hash)
-    now |= dict(n_tokens=len(tokens), tokens=digest(tokens))
-    for key, value in now.items():
+    current = dict(chunk_len=requested["chunk_len"], references=references.hash)
+    current |= dict(n_tokens=len(tokens), tokens=digest(tokens))
+    for key, value in current.items():
         check(meta[key] == value, f"{path} is for {key} {meta[key]}, not {value}; {cure}")
 
     # a window of the training must lie within one window of the filter
-    context = wanted["context"]
+    context = requested["context"]
     line = (
         f"{path}: copies were filtered from windows of {meta['context']} tokens, not of {context}"
     )

@@ -79,8 +79,8 @@ def check_flags(a):
         check(shown, "--explain and --html show memories: with --memory bank or random only")
     if a.html:
         folder = os.path.dirname(a.html) or "."
-        fits = os.access(folder, os.W_OK) and not os.path.isdir(a.html)
-        check(fits, f"--html {a.html}: give a file in a directory that can be written to")
+        valid = os.access(folder, os.W_OK) and not os.path.isdir(a.html)
+        check(valid, f"--html {a.html}: give a file in a directory that can be written to")
 
 
 def stop_token(tokenizer, text):

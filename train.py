@@ -99,14 +99,16 @@ class TrainConfig:
         check_fields(self, flag="--")
         explicit = self.stage == "explicit"
         # data/cities has text of its own for the explicit stage, data/text has not
-        own = explicit and not Path(self.data, "train.neighbors.bin").exists()
+        private = explicit and not Path(self.data, "train.neighbors.bin").exists()
         if not self.split:
-            self.split = "explicit" if own else "train"
+            self.split = "explicit" if private else "train"
         if not self.val:
-            self.val = "explicit_val,explicit_heldout" if own else "val,heldout"
+            self.val = "explicit_val,explicit_heldout" if private else "val,heldout"
         if self.micro_batch:
-            whole = self.batch % self.micro_batch == 0
-            check(whole, f"--batch {self.batch}: no multiple of --micro_batch {self.micro_batch}")
+            complete = self.batch % self.micro_batch == 0
+            check(
+                complete, f"--batch {self.batch}: no multiple of --micro_batch {self.micro_batch}"
+            )
 
 
 # -- Batches ----------------------------------------------------------------------------------
@@ -161,9 +163,9 @@ class Windows:
         n_chunks = self.T // self.C
         rows = [self.neighbors[w * n_chunks : (w + 1) * n_chunks, 0] for w in windows]
         ids = np.stack(rows)  # (B, c), the best neighbour of each chunk, -1 = none
-        some = np.maximum(ids, 0).ravel()  # for -1 reference 0 is written, and nobody reads it
+        rows = np.maximum(ids, 0).ravel()  # for -1 reference 0 is written, and nobody reads it
         width = self.config.ref_len if full_width else None
-        references = self.references.batch(some, width)  # (B*c, n)
+        references = self.references.batch(rows, width)  # (B*c, n)
         recall = recall_table(ids, self.config.n_recall, self.shift)  # (B, c, R)
         return tokens, targets, references, recall
 
@@ -266,10 +268,10 @@ def choose_dtype(cfg, device):
         return getattr(torch, cfg.dtype), "asked for"
     # emulated, or without AMX on a CPU, bfloat16 is slower than float32
     if device.type == "cuda":
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        found = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has else torch.float32, "the fastest here"
+        found = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if found else torch.float32, "the fastest here"
 
 
 def open_run(cfg, config):
@@ -291,11 +293,11 @@ def open_run(cfg, config):
         check(is_run, f"{last} holds weights alone, no run: --init {last} with another --out")
         for name in ("stage", "split", "init", "context", "batch", "query_shift", "seed"):
             before = saved["train"][name]
-            now = getattr(cfg, name)
-            line = f"{last} is of a run with --{name} {before}, not {now}: choose another --out"
-            check(before == now, line)
-        fits = config in (None, model.config)
-        check(fits, f"{last} is a model of another shape: choose another --out")
+            current = getattr(cfg, name)
+            line = f"{last} is of a run with --{name} {before}, not {current}: choose another --out"
+            check(before == current, line)
+        valid = config in (None, model.config)
+        check(valid, f"{last} is a model of another shape: choose another --out")
         print(f"resuming {last} at step {saved['step']}")
         return model, meta | saved, state
 
@@ -328,10 +330,10 @@ def check_tokenizer(cfg, config, meta):
     A token id must stand for the same bytes, and the header must be the one that --init has learnt.
     """
     tokenizer = corpus.tokenizer(cfg.data)
-    same = meta.get("tokenizer") in (None, tokenizer.id)
-    fits = tokenizer.n_vocab <= config.vocab_size and tuple(tokenizer.header) == config.header
+    equal = meta.get("tokenizer") in (None, tokenizer.id)
+    valid = tokenizer.n_vocab <= config.vocab_size and tuple(tokenizer.header) == config.header
     line = f"the checkpoint's tokenizer is not that of {cfg.data} ({tokenizer.id})"
-    check(same and fits, line)
+    check(equal and valid, line)
     return tokenizer.id
 
 
@@ -802,8 +804,8 @@ def command_line(argv=None):
         check(last.exists(), f"--resume {args.resume}: no last.pt there, so no run to go on with")
         settings = read_checkpoint(last, verify=False)[0]["meta"].get("train")  # main verifies it
         check(settings, f"{last} holds weights alone, no run: --init {last} with another --out")
-        known = [field.name for field in fields(TrainConfig) if field.name not in OF_THIS_TIME]
-        settings = {name: settings[name] for name in known if name in settings}
+        listed = [field.name for field in fields(TrainConfig) if field.name not in OF_THIS_TIME]
+        settings = {name: settings[name] for name in listed if name in settings}
         if args.steps:  # the run now ends by these, not by the minutes it was begun with
             settings["minutes"] = 0.0
         settings |= given(args, TrainConfig) | dict(out=args.resume)

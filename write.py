@@ -64,9 +64,9 @@ def open_base(args, model):
     """The base at --out; if there is none, it is made of --data and --references."""
     if Texts.exists(args.out) and not args.references:
         bank = MemoryBank.open(args.out, model)
-        has = bank.meta["dtype"]
-        line = f"{args.out} is a bank of {has}, not of {args.dtype}: drop --dtype"
-        check(args.dtype in (None, has), line)
+        found = bank.meta["dtype"]
+        line = f"{args.out} is a bank of {found}, not of {args.dtype}: drop --dtype"
+        check(args.dtype in (None, found), line)
         if args.whole_documents:
             bank.check_documents(True)
         return bank
@@ -128,9 +128,9 @@ def write_index(bank, encoder=None, factory=None):
     how = dict(model=bank.model, bank=bank)
     if (references.path / "index" / "meta.json").exists():
         live = Live.open(references, bank.model).save()
-        same = encoder is None or full_name(encoder) == live.embedder.name
-        same = same and factory in (None, live.meta.get("factory"))
-        if not same:
+        equal = encoder is None or full_name(encoder) == live.embedder.name
+        equal = equal and factory in (None, live.meta.get("factory"))
+        if not equal:
             live = Live.build(references, encoder or live.embedder.name, factory, **how)
     else:
         live = Live.build(references, encoder or "hash", factory, **how)
@@ -176,8 +176,8 @@ def command_line(argv=None):
     p.add_argument("--out", default=BANK, help="directory of the knowledge base")
     dtype = "of the memories (None: the base's, or bfloat16)"
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help=dtype)
-    whole = "encode the references of a document as one sequence (Remark 3.2)"
-    p.add_argument("--whole_documents", action="store_true", help=whole)
+    complete = "encode the references of a document as one sequence (Remark 3.2)"
+    p.add_argument("--whole_documents", action="store_true", help=complete)
     p.add_argument("--quantize", action="store_true", help="also make the quantized memories")
     p.add_argument("--codec", help="FAISS string of their codec (None: chosen by size)")
     embedder = "hash, hash:DIM, bge-m3, hf:NAME, self:LAYER.HEAD (None: the index's, or hash)"

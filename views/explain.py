@@ -47,10 +47,10 @@ def attention_shares(model, tokens, pool, table):
     # Which memories each context token reads, and which of their slots are filled.
     chunk = torch.arange(n_context, device=tokens.device) // cfg.chunk_len
     rows = table[:, chunk]  # (B, T, R)
-    some = rows.clamp(min=0)  # -1 reads any row, and is masked
+    readable = rows.clamp(min=0)  # -1 reads any row, and is masked
     slots = torch.arange(cfg.memory_tokens, device=tokens.device)
     counts = filled_slots(pool.count, cfg)  # (Lm, M, Hkv)
-    counts = counts[:, some].masked_fill(rows.unsqueeze(-1) < 0, 0)  # (Lm, B, T, R, Hkv)
+    counts = counts[:, readable].masked_fill(rows.unsqueeze(-1) < 0, 0)  # (Lm, B, T, R, Hkv)
     counts = counts.movedim(-1, 2).repeat_interleave(group, 2)  # (Lm, B, H, T, R)
     valid = (slots < counts.unsqueeze(-1)).flatten(4)  # (Lm, B, H, T, R*S)
     valid = F.pad(valid, (0, 0, n_header, 0))  # (Lm, B, H, P+T, R*S): the header reads nothing
@@ -68,7 +68,7 @@ def attention_shares(model, tokens, pool, table):
         k = k.repeat_interleave(group, 1)  # (B, H, P+T, dh)
         v = v.repeat_interleave(group, 1)  # (B, H, P+T, dh)
         i = cfg.memory_layers.index(l)
-        kv = pool.kv[:, i].to(q.dtype)[some]  # (B, T, R, 2, Hkv, S, dh)
+        kv = pool.kv[:, i].to(q.dtype)[readable]  # (B, T, R, 2, Hkv, S, dh)
         kv = kv.permute(3, 0, 4, 1, 2, 5, 6)  # (2, B, Hkv, T, R, S, dh)
         kv = kv.repeat_interleave(group, 2).flatten(4, 5)  # (2, B, H, T, R*S, dh)
         kv = F.pad(kv, (0, 0, 0, 0, n_header, 0))  # (2, B, H, P+T, R*S, dh)
@@ -102,7 +102,7 @@ def worth(model, tokens, n_prompt, pool, table):
         logp = logits[:, n_prompt - 1 : -1].float().log_softmax(-1)
         return logp.gather(-1, rows[:, n_prompt:, None])[..., 0]
 
-    whole = follow(table)
+    complete = follow(table)
     nothing = follow(torch.full_like(table, -1))
     n_chunks, n_recall = table.shape[1:]
     slots = torch.arange(n_recall)
@@ -110,8 +110,8 @@ def worth(model, tokens, n_prompt, pool, table):
     for chunk in range(n_chunks):
         without = table.repeat(n_recall, 1, 1)  # (R, c, R): row r has all but this chunk's memory r
         without[slots, chunk, slots] = -1
-        gains.append(whole - follow(without))
-    return torch.stack(gains), whole[0], nothing[0]
+        gains.append(complete - follow(without))
+    return torch.stack(gains), complete[0], nothing[0]
 
 
 def pieces(tokenizer, ids):
@@ -119,8 +119,8 @@ def pieces(tokenizer, ids):
     letters = codecs.getincrementaldecoder("utf-8")("replace")
     texts = []
     for token in ids:
-        known = token < tokenizer.n_vocab  # a model may have more ids than the tokenizer
-        written = tokenizer.encoding.decode_bytes([int(token)]) if known else b""
+        listed = token < tokenizer.n_vocab  # a model may have more ids than the tokenizer
+        written = tokenizer.encoding.decode_bytes([int(token)]) if listed else b""
         text = letters.decode(written)
         texts.append(text.replace("\ufffd", ""))  # bytes that are no letter
     return texts
@@ -215,7 +215,7 @@ def view(model, tokenizer, references, tokens, trace, bank):
     cfg = model.config
     n_prompt = tokens.shape[1] - trace.logprobs.shape[1]
     pool, table, shares, chunks = look(model, tokenizer, references, tokens, trace, bank)
-    gains, whole, nothing = worth(model, tokens[:1], n_prompt, pool, table)
+    gains, complete, nothing = worth(model, tokens[:1], n_prompt, pool, table)
     shares = (shares * 1000).round().astype(int)
     texts = {}
     for number, chunk in enumerate(chunks):
@@ -235,7 +235,7 @@ def view(model, tokenizer, references, tokens, trace, bank):
         keepers=n_heads(cfg),
         memory_tokens=cfg.memory_tokens,
         n_prompt=n_prompt,
-        whole=rounded(whole),
+        whole=rounded(complete),
         nothing=rounded(nothing),
         pieces=pieces(tokenizer, tokens[0].tolist()),
         chunks=chunks,
