@@ -31,6 +31,7 @@ import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,10 @@ THREADS = 8  # an SSD answers many reads at a time
 WINDOW = 64 << 20  # bytes to read at a time when the whole bank is read
 # the cure where texts.sqlite is damaged
 RESTORE = "bring it back from a copy, or save what is whole with the sqlite3 command .recover"
+
+# The threads of OpenMP do not survive a fork: with more than one a child would wait for ever.
+os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+
 
 # -- The texts ---------------------------------------------------------------------------------
 

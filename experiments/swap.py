@@ -14,6 +14,7 @@ Finetuning reads the very questions that are asked later; an import never sees o
 
 import argparse
 import copy
+import importlib.util
 import sys
 import tempfile
 import time
@@ -23,8 +24,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data/cities")]
-import prepare  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 import corpus  # noqa: E402
 from bank import MemoryBank  # noqa: E402
@@ -33,6 +33,13 @@ from eval import Asker, columns, json_flag, prepare_json, write_result  # noqa: 
 from generate import Several, in_context, model_flags, open_memory, open_model  # noqa: E402
 from memory import Memories  # noqa: E402
 from retrieval import Given, Live  # noqa: E402
+
+# by its path: another data set has a prepare.py, too
+spec = importlib.util.spec_from_file_location("cities_prepare", ROOT / "data/cities/prepare.py")
+prepare = importlib.util.module_from_spec(spec)
+sys.path.insert(0, str(ROOT / "data/cities"))  # where its wordings lie
+spec.loader.exec_module(prepare)
+sys.path.pop(0)
 
 
 class Written:

@@ -73,7 +73,7 @@ def test_unknown_embedder():
     try:
         import transformers  # noqa: F401
     except ImportError:
-        with pytest.raises(ImportError, match="pip install transformers"):
+        with pytest.raises(UserError, match="pip install transformers"):
             embedder("bge-m3")
 
 

@@ -16,9 +16,10 @@ from common import write_json
 from model import load_checkpoint
 from retrieval import Live
 
-sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "data/cities")]
-import prepare  # noqa: E402
+sys.path.insert(0, str(ROOT / "experiments"))
 import swap  # noqa: E402
+
+prepare = swap.prepare  # that of data/cities: data/text has one of the same name
 
 PLACES = "Bergen Hamar Drammen Levanger Narvik Skien Molde".split()
 
