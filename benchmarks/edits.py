@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus  # noqa: E402
 from bank import MemoryBank  # noqa: E402
-from common import run  # noqa: E402
+from common import number, run  # noqa: E402
 from eval import columns  # noqa: E402
 from generate import remember  # noqa: E402
 from model import Config, Memory3  # noqa: E402
@@ -114,7 +114,9 @@ def memory_of_edits(tokenizer, edits=10_000):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--sizes", default="1000,10000,100000", help="numbers of references")
-    p.add_argument("--edits", type=int, default=10_000, help="for the memory of the process")
+    p.add_argument(
+        "--edits", type=number(int, 500), default=10_000, help="for the memory: from 500"
+    )
     a = p.parse_args(argv)
     tokenizer = corpus.tokenizer("data/cities")
     rows = []
