@@ -99,11 +99,11 @@ class TrainConfig:
         check_fields(self, flag="--")
         explicit = self.stage == "explicit"
         # data/cities has text of its own for the explicit stage, data/text has not
-        private = explicit and not Path(self.data, "train.neighbors.bin").exists()
+        separate = explicit and not Path(self.data, "train.neighbors.bin").exists()
         if not self.split:
-            self.split = "explicit" if private else "train"
+            self.split = "explicit" if separate else "train"
         if not self.val:
-            self.val = "explicit_val,explicit_heldout" if private else "val,heldout"
+            self.val = "explicit_val,explicit_heldout" if separate else "val,heldout"
         if self.micro_batch:
             complete = self.batch % self.micro_batch == 0
             check(
