@@ -266,11 +266,13 @@ def choose_dtype(cfg, device):
     """-> the dtype of the computation, and why: the fastest that the hardware has."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype), "asked for"
-    # emulated, or without AMX on a CPU, bfloat16 is slower than float32
+    # where it is emulated, bfloat16 is slower than float32
     if device.type == "cuda":
         found = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        found = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     else:
-        found = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        found = False
     return torch.bfloat16 if found else torch.float32, "the fastest here"
 
 

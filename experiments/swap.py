@@ -179,7 +179,8 @@ def main(argv=None):
         asker = Asker(tuned, tokenizer, old_references, Given([[0]]), given)
         new_share = exactness(asker, asked, "plain")
         old_share = exactness(asker, old_rows, "oracle")
-        lines.append([f"finetuned, {steps} steps", longer * seconds, new_share, old_share, 0])
+        name = f"finetuned {longer:g} x as long, {steps} steps"
+        lines.append([name, longer * seconds, new_share, old_share, 0])
     model.config.n_recall = 5
     asker = Asker(model, tokenizer, old_references, old_live, Written(model, old_references))
     new_share = exactness(asker, asked, "plain")
