@@ -8,8 +8,10 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -718,7 +720,8 @@ def test_a_shape_is_fed_by_text_and_time(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_own_text_in_one_command(tmp_path):
-    """A step whose flags another step's file does not have; a step missing at the end."""
+    """A step whose flags another step's file does not have; a step missing at the end; what a
+    killed run left, taken for whole or refused."""
     pytest.importorskip("tokenizers")
     folder = tmp_path / "notes"
     folder.mkdir()
@@ -728,11 +731,22 @@ def test_own_text_in_one_command(tmp_path):
     env = os.environ | dict(PY=sys.executable, QUESTIONS="3", OMP_NUM_THREADS="1")
     env["PREPARE"] = "--tokenizer bpe:400 --processes 1"
     env["TRAIN"] = "--batch 4 --eval_batches 1"
-    first = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
+    how = dict(cwd=tmp_path, env=env, text=True)
+    for step in (3, 4, 5):
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, start_new_session=True, **how
+        ) as run:
+            for line in run.stdout:
+                if f"== {step} of 7" in line:
+                    break
+            run.stdout.readline()  # the command that begins
+            time.sleep(2)  # so that it is in the midst of its work, or near it
+            os.killpg(run.pid, signal.SIGKILL)
+    last = subprocess.run(command, capture_output=True, **how)
+    assert last.returncode == 0, last.stdout[-2000:] + last.stderr[-2000:]
     for step in range(1, 8):
-        assert f"== {step} of 7" in first.stdout
-    assert first.stdout.count("->") == 3 and "| recalled: " in first.stdout
+        assert f"== {step} of 7" in last.stdout
+    assert last.stdout.count("->") == 3 and "| recalled: " in last.stdout
     out = tmp_path / "out/notes"
     for name in ("model/tokenizer.json", "model/model.pt", "eval.json", "shape.txt"):
         assert (out / name).exists()
