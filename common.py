@@ -309,9 +309,15 @@ def make_directory(path):
 
 @contextmanager
 def lock(path):
-    """Holds the lock of a directory, one process at a time; a process that dies gives it back."""
+    """Holds the lock of a directory, one process at a time; a process that dies gives it back.
+    UserError where the directory cannot be written to."""
     make_directory(path)
-    with open(Path(path, "lock"), "w") as file:
+    try:
+        file = open(Path(path, "lock"), "w")
+    except OSError as error:
+        line = f"{path} cannot be written to ({error.strerror})"
+        raise UserError(f"{line}: copy it to where you may write") from None
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

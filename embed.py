@@ -25,6 +25,9 @@ import torch.nn.functional as F
 
 from common import UserError, check, optional
 
+# the values of --embedder; the last is not an embedder of texts but searches keys (inside.py)
+KINDS = "hash, hash:DIM, bge-m3, hf:NAME, self:LAYER.HEAD"
+
 # -- Words ------------------------------------------------------------------------------------
 
 # Scripts written without spaces between words: letters, and the marks that belong to them.
@@ -276,7 +279,7 @@ def embedder(name, state=None):
     if full.startswith("hf:") and len(full) > 3:
         return HuggingFaceEmbedder(full[3:])
     match = re.fullmatch(r"hash:([1-9][0-9]{0,5})", full)
-    check(match, f"unknown embedder {name!r}: take hash, hash:DIM, bge-m3 or hf:NAME")
+    check(match, f"unknown embedder {name!r}: take one of {KINDS}")
     dim = int(match[1])
     check(dim <= HashEmbedder.MOST, f"embedder {name}: at most {HashEmbedder.MOST} dimensions")
     return HashEmbedder(dim, state)

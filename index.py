@@ -69,7 +69,10 @@ def cure_for(path, name=None):
     """The command, with all its flags, that makes an index which is missing or wrong."""
     path = Path(path)
     if (path.parent / "texts.sqlite").exists():  # the index of a knowledge base
-        return f"make it anew with: {command('kb.py', 'index', '--kb', path.parent)}"
+        flags = ["--kb", path.parent]
+        if name is None:  # else it keeps the embedder, and the factory that was given with it
+            flags += ["--embedder", "hash"]
+        return f"make it anew with: {command('kb.py', 'index', *flags)}"
     flags = ["--data", path.parent, "--references", path.stem]
     if name:
         flags += ["--embedder", name]
@@ -276,6 +279,7 @@ def _prepare(path, references, tokenizer_name, encoder, factory, progress):
     file = parts / "plan.json"
     tokenizer = corpus.tokenizer(tokenizer_name)
     model = embedder(encoder)
+    chosen = factory  # by hand; None: by size
     factory = factory or choose_factory(len(references), model.dim)
     factory = factory.removeprefix("IDMap2,")  # ids are rows here
     # a data set may be moved: its tokenizer is that of the directory above, wherever that lies
@@ -287,6 +291,7 @@ def _prepare(path, references, tokenizer_name, encoder, factory, progress):
         embedder=model.name,
         unfitted=model.id,
         factory=factory,
+        chosen=chosen,
         tokenizer=".." if in_parent else str(tokenizer_name),
         tokenizer_id=tokenizer.id,
         references=references.hash,
@@ -387,7 +392,7 @@ def join(path, references, progress=True):
     # From here on the old index is no more; a kill leaves the parts, and this is done again
     made.replace(path / "index.faiss")
     shutil.copy(parts / "embedder.npy", path / "embedder.npy")
-    meta = {key: plan[key] for key in META if key in plan}
+    meta = {key: plan[key] for key in (*META, "chosen") if key in plan}
     # the last: until its checksum is there, nobody takes the index for the new one
     write_json(path / "meta.json", meta | dict(checksum=checksum, blank=blank))
     shutil.rmtree(parts)

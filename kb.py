@@ -30,17 +30,16 @@ from common import (
     find_device,
     number,
     numbered_rows,
-    read_json,
     read_rows,
     read_text,
     replace_file,
     run,
     visible,
 )
+from embed import KINDS
 from generate import BANK, has_word, wanted
-from index import cure_for
 from model import load_checkpoint
-from retrieval import Live, Only
+from retrieval import Live, Only, choice, is_index
 
 BATCH = 1000  # texts of a transaction
 NEAR = 0.8  # from this similarity on, a text may say the same as an old one
@@ -113,11 +112,8 @@ def open_base(a):
 
 def searcher(a):
     """The model that --embedder self:LAYER.HEAD searches with; None for an index of texts."""
-    folder = Path(a.kb, "index")
-    name = getattr(a, "embedder", None)
-    if name is None and (folder / "meta.json").exists():
-        name = read_json(folder / "meta.json", dict(embedder=str), cure_for(folder))["embedder"]
-    return open_model(a) if (name or "").startswith("self:") else None
+    name = getattr(a, "embedder", None) or choice(a.kb)[0]
+    return open_model(a) if name.startswith("self:") else None
 
 
 def show(texts, tokenizer, ids):
@@ -147,7 +143,9 @@ def matching(texts, filters):
 
 def new(a):
     """Makes an empty knowledge base for the model, with the tokenizer of --data."""
-    check(not Texts.exists(a.kb), f"--kb {a.kb} is there already: give another path")
+    if Texts.exists(a.kb):  # one whose making was cut short has neither texts nor an index
+        complete = len(Texts(a.kb)) or is_index(Path(a.kb, "index"))
+        check(not complete, f"--kb {a.kb} is there already: give another path")
     tokenizer = corpus.tokenizer(a.data)
     model = open_model(a)
     equal = tuple(tokenizer.header) == model.config.header
@@ -301,7 +299,7 @@ def compact(a):
     # the index as well: vectors of deleted texts are hidden in it, and word counts remember them
     live = Live.open(bank.references, model)
     how = dict(progress=len(live) >= BATCH, model=model, bank=bank)
-    Live.build(bank.references, live.meta["embedder"], **how)
+    Live.build(bank.references, **how)
     print(f"{a.kb}: {before:,} bytes before, {size_of(a.kb):,} now")
 
 
@@ -421,10 +419,7 @@ def parser():
     share = number(float, 0, 1)
     near = ("--near", dict(type=share, default=NEAR, help="similarity; 0: name none"))
     filters = ("--filter", dict(action="append", default=[], help="key=value of the source"))
-    embedder = (
-        "--embedder",
-        dict(default="hash", help="hash, hash:DIM, bge-m3, hf:NAME, self:LAYER.HEAD"),
-    )
+    embedder = ("--embedder", dict(default="hash", help=KINDS))
     data = ("--data", dict(default="data/cities", help="a data set with the tokenizer"))
     dtype = (
         "--dtype",
@@ -457,7 +452,8 @@ def parser():
     command("export", export, filters, ("--out", dict(required=True, help="a .jsonl file")))
     command("stats", stats)
     factory = ("--factory", dict(help="FAISS factory string (None: chosen by size)"))
-    command("index", index, embedder, factory, model=True)
+    again = ("--embedder", dict(help=f"{KINDS} (None: as it is, with its factory)"))
+    command("index", index, again, factory, model=True)
     asked = ["data/cities/questions.jsonl", "data/cities/questions_reworded.jsonl"]
     questions = ("--questions", dict(nargs="+", default=asked, help=".jsonl files"))
     none = ("--unanswerable", dict(help=".jsonl of questions that no reference answers"))

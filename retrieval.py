@@ -36,7 +36,7 @@ from common import (
     shard,
     write_json,
 )
-from embed import HashEmbedder, digest, embedder, normalize, words
+from embed import KINDS, HashEmbedder, digest, embedder, normalize, words
 from index import (
     BATCH,
     FORMAT,
@@ -442,6 +442,65 @@ class Frozen:
         return self.references[i]
 
 
+def is_index(path):
+    """Whether an index is at `path`: its meta.json is written last."""
+    return Path(path, "meta.json").exists()
+
+
+def put_in_place(path):
+    """Puts the whole index beside `path`, index.new, into its place. A directory cannot replace
+    another in one step: a kill between the two renames leaves the old one in index.old, from where
+    `put_back` brings it. The caller holds the lock."""
+    old = path.with_name("index.old")
+    put_back(path)  # the only whole one must not be removed below
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    path.with_name("index.new").rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(path):
+    """Mends what a kill in `put_in_place` left. The caller holds the lock."""
+    old = path.with_name("index.old")
+    if not is_index(path) and is_index(old):
+        shutil.rmtree(path, ignore_errors=True)
+        old.rename(path)
+
+
+def choice(base):
+    """The embedder and the factory that were chosen for the index of the knowledge base `base`, be
+    it elsewhere or unfinished since a kill. Factory None: by size."""
+    for name in ("index/meta.json", "index.old/meta.json", "index.new/parts/plan.json"):
+        file = Path(base, name)
+        if file.exists():
+            made = read_json(file, dict(embedder=str), cure_for(Path(base, "index")))
+            return made["embedder"], made.get("chosen")
+    return "hash", None
+
+
+def read_whole(path, model):
+    """Opens an index that another process may put a new one in the place of meanwhile: files of two
+    of them do not fit together, so it is read again."""
+    while True:
+        before = stamp(path)
+        try:
+            return Retriever.open(path, model=model)
+        except UserError:
+            if stamp(path) == before:
+                raise
+
+
+def stamp(path):
+    """Changes whenever another index is put at `path`."""
+    file = Path(path, "meta.json")
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 class Live:
     """Finds the references of a knowledge base (bank.Texts) as they are, whoever changes them.
 
@@ -466,41 +525,61 @@ class Live:
         return self.references.count_live()
 
     @staticmethod
-    def build(references, encoder="hash", factory=None, progress=True, model=None, bank=None):
-        """Indexes a knowledge base anew. The old index serves until the new one is whole. model:
-        for the encoder self:LAYER.HEAD; bank: its memories, where they are written already."""
+    def build(references, encoder=None, factory=None, progress=True, model=None, bank=None):
+        """Indexes a knowledge base anew. The old index serves until the new one is whole.
+        encoder None: the embedder, and without `factory` the factory, that were chosen for the old
+        one. model: for the encoder self:LAYER.HEAD; bank: its memories, where they are written
+        already."""
+        with lock(references.path):  # one process at a time
+            if encoder is None:
+                encoder, chosen = choice(references.path)
+                factory = factory or chosen
+            return Live._build(references, encoder, factory, progress, model, bank)
+
+    @staticmethod
+    def _build(references, encoder, factory, progress=True, model=None, bank=None):
+        """`build`, by whoever holds the lock of the directory."""
         path = Path(references.path, "index")
         new = path.with_name("index.new")
-        old = path.with_name("index.old")
-        name = str(references.path)
-        how = Frozen(references), name, encoder
+        how = Frozen(references), str(references.path), encoder
         if isinstance(encoder, str) and encoder.startswith("self:"):
             shutil.rmtree(new, ignore_errors=True)  # of another kind, unfinished
             made = inside.KeyRetriever.build(new, *how, model, bank, progress)
         else:
             made = Retriever.build(new, *how, factory, progress)
-        with references.transaction():  # one process at a time
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
-                path.rename(old)
-            new.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(path)
         made.path = path
         return Live(made, references)
+
+    @staticmethod
+    def exists(references):
+        """Whether there is an index. If a kill has left it beside its place, it goes back first."""
+        path = Path(references.path, "index")
+        if not is_index(path) and references.writable:
+            with lock(references.path):  # whoever is just renaming it has done so then
+                put_back(path)
+        return is_index(path)
 
     @staticmethod
     def open(references, model=None):
         """The index of a knowledge base; where there is none, it is made. model: for an index of
         its own keys. UserError where it is of other texts, or damaged."""
         path = Path(references.path, "index")
-        if not (path / "meta.json").exists():
-            print(f"{path}: there is no index yet; it is made of {len(references):,} texts")
+        name = str(references.path)
+        if not Live.exists(references):
+            line = f"{path}: there is no index yet; it is made of {len(references):,} texts"
             if references.writable:
-                return Live.build(references)
-            with tempfile.TemporaryDirectory() as folder:  # a medium that can only be read
-                name = str(references.path)
-                return Live(Retriever.build(folder, Frozen(references), name), references)
-        live = Live(Retriever.open(path, model=model), references)
+                with lock(references.path):
+                    if not is_index(path):  # else another process was quicker
+                        print(line)
+                        return Live._build(references, *choice(name), model=model)
+            elif is_index(path.with_name("index.old")):
+                path = path.with_name("index.old")
+            else:
+                print(line)
+                with tempfile.TemporaryDirectory() as folder:  # a medium that can only be read
+                    return Live(Retriever.build(folder, Frozen(references), name), references)
+        live = Live(read_whole(path, model), references)
         of_these = references.hash.startswith(f"{live.base}:")
         of_these = of_these and live.version <= references.version
         check(of_these, f"{path} is of other texts than those beside it; {cure_for(path)}")
@@ -581,13 +660,32 @@ class Live:
         retriever = self.retriever
         if retriever.n_changes > max(FEW, len(self) // 2):
             model = getattr(retriever, "model", None)  # a KeyRetriever's
-            return Live.build(self.references, self.meta["embedder"], model=model)
-        retriever.meta["references"] = f"{self.base}:{self.version}"
+            return Live.build(self.references, model=model)
+        state = f"{self.base}:{self.version}"
+        if retriever.meta["references"] == state:
+            return self  # nothing has changed
+        retriever.meta["references"] = state
         try:
-            retriever.save()
+            if isinstance(retriever, inside.KeyRetriever):
+                self._save_keys()
+            else:
+                retriever.save()
         except UserError:  # another process has saved: what it lacks will be embedded at opening
             pass
         return self
+
+    def _save_keys(self):
+        """Writes an index of keys, which has its changes in itself, beside the old one."""
+        new = self.path.with_name("index.new")
+        with lock(self.references.path):
+            on_disk = read_json(self.path / "meta.json", dict(checksum=int), "")
+            same = on_disk["checksum"] == self.meta["checksum"]
+            check(same, f"{self.path}: another process has saved it")
+            shutil.rmtree(new, ignore_errors=True)
+            self.retriever.path = new
+            self.retriever.save()
+            put_in_place(self.path)
+            self.retriever.path = self.path
 
 
 class Relevance:
@@ -978,7 +1076,7 @@ def parser():
     for part in (index, join_, near):
         part.add_argument("--data", required=True, help="prepared data directory: data/cities")
         part.add_argument("--references", default="kb", help="its references: kb, train_refs")
-    embedder_help = "hash, hash:DIM, bge-m3, hf:NAME, or self:LAYER.HEAD (Remark 3.1)"
+    embedder_help = f"{KINDS} (Remark 3.1)"
     index.add_argument("--embedder", default="hash", help=embedder_help)
     for part in (index, near):
         checkpoint_help = "the model whose keys are the vectors, for --embedder self:LAYER.HEAD"

@@ -22,7 +22,7 @@ import torch
 import corpus
 from bank import MemoryBank, Texts
 from common import UserError, check, find_device, run, shard
-from embed import full_name
+from embed import KINDS, full_name
 from generate import BANK, place
 from memory import attention_path
 from model import load_checkpoint
@@ -126,14 +126,15 @@ def write_index(bank, encoder=None, factory=None):
     of the index, or hash."""
     references = bank.references
     how = dict(model=bank.model, bank=bank)
-    if (references.path / "index" / "meta.json").exists():
+    live = None
+    if Live.exists(references):
         live = Live.open(references, bank.model).save()
         equal = encoder is None or full_name(encoder) == live.embedder.name
         equal = equal and factory in (None, live.meta.get("factory"))
         if not equal:
-            live = Live.build(references, encoder or live.embedder.name, factory, **how)
-    else:
-        live = Live.build(references, encoder or "hash", factory, **how)
+            live = None
+    if live is None:
+        live = Live.build(references, encoder, factory, **how)
     factory = live.meta.get("factory", "keys of the memories")
     print(f"{live.path}: {len(live):,} references, {live.embedder.id}, {factory}")
 
@@ -180,8 +181,7 @@ def command_line(argv=None):
     p.add_argument("--whole_documents", action="store_true", help=complete)
     p.add_argument("--quantize", action="store_true", help="also make the quantized memories")
     p.add_argument("--codec", help="FAISS string of their codec (None: chosen by size)")
-    embedder = "hash, hash:DIM, bge-m3, hf:NAME, self:LAYER.HEAD (None: the index's, or hash)"
-    p.add_argument("--embedder", help=embedder)
+    p.add_argument("--embedder", help=f"{KINDS} (None: the index's, or hash)")
     p.add_argument("--factory", help="FAISS factory string of the index (None: chosen by size)")
     p.add_argument("--batch", type=int, default=64, help="references at a time")
     part = "i/n: only this share of the memories, as one of n processes on the same --out"

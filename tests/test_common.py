@@ -180,6 +180,10 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     refused("cannot be written: Not a dir", common.write_json, tmp_path / "file/a.json", {})
     refused("cannot be made a directory", common.make_directory, tmp_path / "file")
     refused("cannot be made a directory", common.make_directory, tmp_path / "file/a")
+    (tmp_path / "here/lock").mkdir(parents=True)
+    with pytest.raises(UserError, match="here cannot be written to .*: copy it to where"):
+        with common.lock(tmp_path / "here"):
+            pass
     made = common.make_directory(tmp_path / "a/b")
     assert made.is_dir() and common.make_directory(made) == made
     assert not list(tmp_path.rglob("*.tmp")) and (tmp_path / "file").read_bytes() == b"x"

@@ -67,8 +67,10 @@ def test_hash_embedder_finds_the_city():
 
 
 def test_unknown_embedder():
-    """A misspelt name that silently becomes the default; a missing package that says nothing."""
-    with pytest.raises(ValueError, match="unknown embedder 'hsah'"):
+    """A misspelt name that silently becomes the default, or a refusal that does not name all that
+    there are; a missing package that says nothing."""
+    line = "unknown embedder 'hsah': take one of hash, hash:DIM, bge-m3, hf:NAME, self:LAYER.HEAD$"
+    with pytest.raises(ValueError, match=line):
         embedder("hsah")
     try:
         import transformers  # noqa: F401

@@ -195,6 +195,158 @@ def test_a_base_that_is_searched_from_inside(world, tmp_path, capsys):
         Live.open(Texts(world.bank))
 
 
+def chosen(world):
+    """The embedder and the factory of a base's index."""
+    meta = json.loads((world.bank / "index/meta.json").read_text())
+    return meta["embedder"], meta["factory"]
+
+
+def test_what_was_chosen_by_hand_stays(world, monkeypatch, capsys):
+    """An index whose --embedder or --factory becomes the usual one when it is made anew: by
+    `compact`, by `save` once most is new, by `index` after damage, or by the printed cure."""
+    run(world, "index", "--embedder", "hash:97", "--factory", "SQ8")
+    assert chosen(world) == ("hash:97", "SQ8")
+    run(world, "compact")
+    assert chosen(world) == ("hash:97", "SQ8")
+    monkeypatch.setattr(retrieval, "FEW", 5)
+    retriever, bank = world.open()
+    bank.add([world.tok.encode(f"Town {n} has {n * n} people.") for n in range(20)])
+    assert retriever.save() is not retriever
+    assert chosen(world) == ("hash:97", "SQ8")
+    (world.bank / "index/index.faiss").write_bytes(b"damaged")
+    with pytest.raises(UserError) as refused:
+        world.open()
+    cure = str(refused.value).split("python kb.py ")[1]
+    kb.main(cure.split())
+    assert chosen(world) == ("hash:97", "SQ8")
+    assert world.open()[0].search(["Town 7"], 1)[0].tolist() == [[24]]
+    run(world, "index", "--factory", "Flat")
+    assert chosen(world) == ("hash:97", "Flat")
+    run(world, "index", "--embedder", "hash")  # another embedder, and a kind by size
+    assert chosen(world) == ("hash:512", "Flat")
+    (world.bank / "index/meta.json").write_text("{")
+    with pytest.raises(UserError, match="kb.py index --kb .* --embedder hash$") as refused:
+        run(world, "index")
+    kb.main(str(refused.value).split("python kb.py ")[1].split())
+    assert world.open()[0].search(["Town 7"], 1)[0].tolist() == [[24]]
+
+
+class Killed(BaseException):
+    """A SIGKILL: nothing is caught, nothing is cleaned up."""
+
+
+def killed_at(monkeypatch, when, function):
+    """Runs function(); it dies at its rename or removal of a directory number `when`."""
+    steps = []
+
+    def mortal(real):
+        def step(*args, **options):
+            steps.append(real)
+            if len(steps) == when:
+                raise Killed
+            return real(*args, **options)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", mortal(Path.rename))
+        patch.setattr(shutil, "rmtree", mortal(shutil.rmtree))
+        try:
+            function()
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("embedder", ["hash:97", "self:1.1"])
+def test_a_kill_while_an_index_takes_its_place(world, embedder, monkeypatch, tmp_path, capsys):
+    """A kill between the renames of the old index and the new one: the base then gets the usual
+    index instead of the one that was chosen, for good, or cannot be opened."""
+    where = ("--checkpoint", world.checkpoint, "--device", "cpu")
+    rows = [dict(question=f"Where is {name}holm?", reference=i) for i, name in enumerate(PLACES)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(world, "calibrate", "--questions", tmp_path / "q.jsonl")
+    run(world, "index", "--embedder", embedder, *where)
+    killed = 0
+    for when in range(1, 20):
+        model = world.model if embedder.startswith("self") else None
+        if not killed_at(monkeypatch, when, lambda model=model: run(world, "compact", *where)):
+            break
+        killed += 1
+        if not (world.bank / "index").exists():  # on a medium that can only be read, too
+            texts = Texts(world.bank)
+            texts.writable = False
+            assert Live.open(texts, model).meta["embedder"] == embedder
+        run(world, "search", text_of(3), *where)
+        live = Live.open(Texts(world.bank), model)
+        assert live.meta["embedder"] == embedder and live.relevance
+        assert chosen(world)[0] == embedder if model is None else "factory" not in live.meta
+        assert not killed_at(monkeypatch, 99, lambda: run(world, "compact", *where))
+    assert killed > 3
+    assert "there is no index yet" not in capsys.readouterr().out
+
+
+def test_a_base_whose_making_was_cut_short(world, monkeypatch, tmp_path):
+    """A base that `new` refuses as being there already, and that opens with the usual index
+    instead of the one that was asked for."""
+    for cut in ("_prepare", "join"):
+        path = tmp_path / cut
+        flags = ("--embedder", "hash:97", "--checkpoint", world.checkpoint)
+        with monkeypatch.context() as patch:
+            place = retrieval if cut == "join" else sys.modules["index"]
+            patch.setattr(place, cut, lambda *args: (_ for _ in ()).throw(Killed()))
+            with pytest.raises(Killed):
+                run(world, "new", *flags[:2], path=path)
+        if cut == "join":
+            copy = shutil.copytree(path, tmp_path / "copy")
+            assert Live.open(Texts(copy)).meta["embedder"] == "hash:97"
+        run(world, "new", *flags[:2], path=path)
+        assert Live.open(Texts(path)).meta["embedder"] == "hash:97"
+        with pytest.raises(UserError, match="is there already"):
+            run(world, "new", path=path)
+
+
+def test_a_kill_while_keys_are_saved(world, monkeypatch):
+    """An index of keys that is half old and half new, and must be made anew by hand; a save that
+    takes back what another process has saved."""
+    run(world, "index", "--embedder", "self:1.1", "--checkpoint", world.checkpoint)
+    live = Live.open(Texts(world.bank), world.model)
+    late = Live.open(Texts(world.bank), world.model)
+    bank = MemoryBank.open(world.bank, world.model)
+    new = bank.append(world.tok.encode("Zub City has 42 people."))
+
+    def die(*args, **options):
+        raise Killed
+
+    for name in ("replace_file", "write_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(retrieval.inside, name, die)
+            with pytest.raises(Killed):
+                Live.open(Texts(world.bank), world.model).save()
+        again = Live.open(Texts(world.bank), world.model)
+        assert new in again.retriever.rows
+    live.save()
+    saved = (world.bank / "index/meta.json").read_bytes()
+    late.save()
+    assert (world.bank / "index/meta.json").read_bytes() == saved
+
+
+def test_an_index_that_is_replaced_while_it_is_read(world, monkeypatch):
+    """ "damaged or half renewed" for a reader that is there just when another process puts a new
+    index in its place."""
+    real = retrieval.open_index
+    times = []
+
+    def slow(*args):
+        times.append(1)
+        if len(times) == 1:
+            Live.build(Texts(world.bank), "hash:97", progress=False)
+        return real(*args)
+
+    monkeypatch.setattr(retrieval, "open_index", slow)
+    assert world.open()[0].embedder.dim == 97 and len(times) == 3
+
+
 @pytest.mark.slow
 def test_the_toy_no_longer_knows_a_forgotten_fact(tmp_path, capsys):
     """A deleted fact that the model still gives: from a memory, or the index."""

@@ -380,7 +380,7 @@ def test_cures_can_be_pasted(place):
     (bank.path / "index" / "meta.json").write_text("[]")
     with pytest.raises(UserError, match="meta.json is damaged") as e:
         Live.open(bank.references)
-    assert pasted(e, "kb.py") == ["index", "--kb", str(bank.path)]
+    assert pasted(e, "kb.py") == ["index", "--kb", str(bank.path), "--embedder", "hash"]
 
 
 def pasted(error, file):
