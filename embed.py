@@ -88,6 +88,29 @@ def words(text):
     return found
 
 
+def lower_words(text):
+    """The words that stand somewhere in a text in small letters."""
+    small = [raw for raw in ASCII_WORD.findall(text) if raw[0].islower()]
+    return set(words(" ".join(small)))
+
+
+def small_words(text):
+    """The words that stand in a text in small letters only, so that they are hardly names. None
+    where no word but the first begins with a capital: then small letters say nothing.
+
+    >>> sorted(small_words("I wonder where Wonder Lake or Kyiv is"))
+    ['is', 'or', 'where']
+    >>> small_words("where is wonder lake")
+    set()
+    """
+    raw_words = ASCII_WORD.findall(text)
+    names = [raw for raw in raw_words[1:] if raw[0].isupper() and len(raw) > 1]  # not "I"
+    if not names:
+        return set()
+    large = [raw for raw in raw_words if raw[0].isupper()]
+    return lower_words(text) - set(words(" ".join(large)))
+
+
 # -- Embedders --------------------------------------------------------------------------------
 
 

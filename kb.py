@@ -299,7 +299,9 @@ def compact(a):
     # the index as well: vectors of deleted texts are hidden in it, and word counts remember them
     live = Live.open(bank.references, model)
     how = dict(progress=len(live) >= BATCH, model=model, bank=bank)
-    Live.build(bank.references, **how)
+    live = Live.build(bank.references, **how)
+    if live.relevance:
+        live.count_words()
     print(f"{a.kb}: {before:,} bytes before, {size_of(a.kb):,} now")
 
 
@@ -373,27 +375,52 @@ def index(a):
 
 def calibrate(a):
     """Learns from questions when the base knows nothing about one, so that nothing is recalled
-    then. Give questions as they will be asked: one in a wording that was never among them looks
-    unknown. --questions: rows with "question" and "reference", the id that answers it."""
-    cure = 'give .jsonl rows like {"question": "...", "reference": 17}'
-    answerable = []
-    for name in a.questions:
-        rows = read_rows(name, dict(question=str, reference=int), cure)
-        answerable += [(row["question"], row["reference"]) for row in rows]
-    unanswerable = []
-    if a.unanswerable:
-        rows = read_rows(a.unanswerable, dict(question=str), 'give rows like {"question": "..."}')
-        unanswerable = [row["question"] for row in rows]
+    then. --questions, --test: rows with "question" and "reference", the id that answers it; a row
+    without "reference" is a question that no reference answers."""
     live = Live.open(Texts(a.kb), searcher(a))
-    n = len(live.references)
-    unknown = [i for _, i in answerable if not 0 <= i < n]
-    line = f"--questions name references {unknown[:5]}, and {a.kb} has 0 to {n - 1}"
-    check(not unknown, f"{line}: name the id that answers each (kb.py list shows them)")
-    there = set(live.references.live().tolist())
-    answerable = [(question, i) for question, i in answerable if i in there]  # not deleted since
+    asked = []
+    for name in a.questions:
+        asked += read_questions(name, live.references)
+    answerable = [row for row in asked if row[1] is not None]
+    unanswerable = [question for question, i in asked if i is None]
     kept, wrong = live.calibrate(answerable, unanswerable, a.keep)
     print(f"of questions that did not teach it: {kept:.3f} of the answerable still find something,")
     print(f"{1 - wrong:.3f} of the unanswerable are recognised ({len(answerable):,} answerable)")
+    for name in a.test:
+        report_test(name, live)
+
+
+def read_questions(name, texts):
+    """[(question, id of the reference that answers it or None), ...] of a .jsonl file, without
+    those whose reference has been deleted."""
+    cure = 'give .jsonl rows like {"question": "...", "reference": 17}'
+    rows = read_rows(name, dict(question=str), cure)
+    there = set(texts.live().tolist())
+    n = len(texts)
+    asked = []
+    for row in rows:
+        i = row.get("reference")
+        valid = i is None or (type(i) is int and 0 <= i < n)
+        line = f"{name} names reference {i}, and {texts.path} has 0 to {n - 1}"
+        check(valid, f"{line}: name the id that answers each (kb.py list shows them)")
+        if i is None or i in there:
+            asked.append((row["question"], i))
+    return asked
+
+
+def report_test(name, live):
+    """Says what becomes of questions that taught nothing: those of a file."""
+    asked = read_questions(name, live.references)
+    answerable = [row for row in asked if row[1] is not None]
+    unanswerable = [row for row in asked if row[1] is None]
+    if answerable:
+        kept = live.share_found(answerable)
+        missing = 1 - live.share_found(answerable, missing=True)
+        line = f"{name}: {kept:.3f} of {len(answerable):,} answerable find something;"
+        print(f"{line} without the references that answer them {missing:.3f} are recognised")
+    if unanswerable:
+        known = 1 - live.share_found(unanswerable)
+        print(f"{name}: {known:.3f} of {len(unanswerable):,} unanswerable are recognised")
 
 
 # -- Command line ------------------------------------------------------------------------------
@@ -456,9 +483,9 @@ def parser():
     command("index", index, again, factory, model=True)
     asked = ["data/cities/questions.jsonl", "data/cities/questions_reworded.jsonl"]
     questions = ("--questions", dict(nargs="+", default=asked, help=".jsonl files"))
-    none = ("--unanswerable", dict(help=".jsonl of questions that no reference answers"))
+    test = ("--test", dict(nargs="+", default=[], help=".jsonl files to measure it by as well"))
     keep = ("--keep", dict(type=share, default=0.95, help="share that is to find something"))
-    command("calibrate", calibrate, questions, none, keep, model=True)
+    command("calibrate", calibrate, questions, test, keep, model=True)
     return p
 
 

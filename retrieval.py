@@ -12,6 +12,7 @@ means that nothing was found; no memory is recalled in its place.
 
 import argparse
 import io
+import math
 import shutil
 import tempfile
 from collections import Counter
@@ -36,9 +37,19 @@ from common import (
     shard,
     write_json,
 )
-from embed import KINDS, HashEmbedder, digest, embedder, normalize, words
+from embed import (
+    KINDS,
+    HashEmbedder,
+    digest,
+    embedder,
+    lower_words,
+    normalize,
+    small_words,
+    words,
+)
 from index import (
     BATCH,
+    FIT,
     FORMAT,
     META,
     NOTHING,
@@ -606,8 +617,9 @@ class Live:
         self.refresh()
         ids, scores = self.retriever.search(queries, k)
         if self.relevance:
-            shares = self.relevance.shares(self.texts_of(queries), self.found_texts(ids))
-            unknown = shares < self.relevance.least
+            found = self.found_texts(ids)
+            evidence = self.relevance.evidence(self.texts_of(queries), found)  # (n,)
+            unknown = evidence < self.relevance.least
             ids[unknown] = -1
             scores[unknown] = NOTHING
         return ids, scores
@@ -634,23 +646,50 @@ class Live:
         learning from the others. What is stored is learnt from all.
         """
         check(len(answerable) > 1, "calibrate: give at least 2 questions")
-        self.relevance = None
-        questions = [normalize(question) for question, _ in answerable]
-        ids, _ = self.search(questions, k + 1)
-        present = self.found_texts(ids[:, :k])
-        if len(unanswerable):
-            others = [normalize(question) for question in unanswerable]
-            absent = self.found_texts(self.search(others, k)[0])
+        self.refresh()
+        unanswerable = [(question, None) for question in unanswerable]
+        known = count_words(self.references, self.tokenizer)
+        self.relevance = self._learn(known, answerable[::2], unanswerable[::2], keep, k)
+        kept = self.share_found(answerable[1::2], k)
+        if unanswerable:
+            wrong = self.share_found(unanswerable[1::2], k)
         else:
-            others = questions
-            answers = np.array([i for _, i in answerable])[:, None]
-            absent = self.found_texts(np.where(ids == answers, -1, ids))
-        half = Relevance.fit(questions[::2], present[::2], others[::2], keep)
-        kept = half.shares(questions[1::2], present[1::2]) >= half.least
-        wrong = half.shares(others[1::2], absent[1::2]) >= half.least
-        self.relevance = Relevance.fit(questions, present, others, keep)
+            wrong = self.share_found(answerable[1::2], k, missing=True)
+        self.relevance = self._learn(known, answerable, unanswerable, keep, k)
         self.relevance.save(self.references.path)
-        return float(kept.mean()), float(wrong.mean())
+        return kept, wrong
+
+    def count_words(self):
+        """Counts the words of the texts anew, for `relevance`, and saves that."""
+        known, n_texts = count_words(self.references, self.tokenizer)
+        made = Relevance(known, n_texts, self.relevance.asked, self.relevance.least)
+        self.relevance = made
+        made.save(self.references.path)
+
+    def _learn(self, known, answerable, unanswerable, keep, k):
+        """The Relevance that lets `keep` of the answerable questions find something."""
+        made = Relevance(*known, asked_words([*answerable, *unanswerable]), 0.0)
+        evidence = np.sort(self._evidence(made, answerable, k))  # (n,)
+        # a little lower: what the words of these questions have added is not there in other words
+        made.least = 0.97 * float(evidence[int((1 - keep) * len(evidence))])
+        return made
+
+    def share_found(self, asked, k=5, missing=False):
+        """The share of questions that find something; asked: [(question, id of the reference that
+        answers it or None), ...]; missing: as if those references were not there."""
+        evidence = self._evidence(self.relevance, asked, k, missing)  # (n,)
+        return float((evidence >= self.relevance.least).mean())
+
+    def _evidence(self, relevance, asked, k, missing=False):
+        """What speaks for the best text that each question finds, (n,)."""
+        questions = [normalize(question) for question, _ in asked]
+        ids, _ = self.retriever.search(questions, k + 1)
+        if missing:
+            answers = [-1 if i is None else i for _, i in asked]
+            ids = np.where(ids == np.array(answers)[:, None], -1, ids)
+        else:
+            ids = ids[:, :k]
+        return relevance.evidence(questions, self.found_texts(ids))
 
     def save(self):
         """Saves the vectors of what has changed, so that the next process need not embed it. If
@@ -688,54 +727,79 @@ class Live:
             self.retriever.path = self.path
 
 
+def count_words(references, tokenizer):
+    """In how many texts each word stands, if in more than one, and the number of texts; of a very
+    large base, an even sample of them."""
+    ids = references.live()
+    ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), FIT)).astype(np.int64)]
+    counts = Counter()
+    for start in range(0, len(ids), BATCH):
+        for text in references.rows(ids[start : start + BATCH]):
+            counts.update(set(words(tokenizer.decode(references.tokens(text)))))
+    return {word: n for word, n in counts.items() if n > 1}, len(ids)
+
+
+def asked_words(asked):
+    """With how many different answers each word is asked for, if with more than one.
+    asked: [(question, id or None), ...]; each question without an answer counts as another one."""
+    answers = {}
+    for n, (question, i) in enumerate(asked):
+        key = ("none", n) if i is None else i
+        for word in set(words(normalize(question))):
+            answers.setdefault(word, set()).add(key)
+    return {word: len(found) for word, found in answers.items() if len(found) > 1}
+
+
 class Relevance:
     """Tells whether what was found is about the question at all.
 
-    What sets a question apart are the words that other questions do not have: a word that n of the
-    learnt questions have weighs 1 / (1 + n). A text's share is the weight of the question's words
-    that stand in it, over the weight of all its words. It tells a known name from one that only
-    looks like it:
+    What speaks for a text are the words that it shares with the question; all others say nothing,
+    so that a question may be asked in words that nobody has asked in before. A shared word weighs
 
-    >>> r = Relevance(dict(where=9, lies=9), 0.9)
-    >>> r.shares(["Where lies Kyiv?"], [["Kyiv lies at 50 N."]]).round(2).tolist()
-    [0.92]
-    >>> r.shares(["Where lies Kyiv?"], [["Kyivka lies at 51 N."]]).round(2).tolist()
-    [0.08]
+        log((texts + 1) / (texts with the word + 1)) / answers that are asked for with the word
 
-    (The similarity of whole texts does not: most of it lies in letters that many names share.)
+    so a name weighs much, and a word of every text or of every question little. A word that stands
+    in small letters in the question and never in the text is not the name in the text.
+
+    >>> r = Relevance({"lies": 99, "is": 50}, 100, {"where": 9, "is": 9}, 3.9)
+    >>> texts = ["Kyiv lies at 50 N.", "Wonder lies at 51 N.", "Kyivka lies at 49 N."]
+    >>> asked = ["Where is Kyiv?", "I wonder where Kyjiv is", "on what latitude would kyiv be"]
+    >>> r.evidence(asked, [texts, texts, texts]).round(1).tolist()
+    [3.9, 0.0, 3.9]
+
+    (The similarity of whole texts does not tell: most of it lies in letters that many names share.)
     """
 
     FILE = "relevance.json"  # in the directory of the base
 
-    def __init__(self, counts, least):
-        self.counts = counts  # word -> how many questions have it, if more than one
-        self.least = least  # a text of this share or more is about the question
+    def __init__(self, known, n_texts, asked, least):
+        self.known = known  # word -> how many texts have it, if more than one
+        self.n_texts = n_texts
+        self.asked = asked  # word -> with how many answers it is asked for, if more than one
+        self.least = least  # a text for which so much speaks is about the question
 
-    @staticmethod
-    def fit(questions, found, others, keep):
-        """counts from all questions, least so that `keep` of the `questions` reach it."""
-        counts = Counter()
-        for question in [*questions, *others]:
-            counts.update(set(words(question)))
-        made = Relevance({word: n for word, n in counts.items() if n > 1}, 0.0)
-        shares = np.sort(made.shares(questions, found))
-        made.least = float(shares[int((1 - keep) * len(shares))])
-        return made
-
-    def shares(self, questions, found):
-        """found: for each question the texts that were found. -> (n,), the best text's share."""
+    def evidence(self, questions, found):
+        """found: for each question the texts that were found. -> (n,), what speaks for the best."""
         out = np.zeros(len(questions))
         for n, (question, texts) in enumerate(zip(questions, found, strict=True)):
-            weights = {word: 1 / (1 + self.counts.get(word, 0)) for word in words(question)}
-            total = sum(weights.values())
-            for text in texts if total else []:
+            asked = dict.fromkeys(words(question))  # each once, in order: sums come out equal
+            small = small_words(question)
+            for text in texts:
                 there = set(words(text))
-                share = sum(weight for word, weight in weights.items() if word in there) / total
-                out[n] = max(out[n], share)
+                if small:
+                    there -= (small & there) - lower_words(text)
+                weights = [self.weight(word) for word in asked if word in there]
+                out[n] = max(out[n], sum(weights))
         return out
 
+    def weight(self, word):
+        """What a word that a text shares with a question is worth."""
+        rare = math.log((self.n_texts + 1) / (self.known.get(word, 1) + 1))
+        return max(rare, 0.0) / self.asked.get(word, 1)
+
     def save(self, folder):
-        write_json(Path(folder, self.FILE), dict(least=self.least, counts=self.counts))
+        made = dict(least=self.least, n_texts=self.n_texts, asked=self.asked, known=self.known)
+        write_json(Path(folder, self.FILE), made)
 
     @staticmethod
     def open(folder):
@@ -744,10 +808,11 @@ class Relevance:
         if not file.exists():
             return None
         cure = "remove it, then every question finds something, or calibrate anew: kb.py calibrate"
-        made = read_json(file, dict(least=float, counts=dict), cure)
-        complete = all(type(n) is int and n > 0 for n in made["counts"].values())
+        made = read_json(file, dict(least=float, n_texts=int, asked=dict, known=dict), cure)
+        counts = [made["n_texts"] + 1, *made["asked"].values(), *made["known"].values()]
+        complete = all(type(n) is int and n > 0 for n in counts)
         check(complete, f"{file} is damaged: {cure}")
-        return Relevance(made["counts"], made["least"])
+        return Relevance(made["known"], made["n_texts"], made["asked"], made["least"])
 
 
 class Only:

@@ -296,6 +296,20 @@ def test_questions(data, tok, cities, everyone, file):
     assert list(seen) == prepare.RELATIONS and max(seen.values()) - min(seen.values()) <= 1
 
 
+def test_unknown_cities(data, tok, everyone):
+    """A question that the knowledge base can answer after all, or that only one wording asks."""
+    asked = load_questions(data, "questions_unknown")
+    kb = corpus.References.open(data / "kb")
+    stated = set()
+    for i in range(len(kb)):
+        stated |= {fact[0] for fact in sentences(tok.decode(kb[i]), everyone)[0]}
+    assert len(asked) > 20
+    untrained = [bool(untrained_in(q["question"], [q["city"]])) for q in asked]
+    for q in asked:
+        assert "reference" not in q and q["city"] in q["question"] and q["city"] not in stated
+    assert len(asked) / 4 < sum(untrained) < 3 * len(asked) / 4
+
+
 def test_free_answers(data, tok, everyone):
     """Other questions than those whose answers begin with the name, a sentence that is no answer,
     none that begins otherwise."""
@@ -437,7 +451,7 @@ def test_the_same_bytes_twice(data, cities, tmp_path, monkeypatch):
     make(tmp_path / "again")
     files = sorted(p.name for p in data.iterdir())
     assert files == sorted(p.name for p in (tmp_path / "again").iterdir())
-    assert len(files) == 2 * 2 + 6 + 4 + 1  # kb, train_refs, six splits, questions, manifest
+    assert len(files) == 2 * 2 + 6 + 5 + 1  # kb, train_refs, six splits, questions, manifest
     for name in files:
         assert (data / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     # what --train adds changes nothing of what is there without it

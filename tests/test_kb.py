@@ -383,7 +383,7 @@ def test_the_commands_say_what_is_wrong(world, tmp_path, capsys, monkeypatch):
         with pytest.raises(UserError, match=line):
             run(world, *args)
     (tmp_path / "q.jsonl").write_text('{"question": "Where?", "reference": 17}')
-    with pytest.raises(UserError, match=r"name references \[17\], and .* has 0 to 16"):
+    with pytest.raises(UserError, match="q.jsonl names reference 17, and .* has 0 to 16"):
         run(world, "calibrate", "--questions", tmp_path / "q.jsonl")
     with pytest.raises(UserError, match="texts.sqlite is missing"):
         run(world, "list", path=tmp_path / "nowhere")
@@ -514,6 +514,58 @@ def test_it_knows_that_it_does_not_know(world, tmp_path, capsys):
     file.write_text(file.read_text().replace('"least"', '"lest"'))
     with pytest.raises(UserError, match=f"{Relevance.FILE} is damaged"):
         world.open()
+
+
+def test_a_question_in_other_words_is_still_known(world, tmp_path, capsys):
+    """A base that knows only questions in the words of those that it was calibrated on: it then
+    refuses nine of ten others that it could answer."""
+    known = [f"{place}holm" for place in PLACES]
+    learnt = tmp_path / "learnt.jsonl"
+    rows = [
+        dict(question=f"How many people live in {n}?", reference=i) for i, n in enumerate(known)
+    ]
+    learnt.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = ["Pray, whose subjects are the folk of {}?", "i seek {}'s head count", "{}: its land?"]
+    asked = []
+    for i, name in enumerate(known):
+        asked += [dict(question=words.format(name), reference=i) for words in other]
+        asked += [dict(question=words.format(f"{name[:3]}burg")) for words in other]
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    run(world, "calibrate", "--questions", learnt, "--test", path)
+    out = capsys.readouterr().out
+    assert "1.000 of 51 answerable find something; without the references" in out
+    assert "them 1.000 are recognised" in out and "1.000 of 51 unanswerable are recog" in out
+
+
+def test_a_common_word_is_no_name(world):
+    """A place called Wonder for whoever wonders; a name in small letters that is not found."""
+    live, bank = world.open()
+    bank.add([world.tok.encode(f"{name} has 42 people.") for name in ("Wonder", "Zub Lake")])
+    rows = [(f"How many people live in {name}holm?", i) for i, name in enumerate(PLACES)]
+    live.calibrate(rows)
+    for question, found in [
+        ("I wonder how many people live in Gobholm", False),
+        ("I wonder how many people live in Belholm", True),
+        ("is wonder large", True),
+        ("How large is Wonder?", True),
+        ("how large is belholm", True),
+    ]:
+        assert (live.search([question], 3)[0][0, 0] >= 0) == found, question
+
+
+def test_what_is_forgotten_is_not_counted_either(world, tmp_path):
+    """A word of deleted texts that stands on in the calibration after `compact`."""
+    bank = world.open()[1]
+    ids = bank.add([world.tok.encode(f"Zubrowka {n} has 42 people.") for n in range(3)])
+    live = world.open()[0]
+    live.calibrate([(f"Where is {name}holm?", i) for i, name in enumerate(PLACES)])
+    file = world.bank / Relevance.FILE
+    assert "zubrowka" in file.read_text()
+    least = live.relevance.least
+    bank.delete(ids)
+    run(world, "compact")
+    assert "zubrowka" not in file.read_text() and world.open()[0].relevance.least == least
 
 
 def test_the_index_follows_every_process(world):

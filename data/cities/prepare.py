@@ -10,6 +10,7 @@ nowhere, then 9,000 others), train_refs.* the references of all cities of the tr
     questions_free.jsonl        the same, to be answered in any way that the training text has
     questions_madeup.jsonl      the same about the made-up cities of the knowledge base
     questions_reworded.jsonl    about held-out cities, in wordings that no training text has
+    questions_unknown.jsonl     about cities that the knowledge base lacks, in both wordings
 and the splits
     train / val / heldout                         implicit stage: facts stated, then asked for
     explicit / explicit_val / explicit_heldout    explicit stage: facts only the memories know
@@ -359,10 +360,15 @@ def never_trained(relation, rng):
     return wording, [wording]
 
 
+def either(relation, rng):
+    """A stable wording, or one that no training text has."""
+    return rng.choice([stable, never_trained])(relation, rng)
+
+
 def write_questions(path, cities, first, wording, seed, free=False):
-    """One question a city, the relations in turns. first: the reference of the first city.
-    wording(relation, rng): in which words, and all that are asked. free: the answer need not begin
-    with the name."""
+    """One question a city, the relations in turns. first: the reference of the first city; None:
+    no reference answers them. wording(relation, rng): in which words, and all that are asked.
+    free: the answer need not begin with the name."""
     rng = random.Random(seed)
     lines = []
     for i, city in enumerate(cities):
@@ -380,8 +386,9 @@ def write_questions(path, cities, first, wording, seed, free=False):
             answer=value,
             sentences=sentences,
             relation=relation,
-            reference=first + i,
         )
+        if first is not None:
+            row["reference"] = first + i
         if not free:
             row["city"] = name
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
@@ -428,6 +435,9 @@ def prepare(
     write_questions(out / "questions_free.jsonl", asked, 0, stable, seed + 1, free=True)
     write_questions(out / "questions_madeup.jsonl", unread, n_heldout, stable, seed + 2)
     write_questions(out / "questions_reworded.jsonl", asked, 0, never_trained, seed + 3)
+
+    absent = seen[n_kb - n_heldout - len(unread) :][: len(asked)]
+    write_questions(out / "questions_unknown.jsonl", absent, None, either, seed + 12)
 
     shown = seen[: n_kb - n_heldout - len(unread)]  # in the knowledge base, and trained on
     splits = [
