@@ -27,6 +27,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -308,9 +309,9 @@ def make_directory(path):
 
 
 @contextmanager
-def lock(path):
+def lock(path, wait=math.inf):
     """Holds the lock of a directory, one process at a time; a process that dies gives it back.
-    UserError where the directory cannot be written to."""
+    Waiting is said. UserError where the directory cannot be written to, or after `wait` seconds."""
     make_directory(path)
     try:
         file = open(Path(path, "lock"), "w")
@@ -318,8 +319,28 @@ def lock(path):
         line = f"{path} cannot be written to ({error.strerror})"
         raise UserError(f"{line}: copy it to where you may write") from None
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        began = time.monotonic()
+        said = False
+        while not _locked(file):
+            waited = time.monotonic() - began
+            line = f"{path}: another process has been working there for {wait} s"
+            check(waited < wait, f"{line}: end it, or try later")
+            if waited > 1 and not said:
+                limit = "" if wait == math.inf else f" for up to {wait} s"
+                line = f"{path}: another process is working there; waiting{limit}"
+                print(line, file=sys.stderr, flush=True)
+                said = True
+            time.sleep(0.05)
         yield
+
+
+def _locked(file):
+    """Tries to get the lock of an open file; says whether it has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def find_device(name):

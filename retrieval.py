@@ -65,6 +65,7 @@ from index import (
 )
 from model import load_checkpoint
 
+WAIT = 30  # seconds to wait for another process that is making the same index
 FEW = 1000  # up to so many changes of a knowledge base never make its index worth a new one
 
 # -- How much of a reference stands in a text: eq. (3.3) ----------------------------------------
@@ -541,7 +542,7 @@ class Live:
         encoder None: the embedder, and without `factory` the factory, that were chosen for the old
         one. model: for the encoder self:LAYER.HEAD; bank: its memories, where they are written
         already."""
-        with lock(references.path):  # one process at a time
+        with lock(references.path, WAIT):  # one process at a time
             if encoder is None:
                 encoder, chosen = choice(references.path)
                 factory = factory or chosen
@@ -567,7 +568,7 @@ class Live:
         """Whether there is an index. If a kill has left it beside its place, it goes back first."""
         path = Path(references.path, "index")
         if not is_index(path) and references.writable:
-            with lock(references.path):  # whoever is just renaming it has done so then
+            with lock(references.path, WAIT):  # whoever is just renaming it has done so then
                 put_back(path)
         return is_index(path)
 
@@ -580,7 +581,7 @@ class Live:
         if not Live.exists(references):
             line = f"{path}: there is no index yet; it is made of {len(references):,} texts"
             if references.writable:
-                with lock(references.path):
+                with lock(references.path, WAIT):
                     if not is_index(path):  # else another process was quicker
                         print(line)
                         return Live._build(references, *choice(name), model=model)
@@ -716,7 +717,7 @@ class Live:
     def _save_keys(self):
         """Writes an index of keys, which has its changes in itself, beside the old one."""
         new = self.path.with_name("index.new")
-        with lock(self.references.path):
+        with lock(self.references.path, WAIT):
             on_disk = read_json(self.path / "meta.json", dict(checksum=int), "")
             same = on_disk["checksum"] == self.meta["checksum"]
             check(same, f"{self.path}: another process has saved it")

