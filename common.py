@@ -5,6 +5,7 @@ check_fields(config)        every field of a dataclass within the range of its a
 read_text, read_json,
 read_rows, read_array       the readers of all our text, JSON, JSON-lines and NumPy files
 replace_file, write_json    written beside and renamed: a kill leaves the old file
+write_sealed, read_sealed   the same with a checksum, for JSON of which every number counts
 lock(path)                  one process at a time in a directory
 optional(package)           a package that only some commands need
 find_device(name)           "auto": CUDA where there is one
@@ -28,6 +29,7 @@ import re
 import shlex
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -294,6 +296,25 @@ def write_json(path, obj):
     text = json.dumps(obj, indent=1, ensure_ascii=False) + "\n"
     data = text.encode("utf-8", "backslashreplace")  # half of a surrogate pair is no UTF-8
     replace_file(path, lambda file: file.write(data))
+
+
+def write_sealed(path, obj):
+    """write_json with a checksum over the object, which `read_sealed` checks: JSON with one bit
+    changed is often JSON still."""
+    write_json(path, dict(obj, seal=_seal(obj)))
+
+
+def read_sealed(path, schema, cure):
+    """read_json of what write_sealed wrote, without the checksum. UserError also if that does not
+    fit."""
+    row = read_json(path, schema, cure)
+    seal = row.pop("seal", None)  # None: written before there were seals
+    check(seal in (None, _seal(row)), f"{path} is damaged (its checksum does not fit): {cure}")
+    return row
+
+
+def _seal(obj):
+    return zlib.crc32(json.dumps(obj, sort_keys=True).encode())
 
 
 def make_directory(path):

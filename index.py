@@ -35,6 +35,7 @@ from common import (
     read_json,
     replace_file,
     write_json,
+    write_sealed,
 )
 from embed import embedder, normalize
 
@@ -394,7 +395,7 @@ def join(path, references, progress=True):
     shutil.copy(parts / "embedder.npy", path / "embedder.npy")
     meta = {key: plan[key] for key in (*META, "chosen") if key in plan}
     # the last: until its checksum is there, nobody takes the index for the new one
-    write_json(path / "meta.json", meta | dict(checksum=checksum, blank=blank))
+    write_sealed(path / "meta.json", meta | dict(checksum=checksum, blank=blank))
     shutil.rmtree(parts)
     Path(path, "changes.npz").unlink(missing_ok=True)  # of an older index
 

@@ -20,7 +20,15 @@ from tqdm import tqdm
 
 import corpus
 import index as vectors_index
-from common import check, make_directory, optional, read_array, read_json, replace_file, write_json
+from common import (
+    check,
+    make_directory,
+    optional,
+    read_array,
+    read_sealed,
+    replace_file,
+    write_sealed,
+)
 from index import NOTHING, cure_for
 from memory import causal_attention, keep_tokens
 from model import apply_rope, rope_table
@@ -226,7 +234,7 @@ class KeyRetriever:
         """Opens what save wrote. UserError without the model whose keys they are (Remark A.1)."""
         path = Path(path)
         cure = cure_for(path)
-        meta = read_json(path / "meta.json", META, cure)
+        meta = read_sealed(path / "meta.json", META, cure)
         cure = cure_for(path, meta["embedder"])
         check(meta["format"] == FORMAT, f"{path} is a {meta['format']}, not {FORMAT}; {cure}")
         check(
@@ -268,7 +276,7 @@ class KeyRetriever:
         rows = [(i, first, count) for i, (first, count) in self.rows.items()]
         table = np.array(rows, "<i8").reshape(-1, 3)
         replace_file(path / "rows.npy", lambda f: np.save(f, table))
-        write_json(path / "meta.json", self.meta)  # the last: its checksum vouches for the index
+        write_sealed(path / "meta.json", self.meta)  # the last: its checksum vouches for the index
         return self
 
     def search(self, queries, k):

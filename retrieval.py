@@ -32,10 +32,12 @@ from common import (
     read_array,
     read_bytes,
     read_json,
+    read_sealed,
     replace_file,
     run,
     shard,
     write_json,
+    write_sealed,
 )
 from embed import (
     KINDS,
@@ -230,7 +232,7 @@ class Retriever:
         check((path / "meta.json").exists(), f"{path}: no index here; {cure}")
         if read_json(path / "meta.json", dict(format=str), cure)["format"] == inside.FORMAT:
             return inside.KeyRetriever.open(path, model, references=references)
-        meta = read_json(path / "meta.json", META, cure)
+        meta = read_sealed(path / "meta.json", META, cure)
         check(meta["format"] == FORMAT, f"{path} is a {meta['format']}, not {FORMAT}; {cure}")
         cure = cure_for(path, meta["embedder"])
         state = read_array(path / "embedder.npy", "<u4", (None,), cure)
@@ -486,7 +488,7 @@ def choice(base):
     for name in ("index/meta.json", "index.old/meta.json", "index.new/parts/plan.json"):
         file = Path(base, name)
         if file.exists():
-            made = read_json(file, dict(embedder=str), cure_for(Path(base, "index")))
+            made = read_sealed(file, dict(embedder=str), cure_for(Path(base, "index")))
             return made["embedder"], made.get("chosen")
     return "hash", None
 
@@ -800,7 +802,7 @@ class Relevance:
 
     def save(self, folder):
         made = dict(least=self.least, n_texts=self.n_texts, asked=self.asked, known=self.known)
-        write_json(Path(folder, self.FILE), made)
+        write_sealed(Path(folder, self.FILE), made)
 
     @staticmethod
     def open(folder):
@@ -809,7 +811,7 @@ class Relevance:
         if not file.exists():
             return None
         cure = "remove it, then every question finds something, or calibrate anew: kb.py calibrate"
-        made = read_json(file, dict(least=float, n_texts=int, asked=dict, known=dict), cure)
+        made = read_sealed(file, dict(least=float, n_texts=int, asked=dict, known=dict), cure)
         counts = [made["n_texts"] + 1, *made["asked"].values(), *made["known"].values()]
         complete = all(type(n) is int and n > 0 for n in counts)
         check(complete, f"{file} is damaged: {cure}")

@@ -171,6 +171,27 @@ def test_json_comes_back(tmp_path):
     assert read_json(path, dict(name=str), CURE)["name"] == "\ud800x"
 
 
+def test_a_flipped_bit_of_a_sealed_file_is_never_read(tmp_path):
+    """A threshold of 9.2 that becomes 1.2, a list of ids with another one in it: JSON still."""
+    path = tmp_path / "a.json"
+    given = dict(least=9.25, ids=[3, 17], name="Ça", known={"is": 4})
+    common.write_sealed(path, given)
+    assert common.read_sealed(path, {}, CURE) == given
+    data = path.read_bytes()
+    n_refused = 0
+    for at in range(len(data)):
+        for bit in range(8):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+            try:
+                read = common.read_sealed(path, {}, CURE)
+            except UserError as refused:
+                n_refused += 1
+                assert "a.json is damaged" in str(refused) and CURE in str(refused)
+            else:  # in the word "seal" itself, or white space
+                assert {key: read[key] for key in given} == given
+    assert n_refused > 6 * len(data)
+
+
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     """A traceback at the end of hours; the old file lost; a .tmp left."""
     folder = tmp_path / "taken"

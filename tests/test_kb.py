@@ -318,7 +318,7 @@ def test_a_kill_while_keys_are_saved(world, monkeypatch):
     def die(*args, **options):
         raise Killed
 
-    for name in ("replace_file", "write_json"):
+    for name in ("replace_file", "write_sealed"):
         with monkeypatch.context() as patch:
             patch.setattr(retrieval.inside, name, die)
             with pytest.raises(Killed):

@@ -208,7 +208,7 @@ def test_killed_while_saving(data, monkeypatch):
     r.save()
     assert len(Retriever.open(f"{data}/kb.index")) == 14
     with monkeypatch.context() as m:
-        m.setattr(index, "write_json", dying_at("meta.json"))
+        m.setattr(index, "write_sealed", dying_at("meta.json"))
         with pytest.raises(ZeroDivisionError):
             make(data, factory="SQ8")
     with pytest.raises(UserError, match="half renewed"):

@@ -41,7 +41,9 @@ def make_world(folder):
     """A World (tests/world.py) with quantized memories, in `folder`."""
     tokenizer = corpus.tokenizer(ROOT / "data/cities")
     world = World(Path(folder) / "world", tokenizer)
-    world.open()[1].quantize(SPEC, progress=False)
+    live, bank = world.open()
+    bank.quantize(SPEC, progress=False)
+    live.calibrate([(f"Where is {name}holm?", i) for i, name in enumerate(PLACES)], keep=1)
     return world
 
 
