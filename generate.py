@@ -132,14 +132,17 @@ class Steps:
 
     def keep(self, logits):
         """The next token of each sequence, chosen by logits (B, V) or forced."""
+        likeliest = logits.argmax(-1, keepdim=True)  # (B, 1)
+        temperature = self.sampling[0]
         if self.forced:
             new = self.tokens.index_select(1, self.at)  # (B, 1)
+        elif temperature == 0:
+            new = likeliest
         else:
             new = sample_token(logits, *self.sampling, self.generator)[:, None]  # (B, 1)
         self.tokens.index_copy_(1, self.at, new)
         logprobs = logits.float().log_softmax(-1).gather(-1, new)  # (B, 1)
         self.logprobs.index_copy_(1, self.at, logprobs)
-        likeliest = logits.argmax(-1, keepdim=True)  # (B, 1)
         self.greedy.index_copy_(1, self.at, likeliest == new)
         self.at += 1
 

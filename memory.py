@@ -535,18 +535,37 @@ def decode_attention(q, k, v, keys, values, valid, length, n_header):
         # kernels.cu wants each sequence's heads side by side
         q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))
         return kernels.decode_attention(q, k, v, keys, values, valid, length, n_header, slots)
+    if q.device.type == "cpu":
+        return _decode_on_cpu(q, k, v, keys, values, valid, int(length), n_header)
     keys.index_copy_(2, length - 1, k.unsqueeze(2))
     values.index_copy_(2, length - 1, v.unsqueeze(2))
-    if q.device.type == "cpu":  # here it costs nothing to look at the length
-        n_keys = int(length)
-        keys = keys[:, :, :n_keys]
-        values = values[:, :, :n_keys]
     q = q.unflatten(1, (kv_heads, -1))  # (B, Hkv, G, dh)
     scores = q @ keys.mT / math.sqrt(head_dim)  # (B, Hkv, G, n_keys)
     slot_scores = scores[..., n_header : n_header + slots]  # a view
     slot_scores.masked_fill_(~valid.unsqueeze(2), -math.inf)
     not_yet = torch.arange(n_keys, device=q.device) >= length  # (n_keys,)
     scores = scores.masked_fill(not_yet, -math.inf)
+    y = scores.softmax(-1) @ values  # (B, Hkv, G, dh)
+    return y.flatten(1, 2)  # (B, H, dh)
+
+
+def _decode_on_cpu(q, k, v, keys, values, valid, length, n_header):
+    """decode_attention where it costs nothing to know the length, an int here."""
+    kv_heads, n_keys, head_dim = keys.shape[1:]
+    slots = valid.shape[2]
+    keys[:, :, length - 1] = k
+    values[:, :, length - 1] = v
+    # A cut leaves gaps between the heads, over which a CPU reads two to three times as slowly
+    # (measured: 32 sequences, 4 heads of 32, 48 keys of 64). So only what is mostly empty is cut.
+    if length < n_keys / 2:
+        keys = keys[:, :, :length]
+        values = values[:, :, :length]
+    q = q.unflatten(1, (kv_heads, -1)) / math.sqrt(head_dim)  # (B, Hkv, G, dh)
+    scores = q @ keys.mT  # (B, Hkv, G, n_keys)
+    scores[..., length:] = -math.inf
+    if slots > 0:
+        slot_scores = scores[..., n_header : n_header + slots]  # a view
+        slot_scores.masked_fill_(~valid.unsqueeze(2), -math.inf)
     y = scores.softmax(-1) @ values  # (B, Hkv, G, dh)
     return y.flatten(1, 2)  # (B, H, dh)
 

@@ -533,11 +533,11 @@ def test_rule_1_keeps_what_it_kept():
         assert torch.equal(memory.keep_tokens(q, k, mask, 3, approximate, 1), best)
 
 
-def decoding_case(slots=7, first=3, n=13):
+def decoding_case(slots=7, room=17, first=3, n=13):
     """One token of 3 sequences over 13 keys there, of room for 17; junk where nothing is."""
     g = torch.Generator().manual_seed(12)
     q = torch.randn(3, 6, 10, generator=g, dtype=torch.float64)
-    keys, values = torch.randn(2, 3, 2, 17, 10, generator=g, dtype=torch.float64)
+    keys, values = torch.randn(2, 3, 2, room, 10, generator=g, dtype=torch.float64)
     keys[:, :, n - 1 :] = 1e3
     values[:, :, n - 1 :] = 1e3  # the last one comes only now
     valid = torch.rand(3, 2, slots, generator=g) < 0.6
@@ -547,11 +547,12 @@ def decoding_case(slots=7, first=3, n=13):
     return q, new_k, new_v, keys, values, valid, n, first
 
 
-@pytest.mark.parametrize("slots", [7, 0])
-def test_decoding_is_a_softmax_over_the_keys_that_count(slots):
+@pytest.mark.parametrize(("slots", "room"), [(7, 17), (0, 17), (7, 29)])
+def test_decoding_is_a_softmax_over_the_keys_that_count(slots, room):
     """Catches slots read though empty, keys beyond the length, wrong groups of heads, a new token
-    that does not attend itself or overwrites another's keys."""
-    q, k, v, keys, values, valid, n, first = decoding_case(slots)
+    that does not attend itself or overwrites another's keys; in buffers nearly full, and in such
+    as a CPU cuts, more than half empty."""
+    q, k, v, keys, values, valid, n, first = decoding_case(slots, room)
     cache = keys.clone(), values.clone()
     keys[:, :, n - 1] = k
     values[:, :, n - 1] = v

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY
+from torch.utils.flop_counter import FlopCounterMode
 
 import memory
 import model as model_module
@@ -652,6 +653,65 @@ def test_the_loss_in_parts_is_the_loss(build, references, monkeypatch):
         with torch.no_grad():
             _, loss = model(tokens, targets, pool, RECALL, return_logits=False)
         torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+
+
+def test_a_bfloat16_gradient_of_many_parts_is_rounded_once(monkeypatch):
+    """Catches the head's gradient summed over the parts in bfloat16: each part that is added to a
+    sum of many loses all but the first bits of what it adds."""
+    g = torch.Generator().manual_seed(23)
+    head = torch.nn.Linear(26, 31, bias=False).bfloat16()
+    x = torch.randn(411, 26, generator=g).bfloat16() + 0.5
+    targets = torch.randint(0, 5, (411,), generator=g)
+    grads = []
+    for most in (411 * 31, 31):  # one part, token by token
+        monkeypatch.setattr(model_module, "MOST_LOGITS", most)
+        loss = model_module.loss_in_parts(head, x, targets)
+        grads.append(torch.autograd.grad(loss, head.weight)[0])
+    one, many = grads
+    assert many.dtype == torch.bfloat16
+    error = (many.float() - one.float()).norm() / one.float().norm()
+    assert error < 2**-8  # half a step of bfloat16 each; summed in bfloat16 it is ten times that
+
+
+def test_the_loss_computes_no_gradient_that_nobody_needs(monkeypatch):
+    """Catches a frozen head, a frozen body or a validation that pays for gradients all the same."""
+    head = torch.nn.Linear(26, 31, bias=False)
+    x = torch.randn(50, 26, requires_grad=True)
+    targets = torch.arange(50) % 31
+    monkeypatch.setattr(model_module, "MOST_LOGITS", 7 * 31)
+    product = 2 * 50 * 26 * 31  # FLOPs of the logits, of dx and of dweight: the same each
+    for of_x, of_head in ((True, True), (True, False), (False, True), (False, False)):
+        x.requires_grad_(of_x)
+        head.requires_grad_(of_head)
+        needed = [leaf for leaf in (x, head.weight) if leaf.requires_grad]
+        with FlopCounterMode(display=False) as counter:
+            loss = model_module.loss_in_parts(head, x, targets)
+        assert counter.get_total_flops() == (1 + len(needed)) * product
+        want = F.cross_entropy(head(x), targets)
+        torch.testing.assert_close(loss, want)
+        if needed:
+            grads = torch.autograd.grad(loss, needed)
+            torch.testing.assert_close(grads, torch.autograd.grad(want, needed))
+    x.requires_grad_()
+    head.requires_grad_()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model_module.loss_in_parts(head, x, targets)
+    assert counter.get_total_flops() == product
+
+
+def test_a_cpu_computes_the_logits_of_a_small_vocabulary_in_its_cache(monkeypatch):
+    """Catches parts of a few rows, each of which adds to the gradient of a whole large head; parts
+    for the cache of a CPU on a GPU; and a part larger than MOST_LOGITS."""
+
+    def rows(n_vocab, device="cpu"):
+        with torch.device("meta"):
+            head = torch.nn.Linear(8, n_vocab, bias=False)
+        return model_module.rows_at_once(head, torch.device(device))
+
+    assert [rows(n) for n in (4096, 8192, 8193, 60416)] == [256, 128, 2**27 // 8193, 2**27 // 60416]
+    assert rows(4096, "cuda") == 2**27 // 4096
+    monkeypatch.setattr(model_module, "MOST_LOGITS", 9 * 4096)
+    assert rows(4096) == 9 and rows(2**17) == 1
 
 
 def test_parameters_in_bfloat16_lose_no_more_than_their_rounding(build):
