@@ -649,6 +649,8 @@ class Live:
         learning from the others. What is stored is learnt from all.
         """
         check(len(answerable) > 1, "calibrate: give at least 2 questions")
+        line = "calibrate: give no question that no reference answers, or at least 2"
+        check(len(unanswerable) != 1, line)
         self.refresh()
         unanswerable = [(question, None) for question in unanswerable]
         known = count_words(self.references, self.tokenizer)

@@ -385,6 +385,10 @@ def test_the_commands_say_what_is_wrong(world, tmp_path, capsys, monkeypatch):
     (tmp_path / "q.jsonl").write_text('{"question": "Where?", "reference": 17}')
     with pytest.raises(UserError, match="q.jsonl names reference 17, and .* has 0 to 16"):
         run(world, "calibrate", "--questions", tmp_path / "q.jsonl")
+    rows = [dict(question="Where?", reference=3)] * 3 + [dict(question="Where is Oslo?")]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="no reference answers, or at least 2"):
+        run(world, "calibrate", "--questions", tmp_path / "q.jsonl")
     with pytest.raises(UserError, match="texts.sqlite is missing"):
         run(world, "list", path=tmp_path / "nowhere")
     (tmp_path / "evil.txt").write_text("Evil \x1b[2J City has 3 people.")
