@@ -130,7 +130,7 @@ def write_index(bank, encoder=None, factory=None):
     if Live.exists(references):
         live = Live.open(references, bank.model).save()
         equal = encoder is None or full_name(encoder) == live.embedder.name
-        equal = equal and factory in (None, live.meta.get("factory"))
+        equal = equal and factory in (None, live.meta.get("chosen"))
         if not equal:
             live = None
     if live is None:
