@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -329,6 +330,20 @@ def test_a_kill_while_keys_are_saved(world, monkeypatch):
     saved = (world.bank / "index/meta.json").read_bytes()
     late.save()
     assert (world.bank / "index/meta.json").read_bytes() == saved
+
+
+def test_many_that_find_no_index_make_one(world, capsys):
+    """Several processes that make the same index at once: one of them finds its parts gone."""
+    shutil.rmtree(world.bank / "index")
+
+    def first_of(text):
+        live = Live.open(Texts(world.bank))
+        return int(live.search([text], 1)[0][0, 0])
+
+    with ThreadPoolExecutor(5) as pool:  # a lock of a file holds off threads, too
+        found = list(pool.map(first_of, [text_of(i) for i in range(10)]))
+    assert found == list(range(10))
+    assert capsys.readouterr().out.count("there is no index yet") == 1
 
 
 def test_an_index_that_is_replaced_while_it_is_read(world, monkeypatch):
