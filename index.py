@@ -12,14 +12,22 @@ can share the work:
     1-of-2.codes, 2-of-2.codes              the references of each shard, as codes of the index
     1-of-2.blank, 2-of-2.blank              ids of those that have no vector
 `join` puts the codes into the empty index in the order of the references. So two shards make the
-same index as one, and neither all vectors nor two copies of the index are ever in RAM.
+same index as one, and neither all vectors nor two copies of the index are ever in RAM. With on_disk
+not even one is: the inverted lists go to a file of their own, index.ivfdata.
+
+Whoever makes, removes or joins anything in parts/ holds the lock of the index's directory; the
+codes of a shard are locked by the process that writes them. Both locks are flock's: where several
+machines write shards, their shared disk must know it. While one process learns lists and codes, the
+others wait for that lock.
 """
 
 import fcntl
+import os
 import shutil
 import time
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -55,12 +63,13 @@ META = dict(
     checksum=int,  # of index.faiss
     blank=list,  # ids of references without a vector
 )
+LISTS = "index.ivfdata"  # the inverted lists of an index made with on_disk, beside index.faiss
 BATCH = 1024  # references that are embedded at a time
 FIT = 1 << 20  # references, at most, from which an embedder learns its frequencies
-# Vectors from which lists and codes are learnt: FAISS asks for 39 a list, and codes want many
-TRAIN = 65_536
-A_LIST = 40
-CODES = 32_768  # vectors, at most, from which the codes of an inverted file are learnt
+A_LIST = 40  # vectors from which each list is learnt, at least: FAISS asks for 39
+CODES = 32_768  # vectors, at most, from which product codes are learnt
+BYTES = 8_192  # vectors, at most, from which the range of each number is learnt, for its byte (SQ8)
+PIECE = 1 << 20  # references that are put into lists at a time, where these stay on disk
 # The kinds whose vectors can be coded apart and put in later, with their ids
 KINDS = ["IndexFlat", "IndexFlatIP", "IndexScalarQuantizer", "IndexPQ"]
 KINDS += ["IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"]
@@ -86,6 +95,10 @@ FLAT = 100_000  # up to so many references, every vector is compared, exactly
 SCALAR = 10_000_000  # up to so many, a number is kept in one byte; beyond, in a quarter of one
 GRAPH = 8192  # beyond so many lists, a graph finds them faster than comparing all
 PROBES = 128  # lists that a query looks into
+ROUNDS = 10  # of k-means, for the lists
+# Of the RAM that making an index takes: see `predict`
+MARGIN = 1.05
+WORK = 32 << 20
 
 
 def choose_factory(n, dim=512):
@@ -150,60 +163,89 @@ def n_lists(index):
 
 
 def sample_size(n, index):
-    """From how many references lists and codes are learnt."""
+    """From how many references lists are learnt, and from how many of those the codes."""
     if index.is_trained:
-        return 0
-    return min(n, max(TRAIN, A_LIST * n_lists(index)))
+        return 0, 0
+    codes = BYTES if type(inner_index(index)).__name__.endswith("Quantizer") else CODES
+    lists = A_LIST * n_lists(index)
+    return min(n, max(lists, codes)), min(n, codes)
+
+
+class Prediction(NamedTuple):
+    """What an index of n vectors takes."""
+
+    size: float  # bytes, in RAM and on disk
+    peak: float  # the most bytes of RAM while it is made, about
+    training: float  # multiplications, to learn its lists and codes
+    coding: float  # multiplications, to find the list and the code of each vector
 
 
 def predict(n, index):
-    """What an index of n vectors takes: its bytes, in RAM and on disk; the most bytes of RAM while
-    it is made; and the multiplications of its training."""
+    """The Prediction for n vectors. What is left out takes little beside it: the graph of lists,
+    and the bytes of SQ8."""
     lists = n_lists(index)
     size = n * index.sa_code_size()
     if lists:
         # for each vector an id; for each list a centroid and its 2 x 32 neighbours in the graph
         size += 8 * n + lists * (4 * index.d + 4 * 2 * 32)
-    sample = sample_size(n, index)
-    codes = min(sample, CODES) if lists else 0
-    # the sample, and a copy and the residuals of the part from which codes are learnt
-    peak = max(size, 4 * index.d * (sample + 2 * codes))
-    return size, peak, 10 * sample * lists * index.d  # 10 rounds of k-means
+    sample, codes = sample_size(n, index)
+    # the sample, and a copy and the residuals of the part from which codes are learnt; later the
+    # index. What the allocator keeps of the one while the other grows was measured
+    peak = MARGIN * max(size, 4 * index.d * (sample + 2 * codes)) + WORK
+    k_means = ROUNDS * sample * lists * index.d
+    coding = n * lists * index.d  # all centroids are compared: exact_quantizer
+    if hasattr(inner_index(index), "pq"):  # 256 centroids for each of its parts
+        k_means += 25 * codes * 256 * index.d
+        coding += n * 256 * index.d
+    return Prediction(size, peak, k_means, coding)
 
 
 # -- Making it --------------------------------------------------------------------------------
 
 
 def encode_shard(
-    path, references, tokenizer_name, encoder, factory=None, shard=(1, 1), progress=True
+    path,
+    references,
+    tokenizer_name,
+    encoder,
+    factory=None,
+    shard=(1, 1),
+    progress=True,
 ):
     """Embeds the references of shard (i, n), 1 <= i <= n: an n-th of the batches of BATCH.
 
-    Afterwards `path`/parts has all that `join` needs of it. Returns the fitted embedder.
+    Afterwards `path`/parts has all that `join` needs of it. Returns the fitted embedder. progress:
+    prints what it will take, before any work, and shows a bar.
     """
     parts = Path(path, "parts")
+    how = references, tokenizer_name, encoder, factory, progress
+    i, n_shards = shard
+    codes = parts / f"{i}-of-{n_shards}.codes"
+    if progress:
+        print(forecast(path, references, tokenizer_name, encoder, factory, n_shards))
     try:
         with lock(path):
-            how = references, tokenizer_name, encoder, factory, progress
             plan, model, index = _prepare(path, *how)
+            # opened while nobody may join: what `join` removes later is whole
+            code_file = codes.open("ab")
+            blank_file = codes.with_suffix(".blank").open("a+b")
     except KeyboardInterrupt:
         raise KeyboardInterrupt("before anything was embedded: nothing is kept") from None
     tokenizer = corpus.tokenizer(tokenizer_name)
     quantizer = exact_quantizer(index)
-    i, n_shards = shard
     start, stop = rows_of_shard(plan["n"], i, n_shards)
-    codes = parts / f"{i}-of-{n_shards}.codes"
-    blanks = codes.with_suffix(".blank")
-    with codes.open("ab") as code_file, blanks.open("ab") as blank_file:
+    with code_file, blank_file:
         fcntl.flock(code_file, fcntl.LOCK_EX)  # one process a shard; a second one waits
         # after a kill only whole batches count, and only those blank ids that have a code
-        done = codes.stat().st_size // index.sa_code_size()
+        done = os.fstat(code_file.fileno()).st_size // index.sa_code_size()
         if start + done > stop:  # damaged: begin anew
             done = 0
         if start + done < stop:
             done = done // BATCH * BATCH
         code_file.truncate(done * index.sa_code_size())
-        listed = np.fromfile(blanks, "<i8", blanks.stat().st_size // 8)
+        blank_file.seek(0)
+        written = blank_file.read()
+        listed = np.frombuffer(written[: len(written) // 8 * 8], "<i8")
         n_blank = np.count_nonzero(listed < start + done)
         blank_file.truncate(8 * n_blank)
         with tqdm(total=stop - start, initial=done, desc="embedding", disable=not progress) as bar:
@@ -224,11 +266,34 @@ def encode_shard(
     return model
 
 
+def prepare(path, references, tokenizer_name, encoder, factory=None, n_shards=1, progress=True):
+    """What comes before the shards, which then all find it done: words are counted, lists and codes
+    are learnt. Returns the bytes of a code."""
+    if progress:
+        print(forecast(path, references, tokenizer_name, encoder, factory, n_shards))
+    try:
+        with lock(path):
+            how = references, tokenizer_name, encoder, factory, progress
+            _, _, index = _prepare(path, *how)
+            return index.sa_code_size()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("before anything was embedded: nothing is kept") from None
+
+
 def rows_of_shard(n, i, n_shards):
     """start and stop of shard i's references: whole batches, so that all shards compute as one."""
-    n_batches = -(-n // BATCH)
-    start = n_batches * (i - 1) // n_shards * BATCH
-    stop = n_batches * i // n_shards * BATCH
+    return share_of(n, i, n_shards, BATCH)
+
+
+def share_of(n, i, n_shards, batch):
+    """start and stop of the i-th of n_shards shares of 0..n-1, each of whole batches.
+
+    >>> [share_of(10, i, 3, 2) for i in (1, 2, 3)]
+    [(0, 2), (2, 6), (6, 10)]
+    """
+    n_batches = -(-n // batch)
+    start = n_batches * (i - 1) // n_shards * batch
+    stop = n_batches * i // n_shards * batch
     return min(start, n), min(stop, n)
 
 
@@ -281,8 +346,7 @@ def _prepare(path, references, tokenizer_name, encoder, factory, progress):
     tokenizer = corpus.tokenizer(tokenizer_name)
     model = embedder(encoder)
     chosen = factory  # by hand; None: by size
-    factory = factory or choose_factory(len(references), model.dim)
-    factory = factory.removeprefix("IDMap2,")  # ids are rows here
+    factory = factory_for(len(references), model.dim, factory)
     # a data set may be moved: its tokenizer is that of the directory above, wherever that lies
     in_parent = Path(tokenizer_name).resolve() == Path(path).resolve().parent
     plan = dict(
@@ -311,14 +375,18 @@ def _prepare(path, references, tokenizer_name, encoder, factory, progress):
     make_directory(parts)
     sample = tqdm(_spread(len(references), FIT), "counting words", disable=not progress)
     model = model.fit(text_of(references, tokenizer, i) for i in sample)
-    if progress:
-        print(_forecast(path, references, index, factory, model, tokenizer))
     _train(index, factory, model, references, tokenizer)
     plan["embedder_id"] = model.id
     replace_file(parts / "embedder.npy", lambda f: np.save(f, model.state))
     faiss.write_index(index, str(parts / "empty.faiss"))
     write_json(file, plan)  # the last: it says that the others are there
     return plan, model, index
+
+
+def factory_for(n, dim, chosen=None):
+    """The factory string of an index of n vectors: the one chosen by hand, or ours."""
+    factory = chosen or choose_factory(n, dim)
+    return factory.removeprefix("IDMap2,")  # ids are rows here
 
 
 def _spread(n, most):
@@ -329,7 +397,8 @@ def _spread(n, most):
 def _train(index, factory, model, references, tokenizer):
     """Learns lists and codes from a sample of the references."""
     n = len(references)
-    ids = _spread(n, sample_size(n, index))
+    n_sample, n_codes = sample_size(n, index)
+    ids = _spread(n, n_sample)
     if len(ids) == 0:
         return
     lists = n_lists(index)
@@ -343,61 +412,125 @@ def _train(index, factory, model, references, tokenizer):
             # The lists from all, the codes from fewer: of those FAISS makes two more copies
             pointer = optional("faiss").swig_ptr(vectors)
             index.train_q1(len(vectors), pointer, False, index.metric_type)
-            vectors = vectors[:: max(1, len(vectors) // CODES)]
+            vectors = vectors[_spread(len(vectors), n_codes)]
         index.train(np.ascontiguousarray(vectors))
     except RuntimeError as error:
         line = f"--factory {factory} cannot learn from {len(ids)} references: {_reason(error)}"
         raise UserError(line) from None
 
 
-def _forecast(path, references, index, factory, model, tokenizer):
-    """One line, before the work, on what an index will take. Times are measured on a small part."""
+def forecast(path, references, tokenizer_name, encoder, factory=None, n_shards=1):
+    """One line on what an index will take, before the work. Times are those of a small part, on
+    this machine as busy as it is."""
+    model = embedder(encoder)
+    tokenizer = corpus.tokenizer(tokenizer_name)
     n = len(references)
-    size, peak, products = predict(n, index)
-    part = _spread(n, BATCH)  # so many are embedded to see how long it takes ...
-    began = time.perf_counter()
-    embed_references(model, references, tokenizer, part)
-    embedding = (time.perf_counter() - began) * n / max(1, len(part))
-    # ... and one product, of which k-means is made
-    x = np.ones((1024, index.d), np.float32)
-    began = time.perf_counter()
-    x @ x.T
-    training = (time.perf_counter() - began) * products / (1024 * 1024 * index.d)
+    factory = factory_for(n, model.dim, factory)
+    index = empty_index(factory, model.dim)
+    takes = predict(n, index)
+    a_reference = _seconds_to_embed(model, references, tokenizer)
+    a_product = _seconds_to_multiply(index.d)
+    training = takes.training * a_product
+    coding = (n * a_reference + takes.coding * a_product) / n_shards
+    of = f", each of {n_shards} shards" if n_shards > 1 else ""
     return (
         f"{path}: {n:,} references as {factory}, {index.sa_code_size()} bytes each: "
-        f"{size / 1e6:,.0f} MB in RAM and on disk, at most {peak / 1e6:,.0f} MB of RAM while it is "
-        f"made; about {training:,.0f} s to train, {embedding:,.0f} s to embed"
+        f"{takes.size / 1e6:,.0f} MB in RAM and on disk, about {takes.peak / 1e6:,.0f} MB of RAM "
+        f"while it is made; about {training:,.0f} s to train, {coding:,.0f} s to embed and code{of}"
     )
 
 
-def join(path, references, progress=True):
-    """Makes the index from all its shards. UserError if one of them is not done."""
+def _seconds_to_embed(model, references, tokenizer):
+    """Seconds a reference, of a sample that is larger the faster it goes."""
+    size = min(64, BATCH)
+    while True:
+        ids = _spread(len(references), size)
+        began = time.perf_counter()
+        embed_references(model, references, tokenizer, ids)
+        seconds = time.perf_counter() - began
+        if seconds > 0.1 or size >= min(BATCH, len(references)):
+            return seconds / max(1, len(ids))
+        size *= 4
+
+
+def _seconds_to_multiply(dim, n=1024):
+    """Seconds a multiplication, in what k-means and coding do: finding the nearest of n."""
     faiss = optional("faiss")
+    x = np.random.default_rng(0).standard_normal((n, dim), np.float32)
+    flat = faiss.IndexFlatIP(dim)
+    flat.add(x)
+    search(flat, x, 1)  # has threads and pages to find
+    times = 0
+    began = time.perf_counter()
+    while time.perf_counter() - began < 0.1:
+        search(flat, x, 1)
+        times += 1
+    return (time.perf_counter() - began) / (times * n * n * dim)
+
+
+def join(path, references, progress=True, on_disk=False):
+    """Makes the index from all its shards. UserError if one of them is not done.
+
+    on_disk: its inverted lists go to a file of their own, and are never in RAM as a whole, neither
+    here nor where it is opened. Where another process has just joined it, nothing is left to do.
+    """
     path = Path(path)
+    cure = cure_for(path)
+    check(path.is_dir(), f"{path}/parts: no shards to join; {cure}")
+    with lock(path):
+        if (path / "parts/plan.json").exists():
+            _join(path, references, progress, on_disk)
+        else:
+            check(is_of(path, references), f"{path}/parts: no shards to join; {cure}")
+
+
+def is_of(path, references):
+    """Whether an index of these references is at `path`."""
+    file = Path(path, "meta.json")
+    if not file.exists():
+        return False
+    return read_json(file, dict(references=str), cure_for(path))["references"] == references.hash
+
+
+def _join(path, references, progress, on_disk):
+    """`join`, by whoever holds the lock."""
+    faiss = optional("faiss")
     parts = path / "parts"
     cure = cure_for(path)
-    check((parts / "plan.json").exists(), f"{parts}: no shards to join; {cure}")
     plan = read_json(parts / "plan.json", dict(n=int, references=str, embedder=str), cure)
     cure = cure_for(path, plan["embedder"])
     line = f"{parts} is of other references than {references.path}; {cure}"
     check(plan["references"] == references.hash, line)
     index = faiss.read_index(str(parts / "empty.faiss"))
     files = _finished(parts, plan["n"], index.sa_code_size(), cure)
-    _fill(index, files, plan["n"], progress)
+    made = parts / "index.faiss"
+    lists = parts / LISTS
+    lists.unlink(missing_ok=True)  # of a run that was killed
+    if on_disk:
+        inverted = n_lists(index)
+        check(inverted, f"--on_disk: {plan['factory']} has no inverted lists; leave it out")
+        _merge_on_disk(index, files, lists, plan["n"], progress)
+    else:
+        _fill(index, files, plan["n"], progress)
+    faiss.write_index(index, str(made))
+    del index
     blank = []
     for file in files:
         blank += np.fromfile(file.with_suffix(".blank"), "<i8").tolist()
-    made = path / "index.faiss.tmp"
-    faiss.write_index(index, str(made))
-    checksum = checksum_of(made)
+    meta = {key: plan[key] for key in (*META, "chosen") if key in plan}
+    meta |= dict(checksum=checksum_of(made), blank=blank)
     # From here on the old index is no more; a kill leaves the parts, and this is done again
     made.replace(path / "index.faiss")
+    if on_disk:
+        meta["lists_bytes"] = lists.stat().st_size
+        lists.replace(path / LISTS)
     shutil.copy(parts / "embedder.npy", path / "embedder.npy")
-    meta = {key: plan[key] for key in (*META, "chosen") if key in plan}
     # the last: until its checksum is there, nobody takes the index for the new one
-    write_sealed(path / "meta.json", meta | dict(checksum=checksum, blank=blank))
+    write_sealed(path / "meta.json", meta)
     shutil.rmtree(parts)
-    Path(path, "changes.npz").unlink(missing_ok=True)  # of an older index
+    if not on_disk:
+        Path(path, LISTS).unlink(missing_ok=True)  # of an older index, as are the changes
+    Path(path, "changes.npz").unlink(missing_ok=True)
 
 
 def _finished(parts, n, size, cure):
@@ -452,7 +585,30 @@ def _reserve(inner, files):
         lists.resize(i, 0)  # the room stays
 
 
-def _blocks(files, size, rows=65_536):
+def _merge_on_disk(index, files, lists, n, progress):
+    """Puts all codes into the file `lists`, and makes it the inverted lists of the empty index:
+    pieces of PIECE references are written to disk, and FAISS merges them there."""
+    faiss = optional("faiss")
+    merge_ondisk = optional("faiss.contrib.ondisk").merge_ondisk
+    parts = lists.parent
+    pieces = []
+    row = 0  # of the index, and so the id of the reference
+    with tqdm(total=n, desc="joining", disable=not progress) as bar:
+        for codes in _blocks(files, index.sa_code_size(), PIECE):
+            piece = faiss.clone_index(index)
+            inner = inner_index(piece)
+            inner.add_sa_codes(codes, np.arange(row, row + len(codes)))
+            piece.ntotal = inner.ntotal
+            pieces.append(str(parts / f"{len(pieces)}.piece"))
+            faiss.write_index(piece, pieces[-1])
+            row += len(codes)
+            bar.update(len(codes))
+    merge_ondisk(index, pieces, str(lists))
+    for piece in pieces:
+        os.remove(piece)
+
+
+def _blocks(files, size, rows=8192):
     """Yields all codes of the files, (n, size) uint8, some rows at a time."""
     for file in files:
         with file.open("rb") as f:
@@ -463,15 +619,30 @@ def _blocks(files, size, rows=65_536):
 # -- Reading it -------------------------------------------------------------------------------
 
 
-def open_index(file, meta, cure):
-    """Opens a FAISS index, if it is what its meta.json says. It is never in RAM twice."""
+def open_index(file, meta, cure, shared=False):
+    """Opens a FAISS index, if it is what its meta.json says. It is never in RAM twice.
+
+    shared: inverted lists stay in the file, whose pages the system keeps in RAM for all processes
+    as long as there is room; nothing can be added. Lists in a file of their own always do."""
     faiss = optional("faiss")
     check(file.exists(), f"{file} is missing; {cure}")
     check(checksum_of(file) == meta["checksum"], f"{file} is damaged or half renewed; {cure}")
+    flags = 0
+    if "lists_bytes" in meta:
+        lists = file.with_name(LISTS)
+        valid = lists.exists() and lists.stat().st_size == meta["lists_bytes"]
+        check(valid, f"{lists} is missing or cut off; {cure}")
+        flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
+    elif shared:
+        flags = faiss.IO_FLAG_MMAP
     try:
-        index = faiss.read_index(str(file))
+        index = faiss.read_index(str(file), flags)
     except RuntimeError:
         raise UserError(f"{file} is no index of this FAISS version; {cure}") from None
+    if flags and n_lists(index):
+        lists = faiss.downcast_InvertedLists(inner_index(index).invlists)
+        if hasattr(lists, "prefetch_nthread"):
+            lists.prefetch_nthread = 0  # 32 threads a search cost more than they bring
     valid = index.ntotal == meta["n"] and index.d == meta["dim"]
     check(valid, f"{file} has {index.ntotal:,} vectors of {index.d}, unlike meta.json; {cure}")
     return index

@@ -11,14 +11,22 @@ means that nothing was found; no memory is recalled in its place.
 """
 
 import argparse
+import fcntl
 import io
 import math
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import corpus
@@ -63,7 +71,9 @@ from index import (
     join,
     lock,
     open_index,
+    prepare,
     search,
+    share_of,
 )
 from model import load_checkpoint
 
@@ -211,14 +221,17 @@ class Retriever:
         return fresh + len(self.hidden) - len(self.meta.get("blank", ()))
 
     @staticmethod
-    def build(path, references, tokenizer_name, encoder="hash", factory=None, progress=True):
+    def build(
+        path, references, tokenizer_name, encoder="hash", factory=None, progress=True, on_disk=False
+    ):
         """Indexes a corpus.References (id = row) and writes the directory `path`. If it is stopped,
         the next call goes on where it was.
 
         encoder: an embedder or its name. factory: a FAISS factory string instead of our choice.
+        on_disk: see index.join.
         """
         model = encode_shard(path, references, tokenizer_name, encoder, factory, (1, 1), progress)
-        join(path, references, progress)
+        join(path, references, progress, on_disk)
         return Retriever.open(path, model, references)
 
     @staticmethod
@@ -247,7 +260,7 @@ class Retriever:
             made_with = meta[f"{kind}_id"]
             line = f"{path}: {kind} {made_with} and {converted} do not compare; {cure}"
             check(made_with == converted, line)
-        index = open_index(path / "index.faiss", meta, cure)
+        index = open_index(path / "index.faiss", meta, cure, True)
         retriever = Retriever(path, index, model, tokenizer, meta)
         retriever._read_changes(cure)
         valid = references is None or references.hash == meta["references"]
@@ -1002,11 +1015,13 @@ def write_neighbors(
     context=2048,
     batch=4096,
     progress=True,
+    shard=(1, 1),
 ):
     """Writes `neighbors` of a split: path (int32, (n_chunks, k)) and the same name in .json.
 
-    After a kill the same call goes on where it stopped, unless what it depends on has changed.
-    KeyboardInterrupt says how far it came.
+    shard (i, n): only an n-th of the chunks, as one of n processes; whichever finds all shards done
+    puts them together. Returns whether the whole file is there. After a kill the same call goes on
+    where it stopped, unless what it depends on has changed. KeyboardInterrupt says how far it came.
     """
     path = Path(path)
     check_grid(chunk_len, context)  # first: what is refused leaves the files as they are
@@ -1029,18 +1044,26 @@ def write_neighbors(
         references=references.hash,
     )
     side = path.with_suffix(".json")
-    part = Path(f"{path}.part")
-    done = 0
-    if part.exists() and _sidecar(side) == meta:
-        done = part.stat().st_size // (4 * k)  # whole rows of int32
-    path.unlink(missing_ok=True)  # until the end the sidecar describes the .part
-    with part.open("ab") as file:
-        file.truncate(4 * k * done)  # first: rows of another sidecar must not count as ours
-        write_json(side, meta)
-        with tqdm(total=n_chunks, initial=done, unit=" chunks", disable=not progress) as bar:
+    i, n_shards = shard
+    start, stop = share_of(n_chunks, i, n_shards, batch)
+    with lock(path.parent):
+        if _sidecar(side) != meta:  # the parts, if any, are of something else
+            for old in [path, *path.parent.glob(f"{path.name}.*.part")]:
+                old.unlink(missing_ok=True)
+            write_json(side, meta)  # until the end it describes the parts
+        elif _is_whole(path, meta):
+            return True
+        file = part_of(path, i, n_shards).open("ab")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # one process a shard; a second one waits
+        done = os.fstat(file.fileno()).st_size // (4 * k)  # whole rows of int32
+        if done < stop - start:
+            done = done // batch * batch  # so that every search is the one of an unbroken run
+        file.truncate(4 * k * done)
+        with tqdm(total=stop - start, initial=done, unit=" chunks", disable=not progress) as bar:
             try:
-                while done < n_chunks:
-                    stop = min(done + batch, n_chunks)
+                while done < stop - start:
+                    first = start + done
                     rows = neighbors(
                         tokens,
                         chunk_len,
@@ -1049,17 +1072,52 @@ def write_neighbors(
                         k,
                         threshold=threshold,
                         context=context,
-                        start=done,
-                        stop=stop,
+                        start=first,
+                        stop=min(first + batch, stop),
                     )
                     file.write(rows)
                     file.flush()
                     bar.update(len(rows))
-                    done = stop
+                    done += len(rows)
             except KeyboardInterrupt:
-                kept = f"after {done:,} of {n_chunks:,} chunks, which are kept"
+                kept = f"after {done:,} of {stop - start:,} chunks, which are kept"
                 raise KeyboardInterrupt(f"{kept}: the same command goes on") from None
-    part.replace(path)
+    with lock(path.parent):
+        line = f"{path}: another process has begun others, with other flags: give this command anew"
+        check(_sidecar(side) == meta, line)
+        return _join_neighbors(path, meta, n_shards, batch)
+
+
+def part_of(path, i, n_shards):
+    """The file with the rows of shard i of n."""
+    return Path(f"{path}.{i}-of-{n_shards}.part")
+
+
+def _is_whole(path, meta):
+    return path.exists() and path.stat().st_size == 4 * meta["k"] * meta["n_chunks"]
+
+
+def _join_neighbors(path, meta, n_shards, batch):
+    """Puts all shards together, if they are done. The caller holds the lock of the directory."""
+    if _is_whole(path, meta):
+        return True
+    parts = []
+    for i in range(1, n_shards + 1):
+        start, stop = share_of(meta["n_chunks"], i, n_shards, batch)
+        part = part_of(path, i, n_shards)
+        if not part.exists() or part.stat().st_size != 4 * meta["k"] * (stop - start):
+            return False
+        parts.append(part)
+
+    def write(file):
+        for part in parts:
+            with part.open("rb") as rows:
+                shutil.copyfileobj(rows, file)
+
+    replace_file(path, write)
+    for old in path.parent.glob(f"{path.name}.*.part"):
+        old.unlink()
+    return True
 
 
 def _sidecar(side):
@@ -1152,8 +1210,15 @@ def parser():
         checkpoint_help = "the model whose keys are the vectors, for --embedder self:LAYER.HEAD"
         part.add_argument("--checkpoint", default="checkpoints/toy", help=checkpoint_help)
     index.add_argument("--factory", help="FAISS factory string (None: chosen by size)")
-    shard_help = "i/n: only this share of the references, to be joined with the others"
-    index.add_argument("--shard", type=shard, metavar="i/n", help=shard_help)
+    for part in (index, near):
+        shard_help = "i/n: only this share, as one of n processes that write all"
+        part.add_argument("--shard", type=shard, metavar="i/n", help=shard_help)
+        n_help = f"at once on this machine (0: from {MANY:,} texts on, one for each thread)"
+        part.add_argument("--processes", type=number(int, 0), default=0, help=n_help)
+        part.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    for part in (index, join_):
+        on_disk = "lists in a file of their own: the whole index is never in RAM"
+        part.add_argument("--on_disk", action="store_true", help=on_disk)
     near.add_argument("--split", default="explicit", help="token file whose chunks are the queries")
     near.add_argument("--chunk_len", type=number(int, 1), default=64, help="C, tokens a chunk")
     near.add_argument("--k", type=number(int, 1), default=1, help="references a chunk (paper: 1)")
@@ -1169,48 +1234,165 @@ def parser():
 def main(argv=None):
     """index writes <data>/<references>.index/, or with --shard a part of it; join puts the parts
     together; neighbors writes <data>/<split>.neighbors.bin and .json (and the index, with default
-    options, if there is none). If one is stopped, the same command goes on where it was."""
+    options, if there is none); of its shards the last one puts all together. If one is stopped, the
+    same command goes on where it was. torchrun's processes take a shard each."""
+    argv = sys.argv[1:] if argv is None else argv
     a = parser().parse_args(argv)
     path = f"{a.data}/{a.references}.index"
     references = corpus.References.open(f"{a.data}/{a.references}")
-    if a.command == "index":
-        write_index(path, references, a)
-    elif a.command == "join":
-        join(path, references)
+    if a.command == "join":
+        join(path, references, on_disk=a.on_disk)
         report(path, Retriever.open(path, references=references))
+        return
+    if a.shard:
+        check(a.processes <= 1, "--processes: not with --shard, which is for one process")
+        a.processes = 1
+    ranks = torchrun_share()
+    if ranks and a.shard is None:
+        a.shard = ranks
+        a.quiet = a.quiet or ranks[0] > 1
+    if a.command == "index":
+        write_index(path, references, a, argv, ranks)
     else:
-        find_neighbors(path, references, a)
+        find_neighbors(path, references, a, argv, ranks)
 
 
-def write_index(path, references, a):
+MANY = 100_000  # texts, from which on several processes embed them
+
+
+def torchrun_share():
+    """(i, n): this process is the i-th of n that torchrun has started; None without it."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    return (int(os.environ["RANK"]) + 1, size) if size > 1 else None
+
+
+def wait_for_all():
+    """Returns once all processes of torchrun have come here."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    dist.barrier()
+
+
+def n_processes(a, n, encoder):
+    """How many processes share n texts: as --processes says, or as PyTorch would take threads."""
+    if a.processes or a.shard:
+        return a.processes or 1
+    return torch.get_num_threads() if n >= MANY and encoder.startswith("hash") else 1
+
+
+def in_processes(argv, n, files, size, total, what):
+    """Gives the same command to n processes, a shard each, and shows how far they are.
+
+    files: lists the files that they write; size: bytes of one of `total`. If one of them fails,
+    which it says itself, so does this process.
+    """
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    words = [sys.executable, str(Path(__file__).resolve()), *map(str, argv), "--quiet"]
+    started = []
+    try:
+        for i in range(1, n + 1):
+            # in a session of its own: Ctrl-C reaches this process alone, which ends them
+            share = [*words, "--processes", "1", "--shard", f"{i}/{n}"]
+            started.append(subprocess.Popen(share, env=env, start_new_session=True))
+        with tqdm(total=total, desc=what) as bar:
+            while True:
+                codes = [process.poll() for process in started]
+                done = sum(bytes_of(file) for file in files()) // size
+                bar.update(max(0, done - bar.n))
+                if None not in codes or any(codes):
+                    break
+                time.sleep(0.2)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what is done is kept: the same command goes on") from None
+    finally:
+        for process in started:
+            process.terminate()  # nothing, where it has ended
+            process.wait()
+    if any(codes):
+        sys.exit(f"retrieval.py: a process of {n} has failed, see above; the others are stopped")
+
+
+def bytes_of(file):
+    """Of a file that another process may remove meanwhile."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def write_index(path, references, a, argv, ranks):
     if a.embedder.startswith("self:"):
-        check(
-            a.factory is None and a.shard is None, "--factory, --shard: not with --embedder self:"
-        )
+        alone = a.factory is None and a.shard is None and a.processes <= 1 and not a.on_disk
+        flags = "--factory, --shard, --processes, --on_disk"
+        check(alone, f"{flags}: not with --embedder self:")
         model, _ = load_checkpoint(a.checkpoint)
         report(path, inside.KeyRetriever.build(path, references, a.data, a.embedder, model.eval()))
         return
-    if a.shard is None:
-        report(path, Retriever.build(path, references, a.data, a.embedder, a.factory))
-        return
-    encode_shard(path, references, a.data, a.embedder, a.factory, a.shard)
-    join = command("retrieval.py", "join", "--data", a.data, "--references", a.references)
-    print(f"{path}: shard {a.shard[0]} of {a.shard[1]} is done; with all of them there, run")
-    print(join)
+    make_index(path, references, a, argv, ranks, a.embedder, a.factory, a.on_disk)
+    if a.shard and not ranks:
+        if not a.quiet:
+            join = command("retrieval.py", "join", "--data", a.data, "--references", a.references)
+            i, n = a.shard
+            print(f"{path}: shard {i} of {n} is done; with all of them there, run\n{join}")
+    elif not a.quiet:
+        report(path, Retriever.open(path, references=references))
 
 
-def find_neighbors(path, references, a):
+def make_index(path, references, a, argv, ranks, encoder="hash", factory=None, on_disk=False):
+    """The index, by one process, several, or torchrun's; or one shard of it."""
+    how = references, a.data, encoder, factory
+    n = n_processes(a, len(references), encoder)
+    if a.shard or n == 1:
+        encode_shard(path, *how, a.shard or (1, 1), not a.quiet)
+    else:
+        size = prepare(path, *how, n, not a.quiet)
+        parts = Path(path, "parts")
+
+        def codes():
+            return parts.glob(f"*-of-{n}.codes")
+
+        in_processes(argv, n, codes, size, len(references), "embedding")
+    if ranks:
+        wait_for_all()  # no shard begins after the first process has joined them
+        if ranks[0] == 1:
+            join(path, references, True, on_disk)
+        wait_for_all()
+    elif not a.shard:
+        join(path, references, not a.quiet, on_disk)
+
+
+def find_neighbors(path, references, a, argv, ranks):
     if not Path(path, "meta.json").exists():
-        report(path, Retriever.build(path, references, a.data))
+        line = f"{path}: there is no index yet, which all shards need; {cure_for(path, 'hash')}"
+        check(ranks or not a.shard, line)
+        command_line = ["index", "--data", a.data, "--references", a.references]
+        make_index(path, references, a, command_line, ranks)
     tokens = corpus.open_tokens(a.data, a.split)
-    out = f"{a.data}/{a.split}.neighbors.bin"
+    out = Path(f"{a.data}/{a.split}.neighbors.bin")
     model = None
     made_of = read_json(Path(path, "meta.json"), dict(embedder=str), cure_for(path))["embedder"]
     if made_of.startswith("self:"):
         model = load_checkpoint(a.checkpoint)[0].eval()
-    retriever = Retriever.open(path, references=references, model=model)
-    how = dict(threshold=a.threshold, context=a.context)
-    write_neighbors(out, tokens, a.chunk_len, references, retriever, a.k, **how)
+    n_chunks = len(tokens) // a.chunk_len
+    n = n_processes(a, n_chunks, made_of)
+    if n > 1:
+
+        def rows():
+            return [part_of(out, i, n) for i in range(1, n + 1)]
+
+        in_processes(argv, n, rows, 4 * a.k, n_chunks, "searching")
+    else:
+        retriever = Retriever.open(path, None, references, model)
+        how = dict(threshold=a.threshold, context=a.context, progress=not a.quiet)
+        how["shard"] = a.shard or (1, 1)
+        write_neighbors(out, tokens, a.chunk_len, references, retriever, a.k, **how)
+    if ranks:
+        wait_for_all()
+    if a.quiet:
+        return
+    if not out.exists():
+        print(f"{out}: shard {a.shard[0]} of {a.shard[1]} is done; the last one joins them all")
+        return
     rows, _ = open_neighbors(a.data, a.split)
     empty = (np.asarray(rows) < 0).mean()
     print(f"{out}: {len(rows):,} chunks x {a.k}, {empty:.2%} empty")

@@ -1,13 +1,14 @@
 """The index at size: what a million references take, and what it finds of them (sec. 3.1).
 
     OMP_NUM_THREADS=1 python experiments/index_at_size.py                  # some minutes
-    OMP_NUM_THREADS=2 python experiments/index_at_size.py                  # asks the same index
+    OMP_NUM_THREADS=1 python experiments/index_at_size.py --n 300000
 
 Vectors lie in clusters, as those of texts do: a centre and noise as long as it is, scaled to length
 1. A query is a vector moved by half as much noise. The index is made as `retrieval.py index` makes
 it, of the kind that N asks for; then it is compared with comparing all. --factory tries others.
-Printed: the forecast, seconds, bytes on disk, the peak of RAM beyond what importing took, recall@5,
-ms a query, alone and in batches of 32.
+Printed: the forecast, seconds of the processor to train and to code, bytes on disk, the peak of RAM
+beyond what importing took, recall@5, ms a query, alone and in batches of 32. Each query is asked
+once; one alone has one thread, whatever there are, for FAISS gives each query of a batch to one.
 """
 
 import argparse
@@ -21,7 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus  # noqa: E402
-from common import make_directory, optional, run, write_json  # noqa: E402
+from common import make_directory, optional, read_json, run, write_json  # noqa: E402
+from index import encode_shard, join, prepare, search  # noqa: E402
 from retrieval import Retriever  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,22 +112,74 @@ def exact(vectors, queries):
     return ids
 
 
+def reset_peak():
+    """Forgets the peak of RAM so far -> bytes of RAM now. (Linux; elsewhere the peak stays.)"""
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+        return status_bytes("VmRSS")
+    return peak_bytes()
+
+
 def peak_bytes():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most bytes of RAM since then."""
+    if Path("/proc/self/status").exists():
+        return status_bytes("VmHWM")
+    scale = 1 if sys.platform == "darwin" else 1024
+    return scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def ms_a_query(index, queries, batch, passes=5):
-    """Milliseconds a query, mean over the batches of the fastest of some passes: what else runs on
-    the machine only adds."""
-    seconds = []
+def status_bytes(name):
+    """What Linux says of this process: VmRSS, its RAM, or VmHWM, the most since it was reset."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+
+
+def ms_a_query(index, queries, batch):
+    """Milliseconds a query, each asked once: of the clock, and of the processor."""
+    began = time.perf_counter()
+    began_working = time.process_time()
     for i in range(0, len(queries), batch):
-        each = []
-        for _ in range(passes):
-            began = time.perf_counter()
-            index.search(queries[i : i + batch], K)
-            each.append(time.perf_counter() - began)
-        seconds.append(min(each))
-    return 1e3 * sum(seconds) / len(queries)
+        search(index, queries[i : i + batch], K)
+    milliseconds = 1e3 / len(queries)
+    worked = time.process_time() - began_working
+    return milliseconds * (time.perf_counter() - began), milliseconds * worked
+
+
+def build(path, references, tokenizer, vectors, factory, result):
+    """Makes the index; what it took goes into result."""
+    before = reset_peak()
+    began = time.perf_counter()
+    how = references, tokenizer, vectors, factory
+    for name, step in (("train", prepare), ("code", encode_shard)):
+        worked = time.process_time()
+        step(path, *how, progress=name == "train")
+        result[f"{name}_seconds"] = time.process_time() - worked
+    join(path, references, False)
+    result["build_seconds"] = time.perf_counter() - began
+    result["build_peak_bytes"] = peak_bytes() - before
+
+
+def ask(retriever, vectors, n_queries, result):
+    """Times and recall of queries that are near vectors."""
+    faiss = optional("faiss")
+    rng = np.random.default_rng(1)
+    queries = vectors.rows(rng.integers(0, vectors.n, 3 * n_queries))
+    queries = unit(queries + 0.5 * unit(rng.standard_normal(queries.shape, np.float32)))
+    alone, by_one, by_two = np.split(queries, 3)  # none is asked twice
+    search(retriever.index, vectors.rows(range(32)), K)  # pages and threads are there
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    result["ms_alone"], result["processor_ms_alone"] = ms_a_query(retriever.index, alone, 1)
+    result["ms_in_32"], result["processor_ms_in_32"] = ms_a_query(retriever.index, by_one, 32)
+    faiss.omp_set_num_threads(2)
+    result["ms_in_32_by_two"], _ = ms_a_query(retriever.index, by_two, 32)
+    faiss.omp_set_num_threads(threads)
+    found = search(retriever.index, alone, K)[0]
+    true = exact(vectors, alone)
+    shared = [len(set(x) & set(y)) / K for x, y in zip(found.tolist(), true.tolist(), strict=True)]
+    result["recall_at_5"] = float(np.mean(shared))
+    result["first_is_first"] = float((found[:, 0] == true[:, 0]).mean())
 
 
 def main(argv=None):
@@ -133,53 +187,40 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
     p.add_argument("--n", type=int, default=1_000_000, help="references")
     p.add_argument("--dim", type=int, default=512, help="numbers a vector")
-    p.add_argument("--clusters", type=int, default=20_000, help="clusters that they lie in")
-    p.add_argument("--queries", type=int, default=1000, help="queries")
+    p.add_argument("--members", type=int, default=50, help="vectors of a cluster")
+    p.add_argument("--queries", type=int, default=1000, help="queries of each kind")
     p.add_argument("--factory", help="FAISS factory string (None: chosen by size)")
     p.add_argument("--probes", type=int, help="lists looked into (None: as the index has it)")
     p.add_argument("--tokenizer", default=str(ROOT / "data/cities"), help="a data directory")
     p.add_argument(
         "--out", default="out/index_at_size", help="vectors and index (4 KB a reference)"
     )
-    p.add_argument("--json", help="file for the figures")
+    p.add_argument("--json", help="file for the figures, beside those of other sizes and kinds")
     a = p.parse_args(argv)
     faiss = optional("faiss")
-    out = make_directory(a.out)
-    vectors = Vectors(out / "vectors.bin", a.n, a.dim, a.clusters)
+    out = make_directory(f"{a.out}/{a.n}x{a.dim}")
+    vectors = Vectors(out / "vectors.bin", a.n, a.dim, a.n // a.members)
     if not vectors.path.exists() or vectors.path.stat().st_size != 4 * a.n * a.dim:
         vectors.make()
     references = Numbers(a.n, corpus.tokenizer(a.tokenizer))
     path = out / f"{a.factory or 'chosen'}.index"
-    result = dict(n=a.n, dim=a.dim, threads=faiss.omp_get_max_threads())
-    before = peak_bytes()
+    result = dict(n=a.n, dim=a.dim)
     if not (path / "meta.json").exists():
-        began = time.perf_counter()
-        Retriever.build(path, references, a.tokenizer, vectors, a.factory)
-        result["build_seconds"] = time.perf_counter() - began
-        result["build_peak_bytes"] = peak_bytes() - before
+        build(path, references, a.tokenizer, vectors, a.factory, result)
     retriever = Retriever.open(path, vectors, references)
-    result["peak_bytes"] = peak_bytes() - before
     result["index_bytes"] = (path / "index.faiss").stat().st_size
     result["factory"] = retriever.meta["factory"]
     if a.probes:
         faiss.extract_index_ivf(retriever.index).nprobe = a.probes
-    rng = np.random.default_rng(1)
-    queries = vectors.rows(rng.integers(0, a.n, a.queries))
-    queries = unit(queries + 0.5 * unit(rng.standard_normal(queries.shape, np.float32)))
-    retriever.index.search(queries[:32], K)  # pages and threads are there
-    result["ms_alone"] = ms_a_query(retriever.index, queries, 1)
-    result["ms_in_32"] = ms_a_query(retriever.index, queries, 32)
-    found = retriever.index.search(queries, K)[1]
-    true = exact(vectors, queries)
-    shared = [len(set(x) & set(y)) / K for x, y in zip(found.tolist(), true.tolist(), strict=True)]
-    result["recall_at_5"] = float(np.mean(shared))
-    result["first_is_first"] = float((found[:, 0] == true[:, 0]).mean())
+    ask(retriever, vectors, a.queries, result)
     for name, value in result.items():
         print(f"{name:18} {value:,.4g}" if isinstance(value, float) else f"{name:18} {value}")
-    ratio = result["peak_bytes"] / result["index_bytes"]
-    print(f"peak of RAM / index: {ratio:.2f}")
+    if "build_peak_bytes" in result:
+        ratio = result["build_peak_bytes"] / result["index_bytes"]
+        print(f"peak of RAM / index: {ratio:.2f}")
     if a.json:
-        write_json(a.json, result)
+        there = read_json(a.json, {}, "remove it") if Path(a.json).exists() else {}
+        write_json(a.json, there | {f"{a.n} {result['factory']}": result})
     return result
 
 

@@ -1,7 +1,13 @@
 """The index of references: its kinds, made in parts, by one process or several, and killed."""
 
 import doctest
+import json
+import shutil
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,11 +189,150 @@ def test_command_line_of_shards(data, many, capsys):  # noqa: F811
         assert "1 <= i <= n" in capsys.readouterr().err
 
 
+def test_processes_that_join_at_once(data, many, monkeypatch):  # noqa: F811
+    """A traceback, or an index that is called damaged, where two processes join the same shards, or
+    make the same index, at once."""
+    how = many, str(data), "hash:67"
+    path = data / "kb.index"
+    whole = Retriever.build(path, *how, progress=False).search([text(5, 35)], 3)
+    index.encode_shard(path, *how, progress=False)
+    real = index.checksum_of
+
+    def slow(file):
+        time.sleep(0.05)
+        return real(file)
+
+    monkeypatch.setattr(index, "checksum_of", slow)
+    with ThreadPoolExecutor(3) as threads:
+        for future in [threads.submit(index.join, path, many, False) for _ in range(3)]:
+            future.result()
+    assert not (path / "parts").exists()
+    with ThreadPoolExecutor(3) as threads:
+        made = [threads.submit(Retriever.build, path, *how, progress=False) for _ in range(3)]
+        for future in made:
+            assert np.array_equal(future.result().search([text(5, 35)], 3)[0], whole[0])
+    index.join(path, many, False)  # nothing is left to do
+    many.append(Bytes().encode("Zubrowka"))
+    with pytest.raises(UserError, match="no shards to join"):
+        index.join(path, many, False)  # its index is of fewer references
+
+
+@pytest.mark.parametrize("factory", ["IVF3,Flat", "IVF3_HNSW4,SQ8", "PCA11,IVF3,SQ8"])
+def test_lists_on_disk(data, many, factory, monkeypatch):  # noqa: F811
+    """Lists that lose rows where pieces meet, that find something else than in RAM, that are not
+    found once the directory has moved, or that nobody misses."""
+    monkeypatch.setattr(index, "PIECE", 11)
+    how = many, str(data), "hash:67", factory
+    path = data / "kb.index"
+    questions = [text(i % 13, 7 * i) for i in range(47)]
+    in_ram = Retriever.build(path, *how, progress=False).search(questions, 9)
+    size = (path / "index.faiss").stat().st_size
+    index.encode_shard(path, *how, progress=False)
+    index.join(path, many, False, on_disk=True)
+    assert (path / "index.faiss").stat().st_size < size - 47 * 11
+    moved = data / "other/kb.index"
+    shutil.copytree(path, moved)
+    shutil.copy(data / "kb.idx", moved.parent)
+    shutil.rmtree(path)
+    monkeypatch.setattr(corpus, "tokenizer", only_bytes)
+    r = Retriever.open(moved, references=many)
+    for found, before in zip(r.search(questions, 9), in_ram, strict=True):
+        assert np.array_equal(found, before)
+    r.replace([5], ["Zubrowka has 4242 people"])
+    assert r.search(["Zubrowka"], 1)[0][0, 0] == 5
+    with (moved / index.LISTS).open("ab") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="ivfdata is missing or cut off.*python retrieval.py index"):
+        Retriever.open(moved)
+    index.encode_shard(path, *how, progress=False)
+    index.join(path, many, False)  # in RAM again
+    assert not (path / index.LISTS).exists() and len(Retriever.open(path)) == 45 + 2
+
+
+def only_bytes(name):
+    return Bytes()
+
+
+def test_lists_on_disk_need_lists(data, many):  # noqa: F811
+    """An AttributeError from FAISS at the end of all embedding."""
+    index.encode_shard(f"{data}/kb.index", many, str(data), "hash:67", progress=False)
+    with pytest.raises(UserError, match="--on_disk: Flat has no inverted lists; leave it out"):
+        index.join(f"{data}/kb.index", many, False, on_disk=True)
+    index.join(f"{data}/kb.index", many, False)
+
+
+def test_forecast_comes_first(data, many, monkeypatch, capsys):  # noqa: F811
+    """Hours of reading before the forecast; none in a later shard, or on a resume."""
+    read = []
+    real = index.text_of
+
+    def counting(references, tokenizer, i):
+        read.append(i)
+        return real(references, tokenizer, i)
+
+    how = f"{data}/kb.index", many, str(data), "hash:67", "IVF3,SQ8"
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "text_of", counting)
+        patch.setattr(index, "BATCH", 4)
+        patch.setattr(index, "_prepare", dying_at_once)
+        with pytest.raises(KeyboardInterrupt, match="nothing is kept"):
+            index.encode_shard(*how)
+    assert " 47 references as IVF3,SQ8, " in capsys.readouterr().out and len(read) < 47
+    for i in (1, 2, 2):
+        index.encode_shard(*how, (i, 2))
+        assert "each of 2 shards\n" in capsys.readouterr().out
+
+
+def test_work_that_is_forecast():
+    """A build time without the longest part of the work: every vector finds its list among all."""
+    lists = index.predict(1_000_000, index.empty_index("IVF4096,SQ8", 512))
+    assert lists.training == 10 * 40 * 4096 * 4096 * 512 and lists.coding == 1e6 * 4096 * 512
+    codes = index.predict(1e8, index.empty_index("IVF32768_HNSW32,PQ128", 512))
+    assert codes.coding == 1e8 * (32768 + 256) * 512
+
+
+# What a build takes of RAM, in a process that does nothing else. argv: folder, n, dim, factory
+RAM = """
+import sys
+sys.path[:0] = {paths}
+import index, retrieval
+from experiments import index_at_size as experiment
+
+folder, n, dim, factory = sys.argv[1:]
+tokenizer = {tokenizer!r}
+references = experiment.Numbers(int(n), experiment.corpus.tokenizer(tokenizer))
+vectors = experiment.Vectors(experiment.Path(folder, "vectors"), int(n), int(dim), 60)
+vectors.make()
+index.empty_index(factory, int(dim))
+before = experiment.reset_peak()
+retrieval.Retriever.build(folder + "/x.index", references, tokenizer, vectors, factory, False)
+index_of = index.empty_index(factory, int(dim))
+print(experiment.peak_bytes() - before, index.predict(int(n), index_of).peak)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of RAM"
+)
+@pytest.mark.parametrize("factory, dim", [("IVF64,SQ8", 512), ("IVF64,PQ32x8", 256), ("SQ8", 512)])
+def test_ram_that_is_forecast(tmp_path, factory, dim):
+    """A forecast of RAM that is too small: a build that is killed after hours for want of it."""
+    paths = [str(ROOT), str(ROOT / "tests")]
+    script = RAM.format(paths=paths, tokenizer=str(ROOT / "data/cities"))
+    n = 60_000
+    words = [sys.executable, "-c", script, str(tmp_path), str(n), str(dim), factory]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    took, predicted = map(float, done.stdout.split())
+    assert 0.4 * predicted < took < 1.1 * predicted
+
+
 def test_forecast(data, many):  # noqa: F811
     """A forecast that leaves out the ids or the lists."""
     for factory in ("Flat", "IVF3,Flat", "IVF3_HNSW4,SQ8"):
         made = Retriever.build(f"{data}/kb.index", many, str(data), "hash:512", factory, False)
-        size, peak, _ = index.predict(47, made.index)
+        size, peak, *_ = index.predict(47, made.index)
         real = (data / "kb.index" / "index.faiss").stat().st_size
         assert 0.8 * real < size < 1.2 * real and peak >= size
 
@@ -212,10 +357,14 @@ def test_lists_find_what_comparing_all_finds():
 
 def test_the_experiment_runs(tmp_path, capsys):
     """Figures that compare an index with itself; a second run that builds anew."""
-    flags = "--n 3000 --dim 24 --clusters 60 --queries 40 --factory IVF16,SQ8 --out".split()
+    flags = "--n 3000 --dim 24 --queries 40 --factory IVF16,SQ8 --out".split()
     flags += [str(tmp_path), "--tokenizer", str(ROOT / "data/cities")]
     first = index_at_size.main([*flags, "--json", str(tmp_path / "a.json")])
     assert first["recall_at_5"] > 0.9 and first["build_seconds"] > 0
-    assert (tmp_path / "a.json").exists() and "recall_at_5" in capsys.readouterr().out
-    again = index_at_size.main([*flags, "--probes", "1"])
+    assert 0 < first["train_seconds"] and 0 < first["code_seconds"]
+    assert "recall_at_5" in capsys.readouterr().out
+    again = index_at_size.main([*flags, "--probes", "1", "--json", str(tmp_path / "b.json")])
+    index_at_size.main([*flags, "--factory", "Flat", "--json", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())
+    assert list(rows) == ["3000 IVF16,SQ8", "3000 Flat"] and rows["3000 Flat"]["recall_at_5"] == 1
     assert "build_seconds" not in again and again["recall_at_5"] < first["recall_at_5"]
