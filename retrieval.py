@@ -1366,6 +1366,8 @@ def find_neighbors(path, references, a, argv, ranks):
         line = f"{path}: there is no index yet, which all shards need; {cure_for(path, 'hash')}"
         check(ranks or not a.shard, line)
         command_line = ["index", "--data", a.data, "--references", a.references]
+        if a.processes:
+            command_line += ["--processes", a.processes]
         make_index(path, references, a, command_line, ranks)
     tokens = corpus.open_tokens(a.data, a.split)
     out = Path(f"{a.data}/{a.split}.neighbors.bin")

@@ -4,13 +4,17 @@ import doctest
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import common
 import corpus
@@ -312,6 +316,125 @@ def test_neighbour_file(data, monkeypatch):
         open_neighbors(data, "explicit")
     with pytest.raises(ValueError, match="index of other references"):
         write()
+
+
+def test_shards_of_neighbours(data, monkeypatch, capsys):
+    """Chunks that are lost, doubled or shifted where shards meet; a shard of other flags among
+    them; processes at once that write into each other's rows."""
+    references, r = make(data)
+    tokens, path = corpus.open_tokens(data, "explicit"), f"{data}/explicit.neighbors.bin"
+    whole = neighbors(tokens, 7, references, r, 2, context=35)
+    n_chunks = len(whole)
+
+    def write(i, n, threshold=0.9):
+        how = dict(context=35, batch=3, progress=False, shard=(i, n), threshold=threshold)
+        return retrieval.write_neighbors(path, tokens, 7, references, r, 2, **how)
+
+    for n in (2, 3, n_chunks + 5):  # of the last division some shards are empty
+        write(1, 2, threshold=0.5)  # of something else: nothing of it stays
+        assert [write(i, n) for i in range(n, 0, -1)] == [False] * (n - 1) + [True]
+        assert np.array_equal(open_neighbors(data, "explicit", chunk_len=7)[0], whole)
+        assert sorted(file.name for file in data.glob("explicit.neighbors*")) == [
+            "explicit.neighbors.bin",
+            "explicit.neighbors.json",
+        ]
+    Path(path).unlink()
+    real = neighbors
+
+    def slow(*args, **options):
+        time.sleep(0.02)
+        return real(*args, **options)
+
+    monkeypatch.setattr(retrieval, "neighbors", slow)
+    with ThreadPoolExecutor(4) as threads:
+        made = [threads.submit(write, *shard) for shard in [(1, 1), (1, 2), (1, 1), (2, 2)]]
+        assert [future.result() for future in made].count(True) >= 3
+    assert np.array_equal(open_neighbors(data, "explicit", chunk_len=7)[0], whole)
+    monkeypatch.setattr(retrieval, "neighbors", None)
+    assert write(1, 1)  # all there: nothing is searched again
+
+    monkeypatch.setattr(retrieval, "neighbors", real)
+    Path(path).unlink()
+    flags = ["neighbors", "--data", str(data), "--chunk_len", "7", "--k", "2", "--context", "35"]
+    retrieval.main([*flags, "--shard", "2/2"])
+    assert "shard 2 of 2 is done; the last one joins them all" in capsys.readouterr().out
+    retrieval.main([*flags, "--shard", "1/2"])
+    assert f"{n_chunks} chunks x 2" in capsys.readouterr().out
+    assert np.array_equal(open_neighbors(data, "explicit", chunk_len=7)[0], whole)
+    shutil.rmtree(data / "kb.index")
+    with pytest.raises(UserError, match="no index yet, which all shards need; make it anew with"):
+        retrieval.main([*flags, "--shard", "1/2"])
+    with pytest.raises(UserError, match="--processes: not with --shard"):
+        retrieval.main([*flags, "--shard", "1/2", "--processes", "2"])
+
+
+@pytest.fixture(scope="module")
+def cities(tmp_path_factory):
+    """A data set with a real tokenizer, for commands that run in processes of their own."""
+    path = tmp_path_factory.mktemp("cities")
+    shutil.copy(ROOT / "data/cities/tokenizer.json", path)
+    common.write_json(path / "meta.json", dict(tokenizer=".", n_vocab=4096))
+    tokenizer = corpus.tokenizer(path)
+    rows = [tokenizer.encode(text(i % 13) + f" Its number is {7 * i}.") for i in range(3300)]
+    corpus.References.create(path / "kb", rows, 4096)
+    corpus.write_tokens(path / "explicit.bin", np.concatenate(rows[:2000]), 4096)
+    return path
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def in_processes(*commands):
+    """Runs commands at once -> the two outputs of each; none of them fails."""
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = [subprocess.Popen([str(word) for word in words], **how) for words in commands]
+    outputs = [process.communicate() for process in started]
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        assert process.returncode == 0 and "Traceback" not in errors, errors
+    return outputs
+
+
+@pytest.mark.slow
+def test_processes_make_the_same(cities):
+    """Under torchrun, as several processes of one command, or as the same command given twice at
+    once: a traceback, a damaged file, other bytes than those of one process."""
+    script = ROOT / "retrieval.py"
+    near = (script, "neighbors", "--data", cities, "--chunk_len", 8, "--context", 64, "--k", 2)
+    whole = (script, "index", "--data", cities)
+    indexed = ("kb.index/index.faiss", "kb.index/meta.json", "kb.index/embedder.npy")
+    found = ("explicit.neighbors.bin", "explicit.neighbors.json")
+    made = {}
+    for files, commands in (
+        (indexed, [(sys.executable, *whole)]),
+        (found, [(sys.executable, *near)]),
+        (indexed + found, [(*TORCHRUN, *near)]),
+        (indexed + found, [(sys.executable, *near), (sys.executable, *near)]),
+        (indexed + found, [(sys.executable, *near, "--processes", 3)]),
+    ):
+        for name in files:
+            (cities / name).unlink(missing_ok=True)
+        outputs = in_processes(*commands)
+        said = "3,300 references" if files == indexed else "chunks x 2"
+        assert all(out.count(said) >= 1 for out, _ in outputs)
+        for name in files:
+            assert (cities / name).read_bytes() == made.setdefault(
+                name, (cities / name).read_bytes()
+            )
+        assert not list(cities.glob("*.part")) and not (cities / "kb.index/parts").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_fails(cities):
+    """A command that waits for ever, or says that all is well, when one of its processes fails; an
+    error without its reason."""
+    words = ["neighbors", "--data", str(cities), "--chunk_len", "8", "--context", "63"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "retrieval.py"), *words, "--processes", "2"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "--context 63: give a multiple of chunk_len" in done.stderr
+    assert "a process of 2 has failed" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_command_line(data, capsys):
