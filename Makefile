@@ -41,6 +41,7 @@ toy: .venv/ready
 		--lr 3e-3 --decay 0.2 --compile
 	$(PY) train.py --init out/implicit --stage explicit --out out/toy --steps 2400 --batch 64 \
 		--lr 2e-3 --decay 0.4 --compile
+	cp $(DATA)/tokenizer.json out/toy/
 
 # Your own text (own.sh): make own TEXT=folder MINUTES=30 MODEL=
 own: .venv/ready

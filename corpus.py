@@ -5,7 +5,8 @@ it can be moved, renamed and used from any working directory:
     meta.json           manifest: what is in it, how it was made
     tokenizer.json      byte-pair ranks, if the data set has a tokenizer of its own
     <split>.bin         tokens of a split, uint16 (uint32 for a vocabulary beyond 65,536)
-    <refs>.bin, .idx    references: their tokens end to end, and N+1 offsets (int64)
+    <refs>.bin, .idx    references: their tokens end to end, and N+1 offsets (int64); perhaps
+                        .titles: how many tokens of each are its title (int64)
 Nothing here knows what the texts are about.
 """
 
@@ -436,6 +437,7 @@ class References:
         self.tokens = tokens  # (all tokens,)
         self.offsets = offsets  # (N + 1,)
         self.n_vocab = n_vocab
+        self.titles = None  # (N,) once `body` needs them
 
     @staticmethod
     def create(path, sequences, n_vocab, documents=None):
@@ -444,7 +446,8 @@ class References:
         documents: of how many references, one after the other, each document consists; all are
         written to <path>.documents, for Remark 3.2 (write.py --whole_documents)."""
         check(len(sequences), f"{path}: no references to write")
-        Path(f"{path}.documents").unlink(missing_ok=True)  # it told of other references
+        for kind in ("documents", "titles"):
+            Path(f"{path}.{kind}").unlink(missing_ok=True)  # it told of other references
         lengths = np.array([len(s) for s in sequences])
         check(lengths.all(), f"{path}: reference {lengths.argmin()} is empty")
         tokens = np.concatenate([checked_ids(path, s, n_vocab) for s in sequences])
@@ -482,6 +485,26 @@ class References:
         if not 0 <= i < len(self):
             raise IndexError(f"reference {i}; {self.path} has {len(self)}")
         return self.tokens[self.offsets[i] : self.offsets[i + 1]].astype(np.int64)
+
+    def body(self, i):
+        """Reference i without its title, if the data set says how long that is: (n,) int64, n > 0.
+
+        A reference of data/text is "Title: text". The title counts neither for nor against its
+        being a copy of what a window says, eq. (3.3): a window has it once, or not at all."""
+        if self.titles is None:
+            self.titles = self._read_titles()
+        return self[i][self.titles[i] :]
+
+    def _read_titles(self):
+        """The length of each reference's title (N,); 0 where there is no file of them."""
+        file = Path(f"{self.path}.titles")
+        if not file.exists():
+            return np.zeros(len(self), np.int64)
+        titles = np.fromfile(file, "<i8")
+        fits = len(titles) == len(self)
+        fits = fits and (titles >= 0).all() and (titles < np.diff(self.offsets)).all()
+        check(fits, f"{file} does not fit {self.path}.idx: {_cure(file.parent)}")
+        return titles
 
     def batch(self, ids, width=None):
         """(n, width) int64 on the CPU, -1 = padding on the right; at least as wide as `width`."""
@@ -524,4 +547,5 @@ class References:
         new = References.create(self.path, rows, self.n_vocab)
         self.tokens = new.tokens
         self.offsets = new.offsets
+        self.titles = None
         return i

@@ -970,7 +970,9 @@ def neighbors(
 
     tokens (n,): a split. Chunk i, tokens [iC, (i+1)C), is the query for k + extra references. Those
     that overlap its train sequence, the aligned window of `context` tokens around it, by more than
-    the threshold (eq. 3.3) are dropped: with the answer in memory nothing would be learnt.
+    the threshold (eq. 3.3) are dropped: with the answer in memory nothing would be learnt. Their
+    titles, where they have any, do not count (corpus.References.body): else a text that is all
+    there but for its title would pass.
     Returns (stop - start, k) int32, best first, -1 = none.
     """
     check_grid(chunk_len, context)
@@ -990,7 +992,7 @@ def neighbors(
             if i < 0 or len(kept) == k:
                 break
             if (sequence, i) not in copied:  # chunks of one sequence find the same references
-                copied[sequence, i] = exceeds(window, references[i], threshold)
+                copied[sequence, i] = exceeds(window, references.body(i), threshold)
             if not copied[sequence, i]:
                 kept.append(i)
         out[row, : len(kept)] = kept

@@ -42,6 +42,12 @@ def test_docstrings(monkeypatch):
 # The tokenizer
 
 
+def test_the_shipped_model_has_its_tokenizer():
+    """The only checkpoint that a new user has cannot be gone on with: MODEL=checkpoints/toy."""
+    shipped = (ROOT / "checkpoints/toy/tokenizer.json").read_bytes()
+    assert shipped == (ROOT / "data/cities/tokenizer.json").read_bytes()
+
+
 def test_every_byte_is_a_token(tok):
     """A byte that no rank covers: tiktoken then dies in Rust, in the middle of somebody's text."""
     for byte in range(256):

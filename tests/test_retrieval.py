@@ -255,6 +255,35 @@ def test_neighbours_are_no_copies(data):
         neighbors(tokens, 17, references, r, 5, context=120)
 
 
+def test_a_title_does_not_hide_a_copy(data):
+    """A body that stands in the window word for word, under a title that does not, or only once: a
+    quarter of all chunks of a text with titles had its copy for a neighbour."""
+    tok = corpus.tokenizer(data)
+    body = "Lviv lies on seven hills and has many old churches and bridges."
+    others = [text(i) for i in range(7)]
+    rows = [tok.encode(f"A guide to the west: {body}"), *map(tok.encode, others)]
+    references = corpus.References.create(data / "titled", rows, tok.n_vocab)
+    r = Retriever.build(data / "titled.index", references, str(data), "hash:67", progress=False)
+    tokens = np.array(tok.encode(f"\n{body} It is far away from here and there."))
+    chunk = len(tokens) // 2
+    how = dict(context=2 * chunk, threshold=0.9)
+    assert overlap(tokens, rows[0]) < 0.9 and 0 in neighbors(tokens, chunk, references, r, 1, **how)
+    n_title = len(tok.encode("A guide to the west:")) + len(tok.encode("Lviv"))
+    titles = np.array([n_title, *[0] * len(others)], "<i8")
+    (data / "titled.titles").write_bytes(titles.tobytes())
+    references = corpus.References.open(data / "titled")
+    assert (
+        references.body(0).tolist() == rows[0][n_title:] and references.body(3).tolist() == rows[3]
+    )
+    assert 0 not in neighbors(tokens, chunk, references, r, 2, **how)
+    for wrong in (titles[:-1], titles + 999, titles - 99):
+        (data / "titled.titles").write_bytes(wrong.tobytes())
+        with pytest.raises(UserError, match="titled.titles does not fit .*titled.idx"):
+            corpus.References.open(data / "titled").body(0)
+    corpus.References.create(data / "titled", rows[1:], tok.n_vocab)
+    assert not (data / "titled.titles").exists()  # it told of other references
+
+
 def test_neighbour_file(data, monkeypatch):
     """A resume that starts anew, repeats or skips rows; a file trusted because it exists."""
     references, r = make(data)

@@ -326,7 +326,8 @@ def cities():
 def test_references_are_never_too_long_and_lose_nothing(cities, text, title, ref_len):
     """A reference beyond ref_len is cut by the writer without a word; a sentence lost between two;
     a character cut in two; a reference that does not say whose facts it holds."""
-    rows = references.references_of(text, title, cities, ref_len)
+    rows, before = references.references_of(text, title, cities, ref_len)
+    assert len(before) == len(rows)
     assert rows and max(map(len, rows)) <= ref_len
     said = [cities.decode(row).strip() for row in rows]
     kept = references.fitting(unicodedata.normalize("NFC", title), cities, ref_len // 4).strip()
@@ -344,10 +345,10 @@ def test_sentences_stay_whole(cities):
     """References cut in the middle of a sentence though it would have fitted into the next."""
     text = "Kyiv is in Ukraine. Kyiv has 2797553 people. It lies at 50 N 31 E! Old? Yes.\nA line"
     for ref_len in (24, 30, 45):
-        for row in references.references_of(text, "", cities, ref_len):
+        for row in references.references_of(text, "", cities, ref_len)[0]:
             said = cities.decode(row).strip()
             assert said[-1] in ".!?" or said.endswith("A line")
-    [whole] = references.references_of(text, "Kyiv", cities, 128)
+    [whole], _ = references.references_of(text, "Kyiv", cities, 128)
     assert cities.decode(whole).count("Kyiv") == 2  # it begins with its title already
 
 
@@ -410,6 +411,13 @@ def test_what_is_held_out_is_held_out(folder, tmp_path, cities):
         assert any(t.startswith(f"{title}\n") and text[:40] in t for t in split[home]), said
         assert len(kb[i]) <= 33
     assert [kb[meta["heldout"] + i].tolist() for i in range(len(own))] == [r.tolist() for r in own]
+    tokens = {name: corpus.open_tokens(out, name).tolist() for name in ("heldout", "train")}
+    for i in range(len(kb)):  # its body, without title, stands there token by token
+        home = tokens["heldout" if i < meta["heldout"] else "train"]
+        body = kb.body(i).tolist()
+        assert 0 < len(body) < len(kb[i])
+        at = [j for j, token in enumerate(home) if token == body[0]]
+        assert any(home[j : j + len(body)] == body for j in at)
     counts = meta["documents"]
     left_out = ("exact duplicates", "min_words", "min_entropy", "max_broken")
     assert [counts[name] for name in left_out] == [1, 1, 1, 1]
@@ -417,7 +425,7 @@ def test_what_is_held_out_is_held_out(folder, tmp_path, cities):
     prompts = (out / "prompts.txt").read_text().splitlines()  # of what is held out, each another
     firsts = {cities.decode(kb[i]).strip() for i in range(meta["heldout"])}
     assert len(set(prompts)) == 3
-    assert all(any(text.startswith(prompt) for text in firsts) for prompt in prompts)
+    assert {prompt.replace("\t", " ") for prompt in prompts} <= firsts
     assert counts["characters replaced"] == 2700 or counts["characters replaced"] > 900
 
 
@@ -630,6 +638,9 @@ def test_no_friendly_text(tmp_path):
     kb = corpus.References.open(tmp_path / "out/kb")
     tok = corpus.tokenizer(tmp_path / "out")
     said = "".join(tok.decode(kb[i]) for i in range(len(kb)))
+    for line in (tmp_path / "out/prompts.txt").read_text(encoding="utf-8").splitlines():
+        prompt, truth = line.split("\t")  # not all of the text, though it has no spaces
+        assert len(prompt) > 4 and len(truth) > 4
     assert "首都" in said and family in said and "\x00" not in said
 
 
@@ -718,6 +729,176 @@ def test_a_shape_is_fed_by_text_and_time(monkeypatch, tmp_path):
     assert len(set(said)) == 3
 
 
+# A stand-in for python: what each step leaves, and refuses, without its work
+STAND_IN = r"""#!/usr/bin/env bash
+set -euo pipefail
+script=$(basename "$1")
+echo "${@:2}" >> "$LOG"
+declare -A f=()
+for ((i = 2; i <= $#; i++)); do if [[ ${!i} == --* ]]; then j=$((i + 1)); f[${!i}]=${!j:-}; fi; done
+out=${f[--out]:-}
+case $script in
+prepare.py)
+  made=$(echo "$(basename "$2") ${f[--tokenizer]} $(cat "$2"/*)" | cksum)
+  if [[ " $* " == *" --fingerprint "* ]]; then echo "$made"; exit; fi
+  mkdir -p "$out"
+  printf '{\n "prepared": "%s"\n}\n' "$made" > "$out/meta.json"
+  echo "${f[--tokenizer]}" > "$out/tokenizer.json"
+  touch "$out"/{train,heldout,val,kb}.bin
+  printf 'Where\tthere\nWho\tshe\n' > "$out/prompts.txt" ;;
+shape.py)
+  if [[ " $* " == *" --lengths "* ]]; then echo 32 64 256; exit; fi
+  echo "--width ${f[--minutes]}" > "${f[--file]}"
+  echo "--warmup 7 --val ${SPLITS-heldout,val}" >> "${f[--file]}" ;;
+retrieval.py)
+  if [[ $2 == index ]]; then
+    mkdir -p "${f[--data]}/${f[--references]}.index"
+    touch "${f[--data]}/${f[--references]}.index/meta.json"
+  else
+    touch "${f[--data]}/${f[--split]}.neighbors.bin"
+  fi ;;
+train.py)
+  made="$(cat "${f[--data]}/tokenizer.json") ${f[--width]:-} ${f[--init]:-}"
+  if test -f "$out/made"; then
+    test "$(cat "$out/made")" = "$made" || { echo "another run is there"; exit 1; }
+  else
+    mkdir -p "$out"
+    echo "$made" > "$out/made"
+    echo " \"weights\": \"$(cksum < "${f[--data]}/meta.json") $made\"" > "$out/meta.json"
+  fi ;;
+write.py)
+  mkdir -p "$out"
+  if test -f "$out/of"; then cmp "$out/of" "${f[--checkpoint]}/meta.json"; fi
+  if test -n "${f[--references]:-}"; then cp "${f[--references]}/texts" "$out/texts"; fi
+  touch "$out/texts"
+  cp "${f[--checkpoint]}/meta.json" "$out/of" ;;
+eval.py) test -z "${BROKEN:-}" || exit 1 ;;
+sample.py) cmp "${f[--bank]}/of" "${f[--checkpoint]}/meta.json" ;;
+esac
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """own(folder, minutes, model, **env) runs own.sh with the stand-in -> its output; own.calls():
+    the command lines since the last call of it."""
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    log = tmp_path / "log"
+    folder = tmp_path / "my notes"
+    folder.mkdir()
+    (folder / "a.txt").write_text("Some text.")
+
+    def run(*arguments, code=0, **env):
+        log.write_text("")
+        env = os.environ | dict(PY=str(python), LOG=str(log)) | env
+        command = ["bash", str(ROOT / "own.sh"), *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    run.calls = lambda: log.read_text().splitlines()
+    run.folder = folder
+    run.out = tmp_path / "out/my_notes"
+    return run
+
+
+def test_own_text_again(own):
+    """Called again with the same it does all anew, or trips over a bank of the model before."""
+    said = own(own.folder, 0.1)
+    assert "(truth: there)" in said and "nothing is held out" not in said
+    lines = said[said.index("== Go on") :].splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["ask:", "train:", "then"]
+    assert lines[3].endswith(f"own.sh {str(own.folder).replace(' ', chr(92) + ' ')} 0.1 ")
+    before = sorted(own.out.iterdir())
+    again = own(f"{own.folder}/", "0.1")
+    assert sorted(own.out.iterdir()) == before and "old-" not in again
+    assert not [line for line in own.calls() if line.startswith(("index", "neighbors"))]
+    # more training, and a fact that somebody has added meanwhile
+    (own.out / "model/meta.json").write_text(' "weights": "more"')
+    (own.out / "kb.bank/texts").write_text("added")
+    assert "the model before more training" in own(own.folder, 0.1)
+    assert (own.out / "kb.bank/texts").read_text() == "added"
+    assert (own.out / "old-1/kb.bank/of").read_text() != (own.out / "kb.bank/of").read_text()
+    # killed between the two moves
+    (own.out / "kb.bank").rename(own.out / "kb.bank.new")
+    own(own.folder, 0.1)
+    assert (own.out / "kb.bank/texts").read_text() == "added"
+
+
+def test_own_text_of_other_minutes_text_or_model(own, tmp_path):
+    """A shape for a minute trained for an hour; weights of an older text gone on with, or refused
+    for ever; hours of work removed without a word."""
+    own(own.folder, 0.1)
+    said = own(own.folder, 0.3)
+    assert "old-1 now" in said and (own.out / "old-1/model/meta.json").exists()
+    assert "--width 0.3" in (own.out / "shape.txt").read_text()
+    assert not any(line.startswith("index") for line in own.calls())  # the text is the same
+    with open(own.folder / "a.txt", "a") as file:
+        file.write("One line more.")
+    said = own(own.folder, 0.3)
+    assert "another text" in said and (own.out / "old-2/kb.bin").exists()
+    assert any(line.startswith("index") for line in own.calls())
+    model = tmp_path / "a model"
+    model.mkdir()
+    (model / "tokenizer.json").write_text("its own")
+    said = own(own.folder, 0.3, model)
+    assert (own.out / "old-3/implicit/made").exists()
+    assert f"--init {model} --width" in "\n".join(own.calls())
+    assert "a model/tokenizer.json" in (own.out / "model/tokenizer.json").read_text()
+    assert sorted(path.name for path in own.out.glob("old-*")) == ["old-1", "old-2", "old-3"]
+
+
+def test_own_text_that_is_short(own):
+    """heldout.bin and val.bin are missing or shorter than a window: said to be made by the command
+    that has just run."""
+    own(own.folder, 0.1, SPLITS="train")
+    calls = own.calls()
+    assert sum(line.startswith("neighbors") for line in calls) == 1
+    assert not any("--chunks" in line for line in calls)
+    said = own(own.folder, 0.1, BROKEN="yes", OUT="o2")
+    assert "no table, for the reason above" in said and "(truth: she)" in said
+
+
+@pytest.mark.parametrize(
+    "arguments, env, line",
+    [
+        (["{folder}", "abc"], {}, "MINUTES=abc: give a number"),
+        (["{folder}", "0"], {}, "MINUTES=0: give a number"),
+        (["{folder}", "-3"], {}, "MINUTES=-3: give a number"),
+        (["{folder}", "1e"], {}, "MINUTES=1e: give a number"),
+        (["nosuch"], {}, "TEXT=nosuch: no such file"),
+        (["{folder}", "1", "nosuch"], {}, "MODEL=nosuch: no such checkpoint"),
+        (["{folder}", "1", "{folder}"], {}, "has no tokenizer.json: give TOKENIZER="),
+        (["{folder}"], dict(OUT="{folder}"), "is not of this script"),
+    ],
+)
+def test_own_text_refuses(own, arguments, env, line):
+    """Training without end for a typing error; somebody's folder taken for our own."""
+    arguments = [word.format(folder=own.folder) for word in arguments]
+    env = {name: word.format(folder=own.folder) for name, word in env.items()}
+    assert line in own(*arguments, code=1, **env)
+    assert [path.name for path in own.folder.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    "name, given, out",
+    [
+        (".notes.d", ".notes.d", "notes"),
+        ("x", "x/.", "x"),
+        ("...", "...", "text"),
+        ("a b", "a b/", "a_b"),
+    ],
+)
+def test_own_text_has_a_name(own, tmp_path, name, given, out):
+    """own.sh . writes into out/ itself, .notes into a hidden directory."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.txt").write_text("Some text.")
+    own(given, "0.1")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [out]
+
+
 @pytest.mark.slow
 def test_own_text_in_one_command(tmp_path):
     """A step whose flags another step's file does not have; a step missing at the end; what a
@@ -751,6 +932,12 @@ def test_own_text_in_one_command(tmp_path):
     for name in ("model/tokenizer.json", "model/model.pt", "eval.json", "shape.txt"):
         assert (out / name).exists()
     assert corpus.tokenizer(out / "model").id == corpus.tokenizer(out).id
+    # the same with one line more: what there was is kept, and all is made anew
+    with open(folder / "7.md", "a") as file:
+        file.write("And one line more.\n")
+    again = subprocess.run(command, capture_output=True, **how)
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    assert (out / "old-1/model/model.pt").exists() and (out / "model/model.pt").exists()
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ Input: files and folders of .txt .md .rst .html .jsonl .json .csv, also .gz and 
     heldout.bin         text that only the knowledge base has: what memories are for
     val.bin             text that neither has
     kb.bin .idx         references: first those of the held-out documents, then the others;
-                        kb.documents: how many of them each document has (Remark 3.2)
+                        kb.documents: how many of them each document has (Remark 3.2);
+                        kb.titles: how many tokens of each are its title
     train_refs.bin .idx those others again: what the explicit stage retrieves from
     tokenizer.json, meta.json
 Stopped and called again it goes on where it was.
@@ -38,7 +39,7 @@ import read  # noqa: E402
 import splits  # noqa: E402
 import vocabulary  # noqa: E402
 from references import references_of  # noqa: E402
-from rules import Rules, Scorer, digest_of, shingles  # noqa: E402
+from rules import WORD, Rules, Scorer, digest_of, shingles  # noqa: E402
 from splits import DROPPED, HELDOUT, TRAIN, TRAIN_AND_KB, VAL  # noqa: E402
 
 import corpus  # noqa: E402
@@ -200,13 +201,14 @@ REFERENCES = ("kb_heldout", "kb_seen")
 
 def encode_part(job):
     """Leaves the tokens of a part in <work>/00012.<name>.bin, the lengths of its references in
-    .idx, how many of them each document has in .documents; .tokens.json, the counts, comes last.
-    Returns the counts."""
+    .idx, of their titles in .titles, how many references each document has in .documents;
+    .tokens.json, the counts, comes last. Returns the counts."""
     options, folder, stem, role = job
     tokenizer = _open_tokenizer(folder)
     dtype = corpus.dtype_for(tokenizer.n_vocab)
     counts = Counter()
     lengths = {name: [] for name in REFERENCES}
+    titles = {name: [] for name in REFERENCES}
     pieces = {name: [] for name in REFERENCES}
     with contextlib.ExitStack() as stack:  # a part may be a file of any length: nothing is held
         files = {}
@@ -224,15 +226,18 @@ def encode_part(job):
             write(split, [tokenizer.bos, *tokenizer.encode(full_text(row))])
             if number in (HELDOUT, TRAIN_AND_KB):
                 name = "kb_heldout" if number == HELDOUT else "kb_seen"
-                before = len(lengths[name])
-                for ids in references_of(row["text"], row["title"], tokenizer, options.ref_len):
+                made = references_of(row["text"], row["title"], tokenizer, options.ref_len)
+                references, before = made
+                for ids in references:
                     write(name, ids)
                     lengths[name].append(len(ids))
-                if len(lengths[name]) > before:
-                    pieces[name].append(len(lengths[name]) - before)
+                titles[name] += before
+                if references:
+                    pieces[name].append(len(references))
     for name, numbers in lengths.items():
         counts[f"{name} references"] = len(numbers)
         _write_array(f"{stem}.{name}.idx", np.array(numbers, "<i8"))
+        _write_array(f"{stem}.{name}.titles", np.array(titles[name], "<i8"))
         _write_array(f"{stem}.{name}.documents", np.array(pieces[name], "<i8"))
     write_json(f"{stem}.tokens.json", counts)
     return counts
@@ -289,11 +294,10 @@ def _join_references(path, sources):
         offsets = np.zeros(len(lengths) + 1, "<i8")
         offsets[1:] = lengths.cumsum()
         _write_array(f"{path}.idx", offsets)
-        pieces = np.concatenate([np.fromfile(f"{source}.documents", "<i8") for source in sources])
-        _write_array(f"{path}.documents", pieces)
     else:
         Path(f"{path}.idx").unlink(missing_ok=True)
-        Path(f"{path}.documents").unlink(missing_ok=True)
+    for kind in ("titles", "documents"):
+        _join_files(f"{path}.{kind}", [f"{source}.{kind}" for source in sources])
 
 
 # -- All of it --------------------------------------------------------------------------------
@@ -331,20 +335,34 @@ def in_processes(work, jobs, processes, sizes, title):
 
 
 def fingerprint_of(options, files):
-    """Names the options and the state of every input file."""
-    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    said = json.dumps([asdict(options), state])
+    """Names the options and the state of every input file, however their paths are written."""
+    state = []
+    for path in files:
+        now = path.stat()
+        state.append((os.path.abspath(path), now.st_size, now.st_mtime_ns))
+    plain = asdict(options)
+    plain["inputs"] = [os.path.abspath(path) for path in options.inputs]
+    if not options.tokenizer.startswith("bpe:"):  # by its content, for a file can become another
+        plain["tokenizer"] = vocabulary.open_named(options.tokenizer).id
+    said = json.dumps([plain, state])
     if options.quality:
         said += hashlib.sha256(Path(options.quality).read_bytes()).hexdigest()
     return hashlib.sha256(said.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
+def inputs_of(options, out):
+    """The files to read, a Counter of those that are skipped, and the fingerprint of it all."""
+    within = [path for path in options.inputs if os.path.abspath(path) == os.path.abspath(out)]
+    check(not within, f"--out {out} is the text itself: give another directory")
+    files, skipped = read.find_files(options.inputs, leave_out=out)
+    check(files, f"{', '.join(options.inputs)}: no file of {' '.join(read.KINDS)} there")
+    return files, skipped, fingerprint_of(options, files)
+
+
 def prepare(options, out, processes, command):
     """Makes the data set; returns its manifest. What is there already is not made again."""
     out = Path(out)
-    files, skipped = read.find_files(options.inputs, leave_out=out)
-    check(files, f"{', '.join(options.inputs)}: no file of {' '.join(read.KINDS)} there")
-    fingerprint = fingerprint_of(options, files)
+    files, skipped, fingerprint = inputs_of(options, out)
     if (out / "meta.json").exists():
         meta = read_json(out / "meta.json", {}, "give another --out")
         check("prepared" in meta, f"--out {out} holds another data set: give another directory")
@@ -393,33 +411,35 @@ def prepare(options, out, processes, command):
         prepared=fingerprint,
     )
     (out / "meta.json").unlink(missing_ok=True)  # until the end the directory is no data set
+    remove_derived(out)  # before there is one again: an old index must not be taken for its own
     join(out, stems, tokens)
     tokenizer.save(out / "tokenizer.json")
     write_prompts(out, tokenizer, meta)
     write_json(out / "meta.json", meta)
-    remove_derived(out)
     shutil.rmtree(work)
     report(meta)
     return meta
 
 
 def write_prompts(out, tokenizer, meta, n=3):
-    """Beginnings of held-out references, to ask the model with: prompts.txt, a line each."""
+    """Beginnings of held-out references, to ask the model with, and how they go on: prompts.txt, a
+    line each, a tab between the two."""
     kb = corpus.References.open(out / "kb", meta["n_vocab"])
     held_out = meta["heldout"] or len(kb)
-    prompts = []
-    short = []  # where there are only short ones
+    chosen = {}
+    short = {}  # where there are only short ones
     for i in np.linspace(0, held_out - 1, 20 * n).astype(int):
-        words = tokenizer.decode(kb[i]).split()
-        if len(words) >= 12:
-            prompts.append(" ".join(words[:8]))
-        else:
-            short.append(" ".join(words[: max(1, len(words) // 2)]))
-    prompts = list(dict.fromkeys(prompts))  # each once
-    step = max(1, len(prompts) // n)  # from all over the text
-    chosen = dict.fromkeys([*prompts[::step][:n], *prompts, *short])
-    text = "\n".join(list(chosen)[:n]) + "\n"
-    replace_file(out / "prompts.txt", lambda file: file.write(text.encode()))
+        text = " ".join(tokenizer.decode(kb[i]).split())
+        starts = [word.start() for word in WORD.finditer(text)]  # or pairs of letters (rules.py)
+        if len(starts) >= 12:
+            chosen[text[: starts[8]].rstrip()] = text[starts[8] :]
+        elif len(starts) >= 2:
+            middle = starts[len(starts) // 2]
+            short[text[:middle].rstrip()] = text[middle:]
+    step = max(1, len(chosen) // n)  # from all over the text
+    listed = [*list(chosen.items())[::step][:n], *chosen.items(), *short.items()]
+    lines = [f"{prompt}\t{rest}\n" for prompt, rest in dict(listed).items()]
+    replace_file(out / "prompts.txt", lambda file: file.write("".join(lines[:n]).encode()))
 
 
 def remove_derived(out):
@@ -513,6 +533,9 @@ def command_line(argv=None):
     p.add_argument("--keep", type=float, default=0.5, help="share that --quality keeps")
     p.add_argument("--seed", type=int, default=1, help="of the choice of splits")
     p.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    p.add_argument(
+        "--fingerprint", action="store_true", help="only print what names text and flags together"
+    )
     limits = p.add_argument_group("rules of section 4.2 (0 switches one off)")
     for rule in fields(Rules):
         what = EXPLAINED[rule.name].split(" (")[0]
@@ -551,6 +574,9 @@ def main(argv=None):
         ["python", "data/text/prepare.py", *(sys.argv[1:] if argv is None else argv)]
     )
     try:
+        if a.fingerprint:
+            print(inputs_of(options, a.out)[2])
+            return
         prepare(options, a.out, a.processes, command)
     except OSError as error:
         where = error.filename or a.out

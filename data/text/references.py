@@ -20,7 +20,8 @@ def sentences(text):
 
 
 def references_of(text, title, tokenizer, ref_len):
-    """Token lists of at most ref_len tokens, which together are the text; ref_len >= 16.
+    """Token lists of at most ref_len tokens, which together are the text; ref_len >= 16. And how
+    many tokens of each come before the text's own (see `n_before`).
 
     Sentences stay whole where they fit. The title stands in front of each reference ("Kyiv: ..."),
     since a reference is read alone: a kept token must know whose fact it is.
@@ -30,22 +31,23 @@ def references_of(text, title, tokenizer, ref_len):
     head = f"{title}: " if title else ""
     budget = ref_len - len(tokenizer.encode(head))
     references = []
+    before = []
     held = ""  # sentences of the reference that is being made
     n_held = 0  # their tokens, counted one by one
     for sentence in sentences(text):
         n = len(tokenizer.encode(sentence))
         if n_held + n > budget:
-            references += _finish(held, title, head, tokenizer, ref_len)
+            _finish(held, title, head, tokenizer, ref_len, references, before)
             held = ""
             n_held = 0
         held += sentence
         n_held += n
-    return references + _finish(held, title, head, tokenizer, ref_len)
+    _finish(held, title, head, tokenizer, ref_len, references, before)
+    return references, before
 
 
-def _finish(held, title, head, tokenizer, ref_len):
-    """The reference of some sentences; or several, if it is one sentence that is too long."""
-    references = []
+def _finish(held, title, head, tokenizer, ref_len, references, before):
+    """Adds the reference of some sentences; or several, if it is one sentence that is too long."""
     held = held.strip()
     while held:
         front = "" if title and held.startswith(title) else head  # it need not be said twice
@@ -55,8 +57,20 @@ def _finish(held, title, head, tokenizer, ref_len):
             piece = fitting(held, tokenizer, ref_len - len(tokenizer.encode(front)))
             ids = tokenizer.encode(front + piece)
         references.append(ids[:ref_len])
+        n = n_before(ids, piece, tokenizer) if title else 0
+        before.append(min(n, len(references[-1]) - 1))
         held = held[len(piece) :].strip()
-    return references
+
+
+def n_before(ids, piece, tokenizer):
+    """How many tokens of a reference its text has not where it stands in its document, at the
+    beginning of a line: those of the title, and of a first word that is other tokens after a line
+    end than after a space. For the filter of copies, eq. (3.3), they do not count."""
+    in_document = tokenizer.encode("\n" + piece)
+    same = 0
+    while same < min(len(ids), len(in_document)) and ids[-1 - same] == in_document[-1 - same]:
+        same += 1
+    return len(ids) - same
 
 
 def fitting(text, tokenizer, budget):

@@ -2,14 +2,17 @@
 
     python data/text/shape.py --data out/notes --minutes 30 --file out/notes/shape.txt
 
-Writes flags of train.py into the file, and says what they mean and what to expect. With --init
-nothing is chosen: the checkpoint has its shape.
+Writes flags of train.py into the file, and says what they mean and what to expect. Its first line
+is the shape, its second what both stages have in common. With --init the first line is empty: the
+checkpoint has its shape.
 """
 
 import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import corpus  # noqa: E402
@@ -30,8 +33,13 @@ SHAPES = [
 # Tokens that a weight should see. The lowest loss for a given time is near 20 (Hoffmann et al.
 # 2022); reading memories wants a larger model rather than a smaller one, so we accept 5.
 TOKENS_A_WEIGHT = 5
+MOST = 100_000_000  # tokens of a text that its entropy is taken from
 EPOCHS = 8  # a text that is read more often than this teaches little more
 IMPLICIT_SHARE = 0.6  # of the minutes; the explicit stage has the rest
+# What the World Factbook had (own.sh with 60 minutes, see readme.md): the tokens that the implicit
+# stage had seen, and the loss on held-out text then, in nats a token. Its unigram entropy is 6.38.
+FACTBOOK = [(1.0e6, 3.16), (2.0e6, 2.54), (4.1e6, 2.11), (8.2e6, 1.92), (12.1e6, 1.72)]
+FACTBOOK_ENTROPY = 6.38
 
 
 @dataclass
@@ -102,7 +110,44 @@ def expected(made):
     return "fluent sentences in the manner of your text, right where it says a thing often"
 
 
-def report(made, minutes, n_tokens, init):
+def unigram_entropy(tokens, n_vocab):
+    """Nats a token that a text costs whoever knows how often each token occurs, and no more.
+
+    >>> round(unigram_entropy(np.array([3, 3, 5, 5]), 7), 3)  # ln 2
+    0.693
+    """
+    counts = np.bincount(tokens, minlength=n_vocab)
+    p = counts[counts > 0] / len(tokens)
+    return float(-(p * np.log(p)).sum())
+
+
+def expected_loss(entropy, seen):
+    """What loss to expect, in a line or two. seen: tokens in the implicit stage."""
+    nearest, loss = min(FACTBOOK, key=lambda measured: abs(np.log(measured[0] / max(seen, 1))))
+    return (
+        f"loss: a model that only knows how often each token occurs has {entropy:.2f} nats a token "
+        f"here; get far below.\n"
+        f"    Measured on another text, the World Factbook ({FACTBOOK_ENTROPY} nats): {loss} on "
+        f"held-out text after {nearest / 1e6:.0f} million tokens; here {seen / 1e6:.1f} million"
+    )
+
+
+def validation_splits(data, context):
+    """The splits whose loss is shown: heldout and val, if they are as long as a window."""
+    long_enough = []
+    for name in ("heldout", "val"):
+        if Path(data, f"{name}.bin").exists() and len(corpus.open_tokens(data, name)) >= context:
+            long_enough.append(name)
+    if not long_enough:
+        print(
+            f"too little is held out of the training text for a window of {context} tokens: the "
+            f"loss on 'train' shows what is learnt by heart"
+        )
+        return ["train"]
+    return long_enough
+
+
+def report(made, minutes, n_tokens, entropy, init):
     config = made.config
     implicit = IMPLICIT_SHARE * minutes
     hope = (
@@ -115,6 +160,7 @@ def report(made, minutes, n_tokens, init):
         f"memories; {config.n_params:,} weights besides the embeddings\n"
         f"speed here: {made.rate:,.0f} tokens a second, so {made.seen:,.0f} tokens in all: "
         f"{made.epochs:.1f} times the text, {made.seen / config.n_params:.1f} tokens a weight\n"
+        f"{expected_loss(entropy, made.rate * 60 * implicit)}\n"
         f"expect: {hope}. Whether memories help is in the table at the end: compare its "
         f"rows 'recalled' and 'random'."
     )
@@ -144,25 +190,30 @@ def main(argv=None):
         return
     check(a.data and a.file, "--data and --file are missing")
     print(f"measuring on {find_device(a.device)} ...", flush=True)
-    n_tokens = len(corpus.open_tokens(a.data, "train"))
+    tokens = corpus.open_tokens(a.data, "train")
+    n_tokens = len(tokens)
     needed = a.context * a.batch
-    check(n_tokens >= a.context, f"{a.data}: {n_tokens:,} tokens are no window of {a.context}")
+    line = f"{a.data}: {n_tokens:,} tokens of training text, a window has {a.context}"
+    check(n_tokens >= a.context, f"{line}: give more text")
+    entropy = unigram_entropy(tokens[:MOST], corpus.manifest(a.data)["n_vocab"])
     if a.init:
         config = load_checkpoint(a.init)[0].config
-        cfg = TrainConfig(data=a.data, split="train", context=a.context, batch=a.batch)
+        lengths = dict(context=a.context, batch=a.batch)
+        cfg = TrainConfig(data=a.data, split="train", device=a.device, **lengths)
         made = plan(config, measure(cfg, config), a.minutes, n_tokens)
-        flags = f"--init {a.init}"
+        shape = ""
     else:
         lengths = (a.chunk_len, a.ref_len, a.context)
         made = choose(a.data, a.minutes, *lengths, a.batch, a.device)
-        flags = flags_of(made.config)
-    report(made, a.minutes, n_tokens, a.init)
-    flags += f" --context {a.context} --batch {a.batch}"
+        shape = flags_of(made.config)
+    report(made, a.minutes, n_tokens, entropy, a.init)
     # a warmup of 100 steps is for runs of thousands
     steps = made.rate * 60 * a.minutes * IMPLICIT_SHARE / needed
-    flags += f" --warmup {max(1, min(100, int(steps / 20)))}"
-    replace_file(a.file, lambda file: file.write(f"{flags}\n".encode()))
-    print(f"{a.file}: {flags}")
+    warmup = max(1, min(100, int(steps / 20)))
+    val = ",".join(validation_splits(a.data, a.context))
+    common = f"--context {a.context} --batch {a.batch} --warmup {warmup} --val {val}"
+    replace_file(a.file, lambda file: file.write(f"{shape}\n{common}\n".encode()))
+    print(f"{a.file}: {shape} {common}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What becomes of each document: training text, knowledge base, held out, or left out.
 
-Documents are few numbers here, not texts: 30 bytes each, so that millions fit into memory.
+Documents are few numbers here, not texts: 25 bytes each, so that millions fit into memory.
     digest     uint64, the same for copies of a text
     place      uint64, a hash of where the document stands: an order of chance, always the same
     share      float32 from 0 to 1, another hash of it: is it in --kb share:0.3?
@@ -38,14 +38,18 @@ def choose_roles(about, options, counts):
     check(len(of_kb), f"--kb {options.kb}: none of the {len(order):,} documents is among these")
     roles = np.full(len(alive), DROPPED, np.uint8)
     roles[order] = np.where(in_kb[order], TRAIN_AND_KB, TRAIN)
-    roles[of_kb[: how_many(options.heldout, len(of_kb))]] = HELDOUT
+    n_heldout = how_many(options.heldout, len(of_kb))
+    line = f"--heldout {options.heldout:g}: training has no document of the knowledge base left"
+    check(n_heldout < len(of_kb), f"{line} to retrieve from: give a smaller share")
+    roles[of_kb[:n_heldout]] = HELDOUT
     rest = order[roles[order] != HELDOUT]
-    roles[rest[: how_many(options.val, len(rest))]] = VAL
+    n_val = how_many(options.val, len(rest))
+    rest = rest[rest != of_kb[-1]]  # the one that training keeps in any case
+    line = f"--val {options.val:g}: no training text is left: give a smaller share"
+    check(n_val <= len(rest), line)
+    roles[rest[:n_val]] = VAL
 
     n_of = np.bincount(roles, minlength=5)
-    few = f"{len(order)} documents are too few to hold some out of the training text"
-    enough = n_of[TRAIN] + n_of[TRAIN_AND_KB] > 0
-    check(enough, f"{few}: give more text, or --heldout 0 --val 0")
     counts["kept"] = len(order)
     counts["of the training text"] = int(n_of[TRAIN] + n_of[TRAIN_AND_KB])
     counts["of the knowledge base"] = int(n_of[HELDOUT] + n_of[TRAIN_AND_KB])

@@ -61,17 +61,23 @@ def choose(spec, texts, name):
         check(number.isdecimal(), f"--tokenizer {spec}: give a number of tokens, as in bpe:4096")
         made = train(texts, int(number), name)
         return made, f"trained on this text, {made.n_vocab:,} tokens"
-    if Path(spec).is_file():
-        made = corpus.open_tokenizer(spec)
-    else:
-        made = corpus.tokenizer(spec)
+    made = open_named(spec)
     return made, f"{spec}, {made.n_vocab:,} tokens"
+
+
+def open_named(spec):
+    """The tokenizer of a tokenizer.json, of a data set or of tiktoken."""
+    if Path(spec).is_file():
+        return corpus.open_tokenizer(spec)
+    return corpus.tokenizer(spec)
 
 
 def merge(first, second, out):
     """Joins two vocabularies and writes <out>/tokenizer.json; returns the Tokenizer."""
-    one, _ = choose(first, [], "")
-    other, _ = choose(second, [], "")
+    line = f"--out {out} is a data set, which has its tokenizer: give another directory"
+    check(not Path(out, "meta.json").exists(), line)
+    one = open_named(first)
+    other = open_named(second)
     both = corpus.merge_tokenizers(one, other, Path(out).name)
     both.save(make_directory(out) / "tokenizer.json")
     together = one.n_vocab + other.n_vocab
