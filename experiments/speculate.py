@@ -8,6 +8,9 @@ tokens so far, some tokens before the end, found the same memories. Here both qu
 every chunk of a text, and the memories that they find are compared. What was guessed rightly need
 not be loaded any more when the chunk is complete; the query of the complete chunk decides, so the
 answers would be the same ones.
+
+data/cities fills its chunks up with line breaks. Their last tokens would hold no words, and all be
+known early; so the line breaks are dropped and the text is cut into chunks anew.
 """
 
 import argparse
@@ -35,6 +38,15 @@ def queries(tokens, chunk_len, ahead):
     return np.stack([tokens[end - chunk_len : end] for end in ends])
 
 
+def unfilled(tokens, fill):
+    """The tokens without the token ids `fill`.
+
+    >>> unfilled(np.array([5, 9, 9, 7, 9]), [9]).tolist()
+    [5, 7]
+    """
+    return tokens[~np.isin(tokens, fill)]
+
+
 def found_early(early, final):
     """Of ids (n, R) that the complete chunk finds: the share that the early query has found, and
     the share of chunks where it has found all. -1 = none."""
@@ -56,6 +68,8 @@ def parser():
     p.add_argument("--chunks", type=size, default=500, help="how many chunks of it")
     p.add_argument("--chunk_len", type=size, default=32, help="C, tokens of a chunk")
     p.add_argument("--n_recall", type=size, default=5, help="R, memories of a chunk")
+    fill = "what fills chunks up is dropped ('': nothing is)"
+    p.add_argument("--fill", default="\n", help=fill)
     p.add_argument("--ahead", type=size, nargs="+", default=[1, 2, 4, 8, 16], help="tokens")
     json_flag(p)
     return p
@@ -68,7 +82,9 @@ def main(argv=None):
     check(furthest <= a.chunk_len, f"--ahead {furthest}: a chunk has {a.chunk_len} tokens")
     references = corpus.References.open(f"{a.data}/{a.references}")
     retriever = Retriever.open(f"{references.path}.index", references=references)
-    tokens = corpus.open_tokens(a.data, a.split)[: (a.chunks + 1) * a.chunk_len]
+    tokens = np.asarray(corpus.open_tokens(a.data, a.split))
+    fill = retriever.tokenizer.encode(a.fill) if a.fill else []
+    tokens = unfilled(tokens, fill)[: (a.chunks + 1) * a.chunk_len]
     check(len(tokens) >= 2 * a.chunk_len, f"{a.data}/{a.split}.bin: fewer than two chunks")
     started = time.perf_counter()
     final = retriever.search(queries(tokens, a.chunk_len, 0), a.n_recall)[0]  # (n, R)

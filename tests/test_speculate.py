@@ -14,7 +14,7 @@ from retrieval import Retriever
 def test_docstrings():
     """A worked example that its function no longer gives."""
     found = doctest.testmod(speculate)
-    assert found.attempted == 1 and not found.failed
+    assert found.attempted == 2 and not found.failed
 
 
 def test_found_early_counts_what_the_complete_chunk_finds():
@@ -28,7 +28,7 @@ def test_found_early_counts_what_the_complete_chunk_finds():
 def test_main(world, tmp_path, capsys):  # noqa: F811
     """Queries of another chunk, or of the tokens that are still to come."""
     flags = ["--data", world.data, "--split", "said", "--chunk_len", C, "--n_recall", 3]
-    flags += ["--ahead", 5, 1, 16, "--json", tmp_path / "out.json"]
+    flags += ["--ahead", 5, 1, 16, "--fill", "", "--json", tmp_path / "out.json"]
     result = speculate.main([str(x) for x in flags])
     assert json.loads((tmp_path / "out.json").read_text()) == result
     tokens = np.fromfile(world.data / "said.bin", np.uint16)
@@ -45,6 +45,14 @@ def test_main(world, tmp_path, capsys):  # noqa: F811
         assert row["found"] == pytest.approx(np.mean(shares))
     assert [row["ahead"] for row in result["rows"]] == [1, 5, 16]
     assert "| 16 |" in capsys.readouterr().out
+    # what fills chunks up says nothing: with it or without it, the same is found
+    fill = retriever.tokenizer.encode("\n")
+    assert len(fill) == 1 and fill[0] not in tokens
+    filled = np.insert(tokens, np.arange(C - 3, len(tokens), C - 3), fill[0])
+    filled.tofile(world.data / "said.bin")
+    shown = [str(x) for x in flags]
+    shown[shown.index("--fill") + 1] = "\n"
+    assert speculate.main(shown)["rows"] == result["rows"]
     for wrong in (["--ahead", "17"], ["--split", "unsaid"], ["--references", "none"]):
         with pytest.raises(ValueError):
             speculate.main([*map(str, flags), *wrong])
