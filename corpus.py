@@ -14,6 +14,7 @@ import base64
 import binascii
 import hashlib
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -326,6 +327,28 @@ def merge_tokenizers(first, second, name):
     return build_tokenizer(
         name, ranks, first.encoding._pat_str, special, "<s>", name, first.prefix_space
     )
+
+
+# -- Sentences --------------------------------------------------------------------------------
+
+# What ends a sentence if a space follows: a full stop may also stand in a number, "։" in a time
+SPACED_ENDS = ".!?…։"
+# What ends one with or without: of Chinese, Hindi, Arabic, Urdu, Amharic, Burmese, Khmer
+OTHER_ENDS = "。！？।॥؟۔።፧။។"
+SENTENCE = re.compile(
+    rf"[^\n]*?(?:[{SPACED_ENDS}]+[\"'”’)\]]*(?=\s)|(?:[{OTHER_ENDS}]|．(?!\d))+[”’」』）]*|\n+|$)"
+)
+
+
+def sentences(text):
+    """The sentences of a text; joined they are the text. A line end ends one, too.
+
+    >>> sentences('It has 2.8 million people. "Many!" Indeed')
+    ['It has 2.8 million people.', ' "Many!"', ' Indeed']
+    >>> sentences("北京是首都。它很大！"), sentences("दिल्ली राजधानी है। वह बड़ी है।")
+    (['北京是首都。', '它很大！'], ['दिल्ली राजधानी है।', ' वह बड़ी है।'])
+    """
+    return [found for found in SENTENCE.findall(text) if found]
 
 
 # -- Files of a data set ----------------------------------------------------------------------

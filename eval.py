@@ -11,15 +11,16 @@ lines of JSON, DATA/questions.jsonl, with these keys; a fact needs the first two
     questions   [text, ...]: all wordings of the question, if there are several
     reference   the row of the reference that tells the answer; without it, the condition `oracle`
                 and the hit rate are left out
-    sentences   [text, ...]: continuations that give the answer. The answer is exact if the model's
-                likeliest text is one of them; without sentences, if the answer stands in the first
-                sentence that the model writes
+    sentences   [text, ...]: continuations that give the answer, with what ends it: " 10 people" or
+                " 10.", for " 10" is also how " 1010" begins. The answer is exact if the model's
+                likeliest text begins with one of them; without sentences, if the answer stands in
+                the first sentence that the model writes
     city        the name with which every answer begins; it is put after the question
     relation    facts of one relation get a column of their own
 
 Without such a file the questions are made from references that are held out of training: sentences
-cut off before their last number or name that no training text has (see `cloze`). So any text can
-be asked about.
+cut off before their last number or name that no training text has; the answer goes on to the next
+word or mark behind it (see `cloze`). So any text can be asked about.
 
 experiments/ has more: text.py and leak.py (loss on text), choices.py, drift.py, heads.py.
 """
@@ -40,6 +41,7 @@ from tqdm import tqdm
 import corpus
 from bank import MemoryBank
 from common import check, command, make_directory, number, numbered_rows, run, visible, write_json
+from embed import MARK
 from generate import generate, in_context, model_flags, open_memory, open_model
 from retrieval import Given, Random
 from views.explain import explain, n_heads
@@ -105,9 +107,11 @@ def every_wording(rows):
     return [dict(row, question=text) for row in rows for text in row["questions"]]
 
 
-WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")  # a number, or a word
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+# A number, or a word; marks belong to their letter, though Python's \w has them not
+WORD = re.compile(rf"\d+(?:[.,]\d+)*|(?:[^\W\d_][{MARK}]*)+")
+NEXT = re.compile(rf"\s+(?:[\w{MARK}]+|\S)?")  # a space and what follows it
 TRAINING = ("train", "explicit")  # the splits that models are trained on
+JOINS = ("-", "'", "’", "_", "/", ".", "@")  # between the parts of a longer word
 SHORTEST = 5  # letters of an item's question
 LONGEST = 40  # letters of its answer: more is a clause of a script without spaces
 
@@ -115,20 +119,22 @@ LONGEST = 40  # letters of its answer: more is a clause of a script without spac
 def cloze(texts, is_new, n):
     """Up to n items from texts {reference: text}: sentences cut off before what is new.
 
-    What is new is the last number or name of a sentence that is in `is_new` (words in lower case)
-    and has something before it. Each reference gives one item.
+    What is new is the last number or name of a sentence (see `last_new`). The sentence to give goes
+    on to the word or mark behind it: else "10" would be right for who says 1010. Each reference
+    gives one item.
     """
     rows = []
     for i, text in texts.items():
-        for sentence in SENTENCE_END.split(text.strip()):
+        for sentence in corpus.sentences(text):
+            sentence = sentence.lstrip()
             at = last_new(sentence, is_new)
             if at is None:
                 continue
-            answer = sentence[at[0] : at[1]]
-            question = sentence[: at[0]].rstrip()
-            spaced = sentence[at[0] - 1].isspace()
+            start, end = at
+            answer = sentence[start:end]
+            question = sentence[:start].rstrip()
             row = dict(question=question, answer=answer, questions=[question], city="")
-            row["sentences"] = [f" {answer}" if spaced else answer]
+            row["sentences"] = [sentence[len(question) : end] + beginning(sentence[end:])]
             row["relation"] = "number" if answer[0].isdigit() else "word"
             rows.append(dict(row, reference=i, fact=len(rows)))
             break
@@ -138,17 +144,50 @@ def cloze(texts, is_new, n):
 
 
 def last_new(sentence, is_new):
-    """(start, end) of the last word of a sentence that is new, or None.
+    """(start, end) of the last number or name of a sentence that is new, or None.
 
-    >>> last_new("Oulu has 20 people.", {"oulu", "20"})
+    is_new: words in lower case. A name begins with a capital; in a script without capitals any word
+    counts. Something stands before it and behind it, and it is no part of a longer word.
+
+    >>> last_new("Oulu has 20 people.", {"oulu", "20", "people"})
     (9, 11)
+    >>> last_new("It was the 1990s.", {"1990", "s"})
     """
     found = None
     for word in WORD.finditer(sentence):
-        valid = word.start() >= SHORTEST and len(word[0]) <= LONGEST
-        if valid and word[0].casefold() in is_new:
+        first = word[0][0]
+        is_name = first.isdigit() or first.isupper() or first.lower() == first.upper()
+        valid = is_name and word.start() >= SHORTEST and len(word[0]) <= LONGEST
+        if valid and word[0].casefold() in is_new and stands_alone(sentence, *word.span()):
             found = word.span()
     return found
+
+
+def stands_alone(sentence, start, end):
+    """Whether what stands at start..end is a word of its own, and neither a title nor the end.
+
+    >>> stands_alone("COVID-19 came", 6, 8), stands_alone("It has 19 words", 7, 9)
+    (False, True)
+    """
+    before = sentence[max(0, start - 2) : start]
+    after = sentence[end : end + 2]
+    # letters or digits that join on, directly or by a hyphen and the like
+    joined = is_closed(before[-1:]) or is_closed(after[:1])
+    joined = joined or before[-1:] in JOINS and is_closed(before[:1])
+    joined = joined or after[:1] in JOINS and is_closed(after[1:])
+    # "Meryl Streep: ..." is a title
+    return after[:1] not in ("", ":") and not joined
+
+
+def beginning(rest):
+    """What ends a word: the mark or letter behind it, or the space and the word that follow.
+
+    >>> beginning(" people live there."), beginning(". So"), beginning("\\nNext")
+    (' people', '.', '\\n')
+    """
+    if rest[0] in " \t\xa0":
+        return NEXT.match(rest)[0]
+    return rest[0]
 
 
 def new_words(texts, tokenizer, data, progress=True):
@@ -374,7 +413,7 @@ def stands_in(answer, said):
     >>> stands_in("3.5", " It is 3.5 m long.")
     True
     """
-    sentence = SENTENCE_END.split(said.strip())[0].casefold()
+    sentence = [*corpus.sentences(said.strip()), ""][0].casefold()
     pattern = re.escape(answer.strip().casefold())
     # No letter or digit may join on. In a script without capitals words do stand side by side.
     if is_closed(answer.strip()[0]):
@@ -385,6 +424,7 @@ def stands_in(answer, said):
 
 
 def is_closed(letter):
+    """Whether a letter or digit cannot stand beside a word without belonging to it."""
     return letter.isdigit() or letter.lower() != letter.upper()
 
 

@@ -455,23 +455,36 @@ def test_free_answers_without_room(numbers):
 
 
 def test_cloze_items():
-    """An item about what training has read, cut before its first number, or asked of nothing."""
+    """An item about what training has read, cut before its first number, or asked of nothing; "10"
+    that is right for who says 1010; a part of a word, or any word of every day, to be guessed."""
     texts = [
         "Oulu has 20 people. Oulu lies in the north of Finland, at 65 degrees.",
         "Nothing new is here. At all.",
         "1234 is what it begins with.",
         "In 1913 the mayor was Zebulon Quux of Oulu.",
         "東京の人口は4242人です。つぎ",
+        "It was in the 1990s that COVID-77 and x_88 came to people.",
+        "What stands at the very end is 99",
+        "A list of Hamlets\nmore",
+        "दिल्ली में 57 लोग रहते हैं। और वहाँ",
+        "It cost them $33, they said.",
     ]
     texts = dict(enumerate(texts))
-    new = {"20", "65", "1913", "1234", "quux", "zebulon", "4242"}
+    new = set("20 65 1913 1234 quux zebulon 4242 1990 s 77 88 99 people hamlets 57 33".split())
     rows = {row["reference"]: row for row in cloze(texts, new, 9)}
-    assert list(rows) == [0, 3, 4]
-    assert rows[0]["question"] == "Oulu has" and rows[0]["sentences"] == [" 20"]
+    assert {i: row["sentences"] for i, row in rows.items()} == {
+        0: [" 20 people"],
+        3: [" Quux of"],
+        4: ["4242人"],
+        7: [" Hamlets\n"],
+        8: [" 57 लोग"],
+        9: ["33,"],
+    }
+    assert rows[0]["question"] == "Oulu has" and rows[9]["question"] == "It cost them $"
     assert rows[3]["question"] == "In 1913 the mayor was Zebulon" and rows[3]["answer"] == "Quux"
-    assert rows[4]["question"] == "東京の人口は" and rows[4]["sentences"] == ["4242"]
+    assert rows[4]["question"] == "東京の人口は"
     assert (rows[0]["relation"], rows[3]["relation"]) == ("number", "word")
-    assert sorted(row["fact"] for row in rows.values()) == [0, 1, 2]
+    assert sorted(row["fact"] for row in rows.values()) == [0, 1, 2, 3, 4, 5]
     assert len(cloze(texts, new, 2)) == 2 and cloze(texts, set(), 9) == []
 
 

@@ -38,7 +38,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 import read  # noqa: E402
 import splits  # noqa: E402
 import vocabulary  # noqa: E402
-from references import references_of  # noqa: E402
+from references import begins_with, references_of  # noqa: E402
 from rules import WORD, Rules, Scorer, digest_of, shingles  # noqa: E402
 from splits import DROPPED, HELDOUT, TRAIN, TRAIN_AND_KB, VAL  # noqa: E402
 
@@ -187,7 +187,7 @@ def full_text(row):
     """A document as training text: its title in front, unless it begins with it."""
     text = row["text"]
     title = row["title"]
-    if not title or text.startswith(title):
+    if not title or begins_with(text, title):
         return text
     return f"{title}\n{text}"
 

@@ -17,7 +17,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
-from rules import Scorer  # noqa: E402
+from rules import Scorer, words  # noqa: E402
 
 from common import check, make_directory, read_rows, run  # noqa: E402
 
@@ -61,6 +61,7 @@ def main(argv=None):
     rows = read_rows(a.graded, {"text": str, a.label: float}, cure)
     for row in rows:
         check(0 <= row[a.label] <= 5, f"{a.graded}: a grade of {row[a.label]}: {cure}")
+        check(words(row["text"]), f"{a.graded}: a text without a word: {cure}")
     check(len(rows) >= 20, f"{a.graded}: {len(rows)} texts are too few to learn from: give 20")
     texts = [row["text"] for row in rows]
     scorer, report = train(texts, [row[a.label] for row in rows], a.label)

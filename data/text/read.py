@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import UserError, check, optional
+from corpus import OTHER_ENDS, SPACED_ENDS
 
 KINDS = (".txt", ".md", ".rst", ".html", ".htm", ".jsonl", ".json", ".csv")
 BY_LINE = (".txt", ".md", ".rst", ".jsonl")  # a long file of these can be read from the middle
@@ -84,7 +85,11 @@ def find_files(paths, leave_out=None):
             check(known, f"{path}: not one of {' '.join(KINDS)} (.gz, .zst)")
             files.append(path)
             continue
-        for folder, folders, names in os.walk(path):
+
+        def unreadable(error):
+            skipped["folders that may not be read"] += 1
+
+        for folder, folders, names in os.walk(path, onerror=unreadable):
             if os.path.abspath(folder) == hidden:
                 folders.clear()  # os.walk goes no deeper here
                 continue
@@ -92,10 +97,12 @@ def find_files(paths, leave_out=None):
             for name in sorted(names):
                 if name.startswith("."):
                     continue
-                if kind_of(name)[0] in KINDS:
-                    files.append(Path(folder, name))
-                else:
+                if kind_of(name)[0] not in KINDS:
                     skipped[kind_of(name)[0] or "no suffix"] += 1
+                elif not os.path.isfile(Path(folder, name)):
+                    skipped["links to nowhere, pipes and devices"] += 1
+                else:
+                    files.append(Path(folder, name))
     return list(dict.fromkeys(files)), skipped  # a file that was given twice is read once
 
 
@@ -146,27 +153,81 @@ def read_documents(part, field="text", title_field="title", counts=None):
                     made = _from_text(stream, kind, path, part)
                 for document in made:
                     yield from _pieces(document)
-        except _damage(packed):
-            counts[f"{path} is cut off or damaged; what came before is read"] += 1
+                if packed and stream.raw.damaged:
+                    counts[f"{path} is cut off or damaged; what came before is read"] += 1
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _damage(packed):
-    """What is raised by a compressed file that is cut off or damaged."""
-    if packed == ".zst":
-        return optional("zstandard").ZstdError
-    return EOFError, zlib.error, gzip.BadGzipFile
-
-
 def _open(path, packed):
     """The bytes of a file, unpacked."""
+    file = open(path, "rb")
     if packed == ".gz":
-        return gzip.open(path, "rb")
+        damage = (EOFError, zlib.error, gzip.BadGzipFile)
+        return io.BufferedReader(UpToDamage(gzip.GzipFile(fileobj=file), file, damage))
     if packed == ".zst":
-        unpack = optional("zstandard").ZstdDecompressor()
-        return io.BufferedReader(unpack.stream_reader(open(path, "rb"), closefd=True))
-    return open(path, "rb")
+        damage = (EOFError, optional("zstandard").ZstdError)
+        return io.BufferedReader(UpToDamage(Unzst(file), file, damage))
+    return file
+
+
+class UpToDamage(io.RawIOBase):
+    """The bytes of a stream that unpacks a file, up to where that is cut off or damaged."""
+
+    def __init__(self, stream, file, damage):
+        self.stream = stream
+        self.file = file
+        self.damage = damage  # the errors that say so
+        self.damaged = False
+
+    def readable(self):
+        return True
+
+    def readinto(self, out):
+        try:
+            data = self.stream.read(min(len(out), 1 << 13))  # what is lost is less than that
+        except self.damage:
+            self.damaged = True
+            return 0
+        out[: len(data)] = data
+        return len(data)
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+class Unzst:
+    """The bytes of a .zst file of any number of frames; EOFError if the last one is cut off."""
+
+    WINDOW = 1 << 30  # bytes that a frame may look back: zstd --long=30
+    STEP = 1 << 12  # bytes that are unpacked at a time: they may become many
+
+    def __init__(self, file):
+        self.file = file
+        self.library = optional("zstandard")
+        self.frame = None  # what unpacks the frame that is open
+        self.packed = b""
+        self.held = b""  # unpacked, and not yet given out
+
+    def read(self, n):
+        while not self.held:
+            self.packed = self.packed or self.file.read(self.STEP)
+            if not self.packed:
+                if self.frame:
+                    raise EOFError
+                return b""
+            if self.frame is None:
+                unpack = self.library.ZstdDecompressor(max_window_size=self.WINDOW)
+                self.frame = unpack.decompressobj()
+            self.held = self.frame.decompress(self.packed)
+            self.packed = b""
+            if self.frame.eof:
+                self.packed = self.frame.unused_data
+                self.frame = None
+        data = self.held[:n]
+        self.held = self.held[n:]
+        return data
 
 
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -289,12 +350,12 @@ def _records(stream, kind, path, part, counts):
 
 def _lines(stream, path, part, counts):
     """Yields (place, object) of the lines of a .jsonl file that begin in the part."""
+    at = 0
     if part.end is not None:
-        begin = _line_at(stream, part.start, part.end)
-        if begin is None:
+        at = _line_at(stream, part.start, part.end)
+        if at is None:
             return
-        stream.seek(begin)
-    at = stream.tell()
+        stream.seek(at)
     while part.end is None or at < part.end:
         line = stream.readline(LONGEST)
         if not line:
@@ -342,7 +403,7 @@ BLOCKS = set(
     "address article aside blockquote br dd div dl dt fieldset figcaption figure footer".split()
 )
 BLOCKS |= set("form h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre section table tr ul".split())
-NO_TEXT = {"script", "style", "template", "noscript", "svg", "head", "iframe", "object"}
+NO_TEXT = {"script", "style", "template", "noscript", "svg", "iframe"}
 
 
 class TextOfHtml(html.parser.HTMLParser):
@@ -353,31 +414,64 @@ class TextOfHtml(html.parser.HTMLParser):
         self.text = []
         self.title = ""
         self.in_title = False
-        self.hidden = 0  # how many elements of NO_TEXT are open
+        self.in_pre = 0  # how many <pre> are open: line ends and spaces count there
+        self.hidden = []  # the elements of NO_TEXT that are open
+        self.behind = []  # text in them: it is text after all, if they are never closed
 
     def handle_starttag(self, tag, attributes):
-        if tag == "title":
+        if tag == "title" and not self.hidden:  # a picture (svg) may have one, too
             self.in_title = True
+        if tag == "pre":
+            self.in_pre += 1
         if tag == "body":  # whatever was left open before
-            self.hidden = 0
+            self._show()
         if tag in NO_TEXT:
-            self.hidden += 1
+            self.hidden.append(tag)
         if tag in BLOCKS:
-            self.text.append("\n")
+            self._add("\n")
+
+    def handle_startendtag(self, tag, attributes):
+        if tag not in NO_TEXT:  # <svg/> is closed already
+            self.handle_starttag(tag, attributes)
+            self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
         if tag == "title":
             self.in_title = False
-        if tag in NO_TEXT:
-            self.hidden = max(0, self.hidden - 1)
+        if tag == "pre":
+            self.in_pre = max(0, self.in_pre - 1)
+        if tag in self.hidden:
+            while self.hidden.pop() != tag:  # those in it end with it
+                pass
+            if not self.hidden:
+                self.behind.clear()
         if tag in BLOCKS:
-            self.text.append("\n")
+            self._add("\n")
 
     def handle_data(self, data):
         if self.in_title:
             self.title += data
-        elif not self.hidden:
-            self.text.append(re.sub(r"\s+", " ", data))
+        elif self.in_pre:
+            self._add(data)
+        else:
+            self._add(re.sub(r"\s+", " ", data))
+
+    def _add(self, text):
+        part = self.behind if self.hidden else self.text
+        if part and part[-1].endswith("\n") and not self.in_pre:
+            text = text.lstrip(" ")
+        part.append(text)
+
+    def _show(self):
+        """Takes what stands in an element that is never closed for text, unless it is a program."""
+        if not {"script", "style"} & set(self.hidden):
+            self.text += self.behind
+        self.behind.clear()
+        self.hidden.clear()
+
+    def close(self):
+        super().close()
+        self._show()
 
 
 def _from_html(stream, path, counts):
@@ -390,9 +484,12 @@ def _from_html(stream, path, counts):
     page = TextOfHtml()
     page.feed(text)
     page.close()
-    body = re.sub(r" ?\n ?", "\n", "".join(page.text))
+    body = re.sub(r" +\n", "\n", "".join(page.text))
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
     yield Document(body, page.title, str(path), "", body.count("\ufffd"))
+
+
+NO_TITLE = SPACED_ENDS + OTHER_ENDS + "．:;,，、：；"  # how no title ends
 
 
 def split_title(text, kind):
@@ -411,7 +508,7 @@ def split_title(text, kind):
     if kind in (".md", ".rst") and re.fullmatch(r"([=\-~*#^])\1{2,}", second.strip()):
         return first[:LONGEST_TITLE], after.strip()
     # of a plain text: a short first line that is no sentence, and then an empty one
-    if 0 < len(first) <= 80 and rest and not second.strip() and first[-1] not in ".!?:;,。！？":
+    if 0 < len(first) <= 80 and rest and not second.strip() and first[-1] not in NO_TITLE:
         return first, rest.strip()
     return "", text
 
@@ -443,7 +540,7 @@ def _pieces(document):
     """The document, cleaned; in several pieces if it is long."""
     text = clean(document.text)
     title = " ".join(clean(document.title).split())[:LONGEST_TITLE]
-    broken = document.broken
+    left = document.broken  # characters replaced, of those that are U+FFFD
     number = 0
     while text or number == 0:
         at = len(text)
@@ -452,7 +549,8 @@ def _pieces(document):
         elif at > PIECE:  # in the middle: no short rest that a filter would drop
             at = _cut(text, (at + 1) // 2)
         place = f"{document.place}/{number}"
+        broken = min(left, text[:at].count("\ufffd"))
         yield Document(text[:at].strip(), title, document.file, place, broken)
         text = text[at:]
-        broken = 0
+        left -= broken
         number += 1

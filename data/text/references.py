@@ -1,22 +1,8 @@
 """Documents -> references: texts of at most ref_len tokens (sec. 4.4)."""
 
-import re
 import unicodedata
 
-# A sentence ends after . ! ? with a space behind it (and perhaps a quote before that), after their
-# Chinese forms with or without one, and at line ends.
-SENTENCE = re.compile(r"[^\n]*?(?:[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|\n+|$)")
-
-
-def sentences(text):
-    """The sentences of a text; joined they are the text.
-
-    >>> sentences('It has 2.8 million people. "Many!" Indeed')
-    ['It has 2.8 million people.', ' "Many!"', ' Indeed']
-    >>> sentences("北京是首都。它很大！")
-    ['北京是首都。', '它很大！']
-    """
-    return [found for found in SENTENCE.findall(text) if found]
+from corpus import sentences
 
 
 def references_of(text, title, tokenizer, ref_len):
@@ -46,11 +32,26 @@ def references_of(text, title, tokenizer, ref_len):
     return references, before
 
 
+def begins_with(text, title):
+    """Whether a text begins with its title, as words of their own.
+
+    >>> begins_with("Iran has oil.", "Iran"), begins_with("Iranian oil", "Iran")
+    (True, False)
+    >>> begins_with("北京是首都", "北京")  # without spaces words do stand side by side
+    True
+    """
+    if not title or not text.startswith(title):
+        return False
+    behind = text[len(title) : len(title) + 1]
+    joins_on = behind.isdigit() or behind.lower() != behind.upper()
+    return not joins_on and not unicodedata.category(behind or " ").startswith("M")
+
+
 def _finish(held, title, head, tokenizer, ref_len, references, before):
     """Adds the reference of some sentences; or several, if it is one sentence that is too long."""
     held = held.strip()
     while held:
-        front = "" if title and held.startswith(title) else head  # it need not be said twice
+        front = "" if begins_with(held, title) else head  # it need not be said twice
         piece = held
         ids = tokenizer.encode(front + held[: 16 * ref_len])
         if len(ids) > ref_len or len(held) > 16 * ref_len:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common import UserError, check, replace_file
+from corpus import OTHER_ENDS
 
 # Letters of scripts that put no spaces between words: Thai, Lao, Myanmar, Khmer; kana; Han.
 NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
@@ -53,7 +54,8 @@ class Rules:
     min_words: int = 50  # fewer words than this
     max_word_length: float = 10.0  # mean length of the words above this (scripts with spaces)
     max_non_alphabetic: float = 0.7  # share of the characters, spaces aside, that are no letters
-    max_unique: float = 0.95  # distinct words over words, in texts of 100 words or more
+    max_unique: float = 0.95  # distinct words over words, in texts of 100 words or more; in scripts
+    # without spaces letters over letters: of 200 Chinese pairs nearly all are distinct
     min_entropy: float = 3.0  # bits a word: 3 is what eight words in turn have
     max_broken: float = 0.1  # share of the characters that were no UTF-8
 
@@ -76,7 +78,7 @@ class Rules:
             if characters - n_letters(text) > self.max_non_alphabetic * characters:
                 return "max_non_alphabetic"
         counts = Counter(map(str.casefold, found))
-        if self.max_unique and n >= 100 and len(counts) > self.max_unique * n:
+        if self.max_unique and self._too_unique(counts):
             return "max_unique"
         # entropy of unigrams: - sum over words of p log2 p
         p = np.array(list(counts.values())) / n
@@ -84,6 +86,19 @@ class Rules:
             if -(p * np.log2(p)).sum() < self.min_entropy:
                 return "min_entropy"
         return None
+
+    def _too_unique(self, counts):
+        """Whether hardly any word occurs twice. counts: how often each does."""
+        distinct = set()
+        total = 0
+        for word, n in counts.items():
+            if UNSPACED.match(word):
+                distinct.update(word)
+                total += n * len(word)
+            else:
+                distinct.add(word)
+                total += n
+        return total >= 100 and len(distinct) > self.max_unique * total
 
 
 # -- Duplicates -------------------------------------------------------------------------------
@@ -129,7 +144,7 @@ def features(text):
         sum(map(len, found)) / n / 10,
         len(set(found)) / n,
         sum(map(str.isdigit, text)) / max(1, len(text)),
-        sum(map(text.count, ".!?。！？")) / n,
+        sum(map(text.count, ".!?" + OTHER_ENDS)) / n,
         np.log(n) / 10,
     ]
     for i, value in enumerate(looks):

@@ -26,14 +26,14 @@ PERMUTATIONS = 128  # of a MinHash
 def choose_roles(about, options, counts):
     """The role of every document, (n,) uint8. about: the arrays above; counts: what was left out,
     and why, is added to it. UserError if nothing is left for training."""
-    alive = without_copies(about, options, counts)  # (n,) bool
+    in_kb = is_in_kb(about, options.kb)  # (n,) bool
+    alive = without_copies(about, in_kb, options, counts)  # (n,) bool
     if options.quality:
         alive = the_best(about["score"], alive, options.keep, counts)
     kept = np.flatnonzero(alive)
     check(len(kept), _nothing_left(counts))
     order = kept[np.argsort(about["place"][kept], kind="stable")]
 
-    in_kb = is_in_kb(about, options.kb)  # (n,) bool
     of_kb = order[in_kb[order]]
     check(len(of_kb), f"--kb {options.kb}: none of the {len(order):,} documents is among these")
     roles = np.full(len(alive), DROPPED, np.uint8)
@@ -58,22 +58,25 @@ def choose_roles(about, options, counts):
     return roles
 
 
-def without_copies(about, options, counts):
-    """Which documents are no copies of an earlier one (sec. 4.2): (n,) bool."""
-    digest = about["digest"]
+def without_copies(about, in_kb, options, counts):
+    """Which documents are no copies of an earlier one (sec. 4.2): (n,) bool. Of copies one that is
+    knowledge base stays, if there is one."""
+    order = np.argsort(~in_kb, kind="stable")  # (n,): those of the knowledge base are first
+    digest = about["digest"][order]
     _, first = np.unique(digest, return_index=True)  # where each digest occurs first
     alive = np.zeros(len(digest), bool)
-    alive[first] = True
+    alive[order[first]] = True
     counts["exact duplicates"] = len(digest) - len(first)
     if options.near:
-        copies = near_duplicates(about["signature"], alive, options.near)
+        left = order[alive[order]]
+        copies = near_duplicates(about["signature"], left, options.near)
         alive[copies] = False
         counts["near-duplicates"] = len(copies)
     return alive
 
 
-def near_duplicates(signatures, alive, threshold):
-    """Documents that are nearly an earlier one's copy: their numbers.
+def near_duplicates(signatures, order, threshold):
+    """Which of the documents `order` are nearly the copy of one before them there: their numbers.
 
     signatures (n, 128): two texts of Jaccard similarity J agree in about a share J of a row. Only
     those are compared that agree in one of 32 bands of 4: at J = 0.7 all but 1 pair in 5,000.
@@ -81,7 +84,7 @@ def near_duplicates(signatures, alive, threshold):
     band = 4
     first = {}  # (where, what is there): the first document with it
     copies = []
-    for i in tqdm(np.flatnonzero(alive).tolist(), "near-duplicates"):
+    for i in tqdm(order.tolist(), "near-duplicates"):
         row = signatures[i]
         keys = [(at, row[at : at + band].tobytes()) for at in range(0, PERMUTATIONS, band)]
         others = sorted({first[key] for key in keys if key in first})
