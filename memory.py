@@ -133,7 +133,7 @@ def token_weights(q, k, mask, approximate=False):
         a = (scores - peak).exp()
     else:
         a = scores.softmax(-1)  # the paper's a~_{i,j}
-        a = a.nan_to_num()  # the rows in which i is padding: they give nothing
+        a = a.masked_fill(~i_is_token, 0.0)  # nan until now: where i is padding, it gives nothing
     return a.sum((2, 3))  # over the query heads and over i: w_j, (N, Hkv, n)
 
 
@@ -331,7 +331,8 @@ def memory_attention(out, lse, q, mem_k, mem_v, count, recall, chunk_len, n_head
     lse[:, :, n_header:] = merged_lse.squeeze(-1)
 
     lse_by_chunk = by_chunk(lse.unsqueeze(-1), kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, 1)
-    p = (scores - lse_by_chunk).exp().to(values.dtype)  # each slot's share of the whole softmax
+    scores -= lse_by_chunk
+    p = scores.exp_().to(values.dtype)  # each slot's share of the whole softmax
     memory_out = by_token(p @ values, causal_lse)  # (B, H, T, dh)
     causal_share = (causal_lse - merged_lse).exp()
     causal_out = out[:, :, n_header:] * causal_share  # (B, H, T, dh), in the precision of lse
@@ -356,9 +357,12 @@ def memory_attention_backward(
     empty = empty_slots(count, recall, mem_k)  # (B*c, Hkv, 1, R*S)
     scores = memory_scores(queries, keys, empty, lse.dtype)  # (B*c, Hkv, G*C, R*S)
 
-    p = (scores - lse).exp().to(q.dtype)  # (B*c, Hkv, G*C, R*S)
-    dp = dout @ values.mT
-    ds = p * (dp - delta) / math.sqrt(head_dim)
+    scores -= lse
+    p = scores.exp_().to(q.dtype)  # (B*c, Hkv, G*C, R*S)
+    ds = dout @ values.mT  # the gradient of p
+    ds -= delta
+    ds *= p
+    ds /= math.sqrt(head_dim)
     context_dq = dq[:, :, n_header:]  # (B, H, T, dh): a view
     context_dq += by_token(ds @ keys, context_dq)
     dkeys = ds.mT @ queries  # (B*c, Hkv, R*S, dh)
@@ -374,8 +378,10 @@ def by_chunk(x, kv_heads, chunk_len, n_header):
     The queries of the G heads of a group lie in one row, since they read the same keys. The last
     chunk is padded with zeros. e is dh, or 1 for the lse.
     """
-    padding = (n_header - x.shape[2]) % chunk_len  # so that C divides T + padding
-    x = F.pad(x, (0, 0, -n_header, padding))  # (B, H, c*C, e): the minus cuts the header off
+    x = x[:, :, n_header:]  # (B, H, T, e)
+    padding = -x.shape[2] % chunk_len  # so that C divides T + padding
+    if padding > 0:
+        x = F.pad(x, (0, 0, 0, padding))  # (B, H, c*C, e)
     x = x.unflatten(2, (-1, chunk_len))  # (B, H, c, C, e)
     x = x.transpose(1, 2).flatten(0, 1)  # (B*c, H, C, e)
     x = x.unflatten(1, (kv_heads, -1))  # (B*c, Hkv, G, C, e)
@@ -416,8 +422,9 @@ def empty_slots(count, recall, mem):
 
 def memory_scores(queries, keys, empty, dtype):
     """q . k / sqrt(dh), -inf at empty slots: (B*c, Hkv, G*C, R*S) in `dtype`, that of the lse."""
-    scores = (queries @ keys.mT).to(dtype) / math.sqrt(keys.shape[-1])
-    return scores.masked_fill(empty, -math.inf)
+    scores = (queries @ keys.mT).to(dtype)
+    scores /= math.sqrt(keys.shape[-1])
+    return scores.masked_fill_(empty, -math.inf)
 
 
 def sum_over_readers(grad, mem, recall):
