@@ -30,7 +30,7 @@ import shlex
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -116,6 +116,8 @@ def run(main):
 
     Everything else is a bug, and keeps its traceback.
     """
+    if int(os.environ.get("RANK", 0)) > 0:
+        return run_quietly(main)
     name = os.path.basename(sys.argv[0])
     if hasattr(sys.stdout, "reconfigure"):
         # a terminal that cannot show a letter (LC_ALL=C) gets its code, and the command goes on
@@ -126,6 +128,29 @@ def run(main):
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt as stop:  # a command that saves before it ends says here how to go on
         sys.exit(f"{name}: stopped {stop}".rstrip())
+
+
+def run_quietly(main):
+    """Runs an entry point in a process that torchrun started and that is not the first: that one
+    alone speaks.
+
+    Its refusals are said only if the first has none. For if that ends, torchrun ends the others;
+    so this one waits, each process a second longer than the one before it.
+    """
+    name = os.path.basename(sys.argv[0])
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            main()
+    except UserError as error:
+        time.sleep(1 + rank)
+        sys.exit(f"{name}: {error} (process {os.environ['RANK']})")
+    except KeyboardInterrupt:  # of all processes alike
+        time.sleep(1 + rank)
+        sys.exit(1)
+    except SystemExit:  # argparse, which all have asked the same
+        time.sleep(1 + rank)
+        raise
 
 
 def visible(text):

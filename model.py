@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, check, check_fields, replace_file, write_json
+from common import UserError, check, check_fields, command, replace_file, write_json
 from memory import (
     Memories,
     causal_attention,
@@ -464,20 +464,32 @@ class Memory3(nn.Module):
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
     def weights_hash(self):
-        """The hash of the weights, in hex; that of a checkpoint is known until a weight changes."""
+        """The hash of the weights, in hex; that of a checkpoint is known until a weight changes.
+
+        Not noticed: a change through .data, or by an optimizer whose gradients are gone, that
+        leaves the few numbers as they are that _sample looks at. After one, call keep_hash(None).
+        """
         trained = any(p.grad is not None for p in self.parameters())
-        if self.known_hash is None or trained or self._changes() > self.known_at:
+        if self.known_hash is None or trained or self._sample() != self.known_at:
             return hash_weights(self.state_dict())
         return self.known_hash
 
     def keep_hash(self, digest):
-        """digest: the hash of the weights as they are, or as they were before rounding."""
+        """digest: the hash of the weights as they are, or as they were before rounding; None: it
+        is not known."""
         self.known_hash = digest
-        self.known_at = self._changes()
+        self.known_at = None if digest is None else self._sample()
 
-    def _changes(self):
-        # PyTorch counts changes in place, but not those of a fused optimizer
-        return sum(p._version for p in self.parameters())
+    def _sample(self):
+        """What another set of weights differs in, in milliseconds: of each weight which tensor it
+        is, how often it was changed in place, its dtype, and some of its numbers. Moving the model
+        to another device changes none of these."""
+        seen = []
+        for p in self.parameters():
+            numbers = p.detach().flatten()
+            some = numbers[:: max(1, len(numbers) // 16)]
+            seen.append((id(p), p._version, p.dtype, some.tolist()))
+        return seen
 
     def rounded(self, dtype):
         """The model with weights in `dtype`, for generation; it keeps fingerprint and banks."""
@@ -852,12 +864,13 @@ class SummedFile:
         self.file.flush()
 
 
-def save_checkpoint(path, weights, meta, optimizer=None):
+def save_checkpoint(path, weights, meta, optimizer=None, shards=None):
     """Writes a checkpoint beside its place and renames it: a kill leaves the old one.
 
     weights: a state dict; UserError unless all of it is finite. meta: a dict with at least config,
     the Config as a dict. optimizer: its state, so that the run can be resumed. Beside a model.pt
-    the same meta is written as meta.json, for people to read.
+    the same meta is written as meta.json, for people to read. shards: where the tensors are if
+    not in this file (parallel.py), which then has no weights.
     """
     path = Path(path)
     check_finite(weights, path)
@@ -865,6 +878,8 @@ def save_checkpoint(path, weights, meta, optimizer=None):
     state = dict(model=weights, meta=meta)
     if optimizer is not None:
         state["optimizer"] = optimizer
+    if shards is not None:
+        state["shards"] = shards
 
     def write(file):
         summed = SummedFile(file)
@@ -879,17 +894,25 @@ def save_checkpoint(path, weights, meta, optimizer=None):
         write_json(copy, meta)
 
 
-def checksum_fault(file):
-    """What is wrong with the checksum at the end of a checkpoint, or None. Reads all of it."""
-    size = file.stat().st_size - len(CHECKSUM) - 8
+def checksum(file, size=None):
+    """The CRC-32 of a file, or of its first `size` bytes, in eight hex digits."""
+    size = file.stat().st_size if size is None else size
     crc = 0
     with open(file, "rb") as f:
         for start in range(0, size, 2**24):
             crc = zlib.crc32(f.read(min(2**24, size - start)), crc)
-        end = f.read()
-    if not end.startswith(CHECKSUM.encode()):
+    return f"{crc:08x}"
+
+
+def checksum_fault(file):
+    """What is wrong with the checksum at the end of a checkpoint, or None. Reads all of it."""
+    size = max(0, file.stat().st_size - len(CHECKSUM) - 8)
+    with open(file, "rb") as f:
+        f.seek(size)
+        end = f.read().decode(errors="replace")
+    if not end.startswith(CHECKSUM):
         return "no checksum at its end: it is cut off, or older than checksums (--no_verify)"
-    return None if end == f"{CHECKSUM}{crc:08x}".encode() else "its bytes have changed"
+    return None if end == CHECKSUM + checksum(file, size) else "its bytes have changed"
 
 
 def read_checkpoint(path, verify=True):
@@ -923,6 +946,10 @@ def load_checkpoint(path, verify=True):
     pass over the file and one over the weights."""
     state, file = read_checkpoint(path, verify)
     meta = state["meta"]
+    if "shards" in state:
+        resume = ["--resume", file.parent, "--steps", meta["step"]]
+        cure = f"{command('train.py', *resume)} makes a model.pt of it"
+        raise UserError(f"{file}: its weights lie beside it, in parts; {cure}")
     try:
         config = Config.from_dict(meta["config"])
         with torch.device("meta"):  # no memory is taken before the file's weights

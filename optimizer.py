@@ -15,6 +15,20 @@ import torch
 from parallel import local
 
 
+def first_states(optimizer):
+    """Gives AdamW its states as they are before the first step: for a checkpoint to be read into
+    them, and so that what does not fit a GPU fails early. The moments are float32, split as their
+    weights are."""
+    fused = optimizer.defaults.get("fused")
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            # fused, the kernel counts; else Python, which would have to wait for a GPU
+            state["step"] = torch.zeros((), device=p.device if fused else "cpu")
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+
+
 def round_at_random(x, generator):
     """x float32 -> bfloat16, up or down with the probability that makes the mean equal to x.
 
@@ -46,11 +60,11 @@ class RoundedAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state["step"] = 0
+                    state["step"] = torch.zeros(())
                     state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
                     state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
                 state["step"] += 1
-                step = state["step"]
+                step = int(state["step"])
                 if p.device not in generators:
                     generator = torch.Generator(p.device)
                     generators[p.device] = generator.manual_seed(self.seed * 1_000_003 + step)

@@ -13,8 +13,9 @@ values.
 
 A run leaves in --out:
     model.pt, meta.json    the weights at the end: what write.py, sample.py and eval.py open
-    last.pt                weights and optimizer of the last save: what --resume goes on from
-    best.pt                the same, where the loss on the first validation split was lowest
+    last.pt                weights and optimizer of the last save: what --resume goes on from;
+                           under fsdp they are beside it, in last_1000, a file a process
+    best.pt                the weights where the loss on the first validation split was lowest
     step_1000.pt ...       weights on the way, with --keep_every
     log.jsonl              a row a step: loss, lr, norm, tokens/s, MFU, and validation now and then
 """
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -53,7 +55,7 @@ from common import (
 )
 from memory import attention_path
 from model import PRESETS, Config, Memory3, load_checkpoint, read_checkpoint, save_checkpoint
-from optimizer import RoundedAdamW
+from optimizer import RoundedAdamW, first_states
 
 
 @dataclass
@@ -276,21 +278,22 @@ def choose_dtype(cfg, device):
     return torch.bfloat16 if found else torch.float32, "the fastest here"
 
 
-def open_run(cfg, config):
-    """-> what the run begins with: model, meta, and the state to resume (None for a new run).
+def open_run(cfg, config, rank=0):
+    """-> what the run begins with: the model's shape, meta, and the checkpoint to fill it from.
 
-    They are those of its own last.pt, else the weights of cfg.init, else new weights. meta is what
-    a checkpoint says of its run: step, position in the stream of windows, seconds, best loss ...
+    That is its own last.pt, else cfg.init, of which the weights alone are taken, else new weights.
+    Only the first process has tensors in it. meta is what a checkpoint says of its run: step,
+    position in the stream of windows, seconds, best loss ...
     """
     # Only the first weights and the order of the windows are random: seed and position give both.
     meta = dict(step=0, position=0, seconds=0.0, best=None, lr_scale=1.0)
     last = Path(cfg.out) / "last.pt"
-    verify = not cfg.no_verify
+    verify = not cfg.no_verify and rank == 0
 
     # the run goes on
     if last.exists():
-        model, saved = load_checkpoint(last, verify)
-        state, _ = read_checkpoint(last, verify=False)
+        state, _ = read_checkpoint(last, verify)
+        saved = state["meta"]
         is_run = "optimizer" in state and "train" in saved
         check(is_run, f"{last} holds weights alone, no run: --init {last} with another --out")
         for name in ("stage", "split", "init", "context", "batch", "query_shift", "seed"):
@@ -298,28 +301,43 @@ def open_run(cfg, config):
             current = getattr(cfg, name)
             line = f"{last} is of a run with --{name} {before}, not {current}: choose another --out"
             check(before == current, line)
-        valid = config in (None, model.config)
+        shape = Config.from_dict(saved["config"])
+        valid = config in (None, shape)
         check(valid, f"{last} is a model of another shape: choose another --out")
         print(f"resuming {last} at step {saved['step']}")
-        return model, meta | saved, state
+        return shape, meta | saved, state
 
     # a new run, with new weights
     if not cfg.init:
         check_room(config)
-        return Memory3(config), meta, None
+        weights = Memory3(config).state_dict() if rank == 0 else None
+        return config, meta, dict(model=weights)
 
-    # a new run, with the weights of another one: the explicit stage after the implicit one
-    model, before = load_checkpoint(cfg.init, verify)
+    # a new run, with the weights of another one: the explicit stage after the implicit one. The
+    # same weights, perhaps other memories: S, Lm, C ... can change between the stages
+    before = read_checkpoint(cfg.init, verify=False)[0]["meta"]
+    config = config or Config.from_dict(before["config"])
+    weights = load_checkpoint(cfg.init, verify)[0].state_dict() if rank == 0 else None
     print(f"starting from {cfg.init} ({before.get('stage')} stage, step {before.get('step')})")
-    if config:  # the same weights, other memories: S, Lm, C ... can change between the stages
-        weights = model.state_dict()
-        model = Memory3(config)
-        model.load_state_dict(weights)
-    return model, meta | dict(tokenizer=before.get("tokenizer")), None
+    return config, meta | dict(tokenizer=before.get("tokenizer")), dict(model=weights)
+
+
+def open_all(cfg, config, rank):
+    """-> the model's shape, meta, the checkpoint to fill it from, training windows, {split: windows
+    to validate on}: the model and its text, checked against each other."""
+    config, meta, state = open_run(cfg, config, rank)
+    tokenizer = check_tokenizer(cfg, config, meta)
+    train = Windows(cfg, cfg.split, config)
+    text = check_data(cfg, train, meta)
+    meta |= dict(stage=cfg.stage, config=asdict(config), train=asdict(cfg))
+    meta |= dict(tokenizer=tokenizer, text=text)
+    splits = {name: Windows(cfg, name, config) for name in cfg.val.split(",")}
+    return config, meta, state, train, splits
 
 
 def check_room(config):
-    """UserError if the weights of a new model alone do not fit this machine's RAM."""
+    """UserError if the weights of a new model alone do not fit this machine's RAM. However many
+    processes there are, the first alone makes them."""
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     size = 4 * cost.weights(config)
     line = f"{size / 1e9:,.0f} GB of weights, {room / 1e9:,.0f} GB of memory: give a smaller shape"
@@ -367,43 +385,75 @@ def can_compile(device):
 def fit_micro_batch(cfg, windows, model, step_loss, cast, device, size):
     """How many windows a process takes at a time: cfg.micro_batch, or on a GPU the most that fit.
 
-    Tries all windows of a step first, beside as many bytes as AdamW's states will take, and halves
-    their number until they fit.
+    Tries all windows of a step first, and halves their number until they fit. The optimizer must
+    have its states already.
     """
-    micro = cfg.micro_batch or cfg.batch // size
-    # fsdp: after half a pass its hooks would not know where they are, so it takes its whole share
-    if cfg.micro_batch or cfg.parallel == "fsdp" or device.type != "cuda":
-        return micro
-    while not fits(micro, windows, model, step_loss, cast, device):
+    share = cfg.batch // size
+    if cfg.micro_batch or device.type != "cuda":
+        return cfg.micro_batch or share
+    if cfg.parallel == "fsdp":
+        return measure_micro_batch(share, windows, model, step_loss, cast, device)
+    micro = share
+    while not fits(micro, share, windows, model, step_loss, cast, device):
         line = f"one window of {cfg.context} tokens does not fit: see benchmarks/fits.py"
         check(micro > 1, line)
         micro = micro // 2
-        while cfg.batch // size % micro != 0:  # it must divide this process's share of the batch
+        while share % micro != 0:  # it must divide this process's share of the batch
             micro -= 1
     return micro
 
 
-def fits(micro, windows, model, step_loss, cast, device):
+def fits(micro, share, windows, model, step_loss, cast, device):
     """Whether the loss and gradient of so many windows fit the GPUs of all processes.
 
     It tries without ddp around the model, which would wait for the rest of a pass that failed.
     """
     step_loss = getattr(step_loss, "module", step_loss)
-    batch = windows.batch([windows.window(i) for i in range(micro)], full_width=True)
-    weights = sum(parallel.local(p).numel() for p in model.parameters())
-    loss = states = None
     failed = 0.0
     try:
-        states = torch.empty(2 * weights, device=device)
-        with cast:
-            loss = step_loss(batch, device)
-        loss.backward()
+        try_windows(micro, share, windows, step_loss, cast, device)
     except torch.OutOfMemoryError:
         failed = 1.0
-    del loss, states
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     return parallel.reduce([failed], "max", device) == [0.0]
+
+
+def try_windows(micro, share, windows, step_loss, cast, device):
+    """Computes the gradient of so many windows; where a step takes more, twice, for the second time
+    the gradients of the first are there."""
+    batch = windows.batch([windows.window(i) for i in range(micro)], full_width=True)
+    for _ in range(1 if micro == share else 2):
+        with cast:
+            loss = step_loss(batch, device)
+        loss.backward()
+
+
+def measure_micro_batch(share, windows, model, step_loss, cast, device):
+    """fit_micro_batch under fsdp: the most windows of a process's share that will fit its GPU.
+
+    It must not try too many: after half a pass fsdp's hooks would not know where they are, and the
+    other processes would wait. So it goes up from one window, and measures: n times as many take at
+    most n times the bytes, beside those that are always there. (Often fewer: on a GPU that is all
+    but full it may end below the most.)
+    """
+    micro = 1
+    while True:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        # what others do not have; a twentieth is for what the allocator loses between blocks
+        room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - before
+        try_windows(micro, share, windows, step_loss, cast, device)
+        used = torch.cuda.max_memory_allocated(device) - before
+        model.zero_grad(set_to_none=True)
+        used, room = parallel.reduce([used, -0.95 * room], "max", device)  # the fullest GPU's
+        most = int(micro * -room / used)
+        larger = [n for n in range(micro + 1, share + 1) if n <= most and share % n == 0]
+        if not larger:
+            torch.cuda.empty_cache()
+            return micro
+        micro = larger[-1]
 
 
 def peak_flops(device):
@@ -439,7 +489,11 @@ def describe(cfg, config, windows, device, dtype, reason, size):
     print(f"attention: {path} ({why})")
     if size > 1:
         minutes = parallel.TIMEOUT.seconds // 60
-        print(f"processes: {size}, {cfg.parallel}; one that waits {minutes} minutes ends the run")
+        hours = parallel.FILE_TIMEOUT.seconds // 3600
+        line = (
+            f"one that waits {minutes} minutes for a step, {hours} hours for a file, ends the run"
+        )
+        print(f"processes: {size}, {cfg.parallel}; {line}")
 
 
 def open_log(out, step, rank=0):
@@ -468,29 +522,91 @@ def step_of(line):
         return math.inf
 
 
-@contextmanager
-def asked_to_stop():
-    """Yields a list that is empty until Ctrl-C or a batch system's SIGTERM comes.
+class Asked:
+    """Whether Ctrl-C or a batch system's SIGTERM has come. The loop looks after each step, so no
+    step is left half done.
 
-    The loop looks at it after each step, so no step is left half done. A second Ctrl-C ends at
-    once.
+    others: whether a step waits for other processes. It then hangs if one of them fails, for which
+    torchrun sends the rest a SIGTERM. Python's handlers do not run while the main thread waits for
+    a GPU or a network, so a thread of its own notices: if no step ends in twice the time of the
+    longest so far and PATIENCE more, the process ends at once. A second SIGTERM does not end it,
+    for Slurm sends one to every process, and torchrun passes on its own.
     """
-    asked = []
 
-    def ask(number, frame):
-        if asked:
+    PATIENCE = 10  # seconds
+
+    def __init__(self):
+        self.asked = False  # this process
+        self.stopping = False  # all have agreed
+        self.saving = False
+        self.since = time.time()  # the last step's end
+        self.longest = 0.0  # seconds from one step's end to the next, with what lies between
+
+    def ask(self, number, frame):
+        """The handler of both signals."""
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(number)
-        print("\nstopping after this step, once it is saved; Ctrl-C again: at once", flush=True)
+        if not self.asked:
+            print("\nstopping after this step, once it is saved; Ctrl-C again: at once", flush=True)
+        self.asked = True
 
-    main_thread = threading.current_thread() is threading.main_thread()
-    numbers = [signal.SIGINT, signal.SIGTERM] if main_thread else []  # no other gets signals
-    before = {number: signal.signal(number, ask) for number in numbers}
+    def step_ended(self, stopping):
+        """stopping: whether any process was asked."""
+        now = time.time()
+        self.longest = max(self.longest, now - self.since)
+        self.since = now
+        self.stopping = bool(stopping)
+
+    @contextmanager
+    def files(self):
+        """Around what writes files, which may take long."""
+        self.saving = True
+        yield
+        self.saving = False
+
+    def watch(self, pipe):
+        """The thread: waits for a SIGTERM, whose number Python writes into the pipe."""
+        number = None
+        while number != signal.SIGTERM:
+            data = os.read(pipe, 1)
+            if not data:
+                return  # closed: the run is over
+            number = data[0]
+        asked = time.time()
+        limit = 2 * self.longest + self.PATIENCE
+        while not self.stopping:
+            time.sleep(0.1)
+            if self.saving:
+                asked = time.time()
+            if time.time() > asked + limit:
+                line = f"SIGTERM, and no step has ended for {limit:.0f} s: not saved\n"
+                os.write(2, line.encode())
+                os._exit(1)
+
+
+@contextmanager
+def asked_to_stop(others=False):
+    """Yields an Asked. A second Ctrl-C ends at once. others: whether steps wait for processes."""
+    asked = Asked()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # no other thread gets signals
+        return
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, asked.ask)
+    if others:
+        read, written = os.pipe()
+        os.set_blocking(written, False)
+        wakeup = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        threading.Thread(target=asked.watch, args=(read,), daemon=True).start()
     try:
         yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if others:
+            signal.set_wakeup_fd(wakeup)
+            os.close(written)
 
 
 def validate(model, splits, cfg, cast, device, rank=0, size=1):
@@ -547,14 +663,43 @@ def add_gradients(step_loss, windows, position, cfg, cast, device, rank=0, size=
     return total.item()
 
 
-def save(path, model, optimizer, meta, rank=0):
-    """Writes a checkpoint of the whole model; optimizer None: of the weights alone.
+def save(path, model, meta, rank=0):
+    """Writes a checkpoint of the weights alone, all in one file. All processes call it, and the
+    first one writes."""
+    weights = parallel.whole_weights(model)
 
-    All processes call it, and the first one writes.
+    def write():
+        if rank == 0:
+            save_checkpoint(path, weights, meta)
+
+    parallel.together(write)
+
+
+def save_run(out, model, optimizer, meta, cfg, rank=0):
+    """Writes last.pt, what a run goes on from. All processes call it.
+
+    Under fsdp its tensors lie in a directory of their own for each save. A kill at any moment
+    leaves a last.pt with all that belongs to it: before it is replaced the new directory is whole,
+    and after that the old one goes.
     """
-    weights, states = parallel.gather(model, optimizer)
-    if rank == 0:
-        save_checkpoint(path, weights, meta, states)
+    if cfg.parallel == "fsdp":
+        folder = out / f"last_{meta['step']}"
+        parts = parallel.save_shards(folder, model, optimizer)
+        content = dict(weights={}, optimizer={}, shards=parts)
+    else:
+        folder = None
+        states = {name: optimizer.state[p] for name, p in model.named_parameters()}
+        content = dict(weights=parallel.whole_weights(model), optimizer=states)
+
+    def write():
+        if rank > 0:
+            return
+        save_checkpoint(out / "last.pt", meta=meta, **content)
+        for path in out.glob("last_*"):
+            if re.fullmatch(r"last_\d+", path.name) and path != folder:
+                shutil.rmtree(path)
+
+    parallel.together(write)
 
 
 def ended(meta, cfg):
@@ -600,25 +745,24 @@ def main(cfg, config=None):
     last = out / "last.pt"
 
     # What: the model and its text, checked against each other
-    model, meta, state = open_run(cfg, config)
-    config = model.config
-    tokenizer = check_tokenizer(cfg, config, meta)
-    train = Windows(cfg, cfg.split, config)
-    text = check_data(cfg, train, meta)
-    meta |= dict(stage=cfg.stage, config=asdict(config), train=asdict(cfg))
-    meta |= dict(tokenizer=tokenizer, text=text)
-    splits = {name: Windows(cfg, name, config) for name in cfg.val.split(",")}
-    # How: the weights on the device and shared out among the processes, then their optimizer
-    model.to(device, getattr(torch, cfg.param_dtype))
+    opened = parallel.together(open_all, cfg, config, rank)
+    config, meta, state, train, splits = opened
+    # How: weights and their optimizer, on the devices and shared out among the processes
+    with torch.device("meta"):
+        model = Memory3(config).to(getattr(torch, cfg.param_dtype))
     model.recompute = cfg.recompute
-    model.keep_hash(None)  # the weights are about to change
-    step_loss = parallel.share(cfg.parallel, model, loss_on, dtype, device)
-    optimizer = make_optimizer(model, cfg)
-    if state:
-        parallel.scatter(model, optimizer, state)
-    if cfg.compile:
-        model.fuse(can_compile(device))
-    micro = fit_micro_batch(cfg, train, model, step_loss, cast, device, size)
+    try:
+        step_loss = parallel.share(cfg.parallel, model, loss_on, dtype, device)
+        optimizer = make_optimizer(model, cfg)
+        first_states(optimizer)
+        parallel.load(model, optimizer, state, out, verify=not cfg.no_verify)
+        del state, opened  # the first process had all of it
+        if cfg.compile:
+            model.fuse(can_compile(device))
+        micro = fit_micro_batch(cfg, train, model, step_loss, cast, device, size)
+    except torch.OutOfMemoryError:
+        line = "weights, AdamW's states and one window do not fit this GPU"
+        raise UserError(f"{line}: see benchmarks/fits.py, or --parallel fsdp") from None
     cfg = replace(cfg, micro_batch=micro)
     peak = peak_flops(device)
     flops = cost.step_flops(config, cfg.stage == "explicit", cfg.context) / cfg.context  # a token
@@ -630,7 +774,8 @@ def main(cfg, config=None):
     first = meta["step"]
     started = time.time()
     before = meta["seconds"]  # trained by earlier processes of this run
-    with asked_to_stop() as asked:
+    saved = last.exists()
+    with asked_to_stop(size > 1) as asked:
         while not ended(meta, cfg):
             # the gradient of cfg.batch windows
             began = time.time()
@@ -651,10 +796,11 @@ def main(cfg, config=None):
             # divergence (sec. 5.2): nan or infinity in loss or norm, or a loss far above its median
             finite = math.isfinite(loss + norm)
             spike = len(losses) >= 100 and loss > 1.5 * np.median(losses[-100:]) + 0.5
-            may_go_back = cfg.back_off and last.exists() and meta["lr_scale"] > 1e-3
+            may_go_back = cfg.back_off and saved and meta["lr_scale"] > 1e-3
             if may_go_back and (spike or not finite):
-                state = read_checkpoint(last, verify=not cfg.no_verify)[0]
-                parallel.scatter(model, optimizer, state)
+                verify = not cfg.no_verify
+                state = parallel.together(read_checkpoint, last, verify and rank == 0)[0]
+                parallel.load(model, optimizer, state, out, verify)
                 # the position stays, so that other data come: this batch may be the cause
                 print(f"step {meta['step']}: loss {loss:.3f} diverged; back to the last checkpoint")
                 meta["step"] = state["meta"]["step"]
@@ -671,8 +817,9 @@ def main(cfg, config=None):
             meta["step"] += 1
             step = meta["step"]
             losses.append(loss)
-            clock = [float(len(asked)), before + time.time() - started]
+            clock = [float(asked.asked), before + time.time() - started]
             stopping, seconds = parallel.reduce(clock, "max", device)  # all processes agree
+            asked.step_ended(stopping)
             if cfg.minutes:
                 meta["seconds"] = seconds
             end = ended(meta, cfg)
@@ -684,22 +831,27 @@ def main(cfg, config=None):
                 row["mfu"] = flops * rate / (peak * size)
             if step % 10 == 0 or end or cfg.steps <= 20:
                 print(progress(row, meta, cfg, started, first), flush=True)
+            is_best = False
             if step % cfg.eval_every == 0 or end:
                 val = validate(model, splits, cfg, cast, device, rank, size)
                 row["val"] = val
                 mean = next(iter(val.values()))  # of the first validation split
-                if meta["best"] is None or mean < meta["best"]:
+                is_best = meta["best"] is None or mean < meta["best"]
+                if is_best:
                     meta["best"] = mean
-                    save(out / "best.pt", model, optimizer, meta, rank)
             log.write(json.dumps(row) + "\n")
-            if step % cfg.save_every == 0 or end or stopping:
-                save(last, model, optimizer, meta, rank)
-            if cfg.keep_every and step % cfg.keep_every == 0:
-                save(out / f"step_{step}.pt", model, None, meta, rank)
+            with asked.files():
+                if is_best:
+                    save(out / "best.pt", model, meta, rank)
+                if step % cfg.save_every == 0 or end or stopping:
+                    save_run(out, model, optimizer, meta, cfg, rank)
+                    saved = True
+                if cfg.keep_every and step % cfg.keep_every == 0:
+                    save(out / f"step_{step}.pt", model, meta, rank)
             if stopping and not end:
                 again = command("train.py", "--resume", out)
                 raise KeyboardInterrupt(f"after step {step}, which is saved; go on with {again}")
-    save(out / "model.pt", model, None, meta, rank)  # what write.py, sample.py, eval.py open
+    save(out / "model.pt", model, meta, rank)  # what write.py, sample.py, eval.py open
     log.close()
     return dict(model=model, losses=losses, val=val, step=meta["step"])
 
@@ -716,6 +868,7 @@ def measure(cfg, config, steps=3):
     model.recompute = cfg.recompute
     windows = Windows(cfg, cfg.split, config)
     optimizer = make_optimizer(model, cfg)
+    first_states(optimizer)
     step_loss = parallel.share("none", model, loss_on, dtype, device)
     micro = fit_micro_batch(cfg, windows, model, step_loss, cast, device, 1)
     cfg = replace(cfg, micro_batch=micro)

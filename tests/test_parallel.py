@@ -15,9 +15,10 @@ import torch
 from conftest import ROOT
 from test_train import log, make_data, run, same, shape
 
+import parallel
 import train
 from common import UserError
-from model import load_checkpoint, read_checkpoint
+from model import Config, Memory3, load_checkpoint, read_checkpoint
 
 STAGES = ("implicit", "explicit")
 KINDS = ("ddp", "fsdp")
@@ -118,6 +119,22 @@ def world(tmp_path_factory):
     return folder
 
 
+def open_last(out):
+    """All that a run's last.pt holds, wherever its tensors lie: what one process reads."""
+    state, file = read_checkpoint(out / "last.pt")
+    if "shards" in state:
+        model = Memory3(Config.from_dict(state["meta"]["config"]))
+        model.to(getattr(torch, state["meta"]["train"]["param_dtype"]))
+        cfg = train.TrainConfig(param_dtype=state["meta"]["train"]["param_dtype"])
+        optimizer = train.make_optimizer(model, cfg)
+        train.first_states(optimizer)
+        parallel.load(model, optimizer, state, out)
+        names = {p: name for name, p in model.named_parameters()}
+        state["model"] = parallel.whole_weights(model)
+        state["optimizer"] = {names[p]: dict(s) for p, s in optimizer.state.items()}
+    return state
+
+
 def close(a, b):
     return torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -132,7 +149,7 @@ def compare(one, two):
             for name, loss in a["val"].items():
                 assert abs(loss / b["val"][name] - 1) < 1e-4
     assert "val" in a and "val" in b
-    a, b = read_checkpoint(one / "last.pt")[0], read_checkpoint(two / "last.pt")[0]
+    a, b = open_last(one), open_last(two)
     assert list(a["model"]) == list(b["model"]) and a["optimizer"].keys() == b["optimizer"].keys()
     for name, weight in a["model"].items():
         close(weight, b["model"][name])
@@ -160,7 +177,7 @@ def test_killed_and_resumed_on_two_processes_is_bit_exact(world, kind, stage):
     """Catches states of the optimizer or positions that come back to another process, and rows of
     the log that stand there twice."""
     whole, again = world / f"{kind}_{stage}", world / f"{kind}_{stage}_killed"
-    a, b = read_checkpoint(whole / "last.pt")[0], read_checkpoint(again / "last.pt")[0]
+    a, b = open_last(whole), open_last(again)
     for key in ("model", "optimizer"):
         assert same(a[key], b[key])
     assert [row["step"] for row in log(again)] == [1, 2, 3, 4]
@@ -171,7 +188,7 @@ def test_killed_and_resumed_on_two_processes_is_bit_exact(world, kind, stage):
 def test_weights_in_bfloat16_are_split_and_come_back(world):
     """Catches states of AdamW that are rounded on their way to a file and back, shards whose random
     numbers a resume does not repeat, and a step that does something else than one process's."""
-    a, b = (read_checkpoint(world / name / "last.pt")[0] for name in ("bf16", "bf16_killed"))
+    a, b = open_last(world / "bf16"), open_last(world / "bf16_killed")
     for key in ("model", "optimizer"):
         assert same(a[key], b[key])
     assert a["model"]["norm.weight"].dtype == torch.bfloat16
@@ -211,7 +228,7 @@ def test_an_error_of_one_process_ends_the_run(world):
     assert done.returncode != 0
     assert "dies.py: the disk of process 1 is gone" in done.stderr
     minutes = int(re.search(r"waits (\d+) minutes", done.stdout)[1])
-    assert minutes * 60 == train.parallel.TIMEOUT.total_seconds()
+    assert minutes * 60 == parallel.TIMEOUT.total_seconds()
     assert done.stdout.count("weights:") == 1  # rank 0 alone prints
 
 
@@ -233,7 +250,7 @@ def test_the_sigterm_of_a_batch_system_saves(world):
     assert f"which is saved; go on with python train.py --resume {out}" in said
     steps = [row["step"] for row in log(out)]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 3
-    assert load_checkpoint(out / "last.pt")[1]["step"] == len(steps)
+    assert read_checkpoint(out / "last.pt")[0]["meta"]["step"] == len(steps)
     assert not list(out.glob("*.tmp"))
 
 
@@ -247,7 +264,7 @@ def test_processes_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="torchrun started 3 processes: add --parallel"):
         run(data, tmp_path / "a")
-    monkeypatch.setattr(train.parallel, "start", lambda kind, device: (0, 3, device))
+    monkeypatch.setattr(parallel, "start", lambda kind, device: (0, 3, device))
     with pytest.raises(UserError, match="--batch 4: 3 processes cannot share it out evenly"):
         run(data, tmp_path / "a")
     assert not (tmp_path / "a").exists()
