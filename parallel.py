@@ -77,8 +77,10 @@ def join(device):
 
 def stop():
     """Parts from the other processes at the end of the command."""
+    global file_group
     if dist.is_initialized():
         dist.destroy_process_group()
+        file_group = None
 
 
 def together(function, *args):

@@ -3,8 +3,9 @@
     python write.py --data data/cities --references kb
     python write.py --quantize      also the same memories in fewer bytes (sec. 3.3)
     python write.py --data data/mine --whole_documents --out out/whole      (Remark 3.2)
-    python write.py --shard 1/4     a quarter of the memories; 4 such processes at once write all
-    torchrun --nproc_per_node 4 write.py        the same, all four, a GPU each
+    torchrun --nproc_per_node 4 write.py        the same, its memories by four processes, a GPU each
+    python write.py --shard 1/4     a quarter of the memories, without the index; when all four have
+                                    run, at once or not, the same command without --shard makes it
 
 The texts are copied into --out, which is the knowledge base from then on: kb.py changes it. If
 write.py is stopped, the same command goes on where it was; it says so when nothing is left to do.
@@ -17,11 +18,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import corpus
+import parallel
 from bank import MemoryBank, Texts
-from common import UserError, check, find_device, run, shard
+from common import UserError, check, command, find_device, run, shard
 from embed import KINDS, full_name
 from generate import BANK, place
 from memory import attention_path
@@ -32,31 +33,59 @@ from retrieval import Live
 
 def main(args):
     """Writes the memories, the index, and with args.quantize the codes; returns the bank."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1 and args.shard is None:  # torchrun started this process, and others
-        args.shard = int(os.environ["RANK"]) + 1, size
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     later = ("quantize", "codec", "embedder", "factory")
     given = [f"--{name}" for name in later if getattr(args, name)]
     if args.shard and given:
-        cure = "give it to the command without --shard that follows"
-        raise UserError(f"{given[0]}: a shard is of memories alone; {cure}")
+        order = f"first {without(args, *later)} and the other shards, then {without(args, 'shard')}"
+        raise UserError(f"{given[0]}: a shard is of memories alone; {order}")
     args.out = place(args.out, args.data, Path(args.references or "kb").name)
     check(args.batch > 0, f"--batch {args.batch}: at least 1")
     if args.codec:
         layout(args.codec)  # refuses a string that is no codec before any work is done
+    device = find_device(args.device)
+    rank = 0
+    share = args.shard or (1, 1)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not args.shard:  # torchrun started others
+        rank, size, device = parallel.join(device)
+        share = rank + 1, size
+    bank = parallel.together(open_all, args, device)
+    began = time.time()
+    n = parallel.together(fill, bank, args.batch, share)
+    n = sum(parallel.everywhere(n))
+    rate = n / (time.time() - began)
+    done = f"{n:,} written, {rate:,.0f} memories/s" if n else "complete, nothing to write"
+    print(f"{bank.path}: {done}")
+    if args.shard:
+        i, of = share
+        print(f"shard {i} of {of} is done; when all are, the index: {without(args, 'shard')}")
+    elif rank == 0:  # the memories of all are there
+        write_index(bank, args.embedder, args.factory)
+        if args.quantize or args.codec:
+            quantize(bank, args.codec)
+    return bank
+
+
+def without(args, *names):
+    """The command that was given, but for these flags."""
+    words = []
+    for name, value in vars(args).items():
+        if name in names or value == parser().get_default(name):
+            continue
+        words.append(f"--{name}")
+        if name == "shard":
+            words.append(f"{value[0]}/{value[1]}")
+        elif value is not True:
+            words.append(value)
+    return command("write.py", *words)
+
+
+def open_all(args, device):
+    """The base, with the model that writes it; says what will be written."""
     model = load_checkpoint(args.checkpoint, verify=not args.no_verify)[0]
-    model.to(find_device(args.device)).eval()
+    model.to(device).eval()
     bank = open_base(args, model)
     report(args, bank)
     check_space(args, bank)
-    fill(bank, args.batch, args.shard)
-    if args.shard:
-        return bank
-    write_index(bank, args.embedder, args.factory)
-    if args.quantize or args.codec:
-        quantize(bank, args.codec)
     return bank
 
 
@@ -108,17 +137,10 @@ def check_space(args, bank):
     check(free >= left, f"--out {args.out}: {left:,} bytes to write, {free:,} are free")
 
 
-def fill(bank, batch, share=None):
-    """Encodes the references whose memories are missing, `batch` at a time, and says how fast.
-    share (i, n): only the i-th of n shares of them."""
-    began = time.time()
-    n = bank.write(batch, shard=share or (1, 1))
-    rate = n / (time.time() - began)
-    done = f"{n:,} written, {rate:,.0f} memories/s" if n else "complete, nothing to write"
-    print(f"{bank.path}: {done}")
-    if share:
-        rest = "when all are, the same command alone, without --shard, makes the index"
-        print(f"shard {share[0]} of {share[1]} is done; {rest}")
+def fill(bank, batch, share):
+    """Encodes the references whose memories are missing, `batch` at a time: share (i, n), the i-th
+    of n shares of them. Returns how many."""
+    return bank.write(batch, shard=share)
 
 
 def write_index(bank, encoder=None, factory=None):
@@ -166,7 +188,7 @@ def relative_error(bank, codes, n=256):
     return errors
 
 
-def command_line(argv=None):
+def parser():
     form = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
     p.add_argument("--checkpoint", default="checkpoints/toy", help="the model that writes")
@@ -189,8 +211,17 @@ def command_line(argv=None):
     no_verify = "skip the checkpoint's checksum: opens faster"
     p.add_argument("--no_verify", action="store_true", help=no_verify)
     p.add_argument("--device", default="auto", help="cuda, cpu, or auto: cuda where there is one")
-    return p.parse_args(argv)
+    return p
+
+
+def command_line(argv=None):
+    return parser().parse_args(argv)
+
+
+def cli():
+    main(command_line())
+    parallel.stop()
 
 
 if __name__ == "__main__":
-    run(lambda: main(command_line()))
+    run(cli)

@@ -165,34 +165,60 @@ def test_shards_make_the_bank_of_one_process(place, capsys):
     for i in (3, 1, 2):
         capsys.readouterr()
         bank = run(place, "--shard", f"{i}/3", "--batch", 2)
-        written += int(re.search(r"(\d+) written", capsys.readouterr().out)[1])
+        out = capsys.readouterr().out
+        written += int(re.search(r"(\d+) written", out)[1])
         assert not (bank.path / "index").exists()
     assert written == 29 and bank.verify() == []
-    bank = run(place)
+    assert "shard 2 of 3 is done; when all are, the index: python write.py --checkpoint" in out
+    said = shlex.split(out.split("python write.py ")[1])
+    assert said[-2:] == ["--device", "cpu"] and "--batch" in said
+    bank = write.main(write.command_line(said))
     assert "complete, nothing to write" in capsys.readouterr().out
     assert equal(one, bank)
     found = [Live.open(b.references).search(["City 7 has", "9 people"], 5) for b in (one, bank)]
     assert np.array_equal(found[0][0], found[1][0])
-    with pytest.raises(UserError, match="--codec: a shard is of memories alone"):
+    with pytest.raises(UserError, match="--codec: a shard is of memories alone; first python") as e:
         run(place, "--shard", "1/3", "--codec", "Residual2x6,PQ5x6")
+    first, then = re.findall(
+        r"python write.py (.+?)(?: and|$)", str(e.value).replace(", then", " and")
+    )
+    assert "--shard 1/3" in first and "--codec" not in first
+    assert "--shard" not in then and "--codec Residual2x6,PQ5x6" in then
     for wrong in ("0/3", "4/3", "3", "a/b"):
         with pytest.raises(SystemExit):
             run(place, "--shard", wrong)
         assert "1 <= i <= n" in capsys.readouterr().err
 
 
-def test_torchrun_shares_the_memories_out(place, monkeypatch, capsys):
-    """Catches processes of torchrun that all write everything, or leave a share to nobody."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    written = []
-    for rank in (1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("LOCAL_RANK", "0")
-        bank = run(place)
-        out = capsys.readouterr().out
-        written.append(int(re.search(r"(\d+) written", out)[1]))
-        assert f"shard {rank + 1} of 2 is done" in out
-    assert written == [14, 15] and bank.verify() == []
+@pytest.mark.slow
+def test_torchrun_does_all_that_one_process_does(place):
+    """Catches processes that all write everything, or leave a share to nobody, a base without an
+    index or without the codes that were asked for, and words of several at once."""
+    (place / "one").mkdir()
+    one = run(place, "--out", place / "one" / "kb.bank")
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--checkpoint", place / "toy", "--data", place, "--out", place / "kb.bank"]
+    flags += ["--device", "cpu", "--batch", 3]
+
+    def torchrun(*more):
+        command = [sys.executable, *start, write.__file__, *flags, *more]
+        return subprocess.run(map(str, command), capture_output=True, text=True, timeout=120)
+
+    done = torchrun("--codec", "Residual2x6,PQ5x6")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written") == 1 and "kb.bank: 29 written" in done.stdout
+    assert done.stdout.count("index: 29 references") == 1 and "--shard" not in done.stdout
+    bank = MemoryBank.open(place / "kb.bank", one.model)
+    assert bank.verify() == [] and equal(one, bank)
+    assert MemoryBank.open(place / "kb.bank", codes=True).verify() == []
+    found = [Live.open(b.references).search(["City 7 has"], 5)[0] for b in (one, bank)]
+    assert np.array_equal(*found)
+    (place / "kb.bin").unlink()
+    for wrong in (["--references", "kb"], ["--batch", "many"]):  # ours to refuse, and argparse's
+        done = torchrun(*wrong)
+        assert done.returncode != 0
+        lines = [line for line in done.stderr.splitlines() if line.startswith("write.py: ")]
+        assert len(lines) == 1, done.stderr
 
 
 def test_shards_of_whole_documents(place):
