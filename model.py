@@ -942,8 +942,13 @@ def read_checkpoint(path, verify=True):
 
 def load_checkpoint(path, verify=True):
     """-> the model, on the CPU and in the file's dtype, and meta (config, stage, step, tokenizer id
-    ...). path: a .pt file of train.py, or a directory that holds model.pt. verify=False saves a
-    pass over the file and one over the weights."""
+    ...). path: a .pt file of train.py, or a directory that holds model.pt.
+
+    verify=False saves a pass over the file, for its checksum, and a shorter one over the weights.
+    Measured on one core of an AMD EPYC, the file in RAM, 2.0 GB/s: 3 s for a 2.4b in bfloat16 (5.6
+    GB), 6 s in float32 (11.3 GB). Yours: python -m timeit -s "from model import checksum; from
+    pathlib import Path" "checksum(Path('FILE'))"
+    """
     state, file = read_checkpoint(path, verify)
     meta = state["meta"]
     if "shards" in state:

