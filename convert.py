@@ -192,9 +192,12 @@ def meant(x):
     return float(f"{float(x):.6g}")
 
 
-def split_by(regex):
-    split = dict(type="Split", pattern=dict(Regex=regex), behavior="Isolated", invert=False)
-    return dict(type="Sequence", pretokenizers=[split, BYTES | dict(use_regex=False)])
+def split_by(*patterns):
+    steps = []
+    for regex in patterns:
+        pattern = dict(Regex=regex)
+        steps.append(dict(type="Split", pattern=pattern, behavior="Isolated", invert=False))
+    return dict(type="Sequence", pretokenizers=[*steps, BYTES | dict(use_regex=False)])
 
 
 def digits_apart():
@@ -620,10 +623,11 @@ def write_tokenizer(tokenizer, out):
             merges.append([spelled(parts[0]), spelled(parts[1])])
     added = []
     for token, i in sorted(tokenizer.encoding._special_tokens.items(), key=lambda pair: pair[1]):
-        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        added.append(dict(id=i, content=token, **flags))
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+        is_special = token not in tokenizer.added
+        added.append(dict(id=i, content=token, special=is_special, **flags))
         vocab[token] = i
-    pre_tokenizer = split_by(tokenizer.encoding._pat_str)
+    pre_tokenizer = split_by(*tokenizer.cuts, tokenizer.encoding._pat_str)
     if tokenizer.prefix_space:  # theirs puts it before a first tab or line feed, too
         pre_tokenizer["pretokenizers"].insert(0, corpus.FIRST_SPACE)
     bos = next(t["content"] for t in added if t["id"] == tokenizer.bos)

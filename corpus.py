@@ -35,12 +35,19 @@ class Tokenizer:
     id: names all that decides which tokens a text becomes; it is stored wherever tokens are.
     """
 
-    def __init__(self, encoding, bos, name, prefix_space=False, n_vocab=None):
-        """n_vocab: if the encoding has ids that the model lacks (bytes without a token)."""
+    def __init__(self, encoding, bos, name, prefix_space=False, n_vocab=None, cuts=(), added=()):
+        """n_vocab: if the encoding has ids that the model lacks (bytes without a token). cuts:
+        patterns that cut a text one after the other before that of the encoding does. added: texts
+        that are always one token, each in the encoding's special tokens."""
         self.encoding = encoding
         self.bos = bos
         self.name = name
         self.prefix_space = prefix_space
+        self.cuts = tuple(cuts)
+        self.added = {text: encoding._special_tokens[text] for text in added}
+        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
+        self._added = re.compile(f"({'|'.join(longest_first)})")
+        self._cuts = [optional("regex").compile(cut) for cut in cuts]
         self.n_vocab = n_vocab or encoding.n_vocab
         ids = {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
         self.no_token = {i for i in range(self.n_vocab) if i not in ids}  # cl100k_base has 11
@@ -50,6 +57,8 @@ class Tokenizer:
     def _digest(self):
         """Eight hex digits of the ranks, the pattern, the special tokens and our own rules."""
         rules = ("NFC", self.encoding._pat_str, self.prefix_space, self.bos, self.n_vocab)
+        if self.cuts or self.added:
+            rules += (self.cuts, sorted(self.added))
         digest = hashlib.sha256(repr(rules).encode())
         for token, i in sorted(self.encoding._mergeable_ranks.items()):
             digest.update(b"%d %d %s" % (i, len(token), token))
@@ -66,10 +75,31 @@ class Tokenizer:
         text = unicodedata.normalize("NFC", text)
         if self.prefix_space and text and not text[0].isspace():
             text = " " + text
-        ids = self.encoding.encode_ordinary(text)
+        ids = []
+        for piece in self._pieces(text):
+            if piece in self.added:
+                ids.append(self.added[piece])
+            else:
+                ids += self.encoding.encode_ordinary(piece)
         if self.encoding.n_vocab > self.n_vocab:
             ids = [i for i in ids if i < self.n_vocab]
         return ids
+
+    def _pieces(self, text):
+        """The text in pieces between which nothing is merged: at `added`, then at each of `cuts`,
+        where what a pattern finds and what lies between are pieces alike."""
+        pieces = self._added.split(text) if self.added else [text]
+        for cut in self._cuts:
+            smaller = []
+            for piece in pieces:
+                at = 0
+                if piece not in self.added:
+                    for match in cut.finditer(piece):
+                        smaller += [piece[at : match.start()], match[0]]
+                        at = match.end()
+                smaller.append(piece[at:])
+            pieces = smaller
+        return pieces
 
     def decode(self, ids):
         """The text of token ids, without BOS, -1 padding and ids that are no token's."""
@@ -89,6 +119,8 @@ class Tokenizer:
         special = self.encoding._special_tokens
         bos = next(token for token, i in special.items() if i == self.bos)
         made = dict(name=self.name, pattern=self.encoding._pat_str, prefix_space=self.prefix_space)
+        if self.cuts or self.added:
+            made |= dict(cuts=list(self.cuts), added=list(self.added))
         write_json(path, made | dict(special=special, bos=bos, ranks=ranks))
 
 
@@ -105,7 +137,9 @@ def tokenizer(name):
         return _from_tiktoken(str(name))
     path = Path(name, "tokenizer.json")
     if path.exists():
-        return open_tokenizer(path)
+        found = open_tokenizer(path)
+        _check_made_with(name, found.id)
+        return found
     # a data set may use tiktoken's or another data set's: its manifest names it
     if path.parent.is_dir() or os.sep in str(name):
         used = manifest(name, dict(tokenizer=str))["tokenizer"]
@@ -116,6 +150,17 @@ def tokenizer(name):
         return open_tokenizer(path)
     listed = ", ".join(optional("tiktoken").list_encoding_names())
     raise UserError(f"unknown tokenizer {name!r}: give a data directory, or one of {listed}")
+
+
+def _check_made_with(folder, tokenizer_id):
+    """UserError if a data set was made with another tokenizer than the one that lies there now."""
+    if Path(folder, "meta.json").exists():
+        cure = _cure(folder)
+        made_with = read_json(Path(folder, "meta.json"), {}, cure).get("tokenizer_id", tokenizer_id)
+        line = (
+            f"{folder}/tokenizer.json is {tokenizer_id}, but the data set was made with {made_with}"
+        )
+        check(made_with == tokenizer_id, f"{line}: bring that back, or {cure}")
 
 
 def _from_tiktoken(name):
@@ -132,7 +177,8 @@ def open_tokenizer(path):
     """A tokenizer.json, ours (what `Tokenizer.save` writes) or Hugging Face's.
 
     Ours: name, pattern (how texts are cut into pieces), prefix_space, ranks (token i in base64,
-    null where id i is no token of text), special {text: id} and bos, one of these texts.
+    null where id i is no token of text), special {text: id} and bos, one of these texts; perhaps
+    cuts and added (see Tokenizer).
     """
     cure = "take it again from where it came"
     made = read_json(path, {}, cure)
@@ -152,8 +198,14 @@ def open_tokenizer(path):
     valid = isinstance(special, dict) and all(_is_id(i) for i in special.values())
     valid = valid and isinstance(bos, str) and bos in special
     check(valid, f"{path} is damaged: its special tokens: {cure}")
+    more = {}
+    for key in ("cuts", "added"):
+        more[key] = made.get(key, [])
+        valid = isinstance(more[key], list) and all(isinstance(text, str) for text in more[key])
+        check(valid, f"{path} is damaged: {key}: {cure}")
+    check(set(more["added"]) <= special.keys(), f"{path} is damaged: added: {cure}")
     return build_tokenizer(
-        path, ranks, made["pattern"], special, bos, made["name"], made["prefix_space"]
+        path, ranks, made["pattern"], special, bos, made["name"], made["prefix_space"], **more
     )
 
 
@@ -162,10 +214,11 @@ def _is_id(i):
     return type(i) is int and i >= 0
 
 
-def build_tokenizer(path, ranks, pattern, special, bos, name, prefix_space):
+def build_tokenizer(path, ranks, pattern, special, bos, name, prefix_space, cuts=(), added=()):
     """A Tokenizer of {token: id}, after the checks without which tiktoken dies in Rust.
 
-    path: what the errors name. special: {text: id}, one of which is the BOS.
+    path: what the errors name. special: {text: id}, one of which is the BOS. cuts, added: see
+    Tokenizer.
     """
     # what a file can hold and tiktoken cannot use
     ids = [*ranks.values(), *special.values()]
@@ -184,12 +237,15 @@ def build_tokenizer(path, ranks, pattern, special, bos, name, prefix_space):
         encoding = optional("tiktoken").Encoding(
             name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
-        pieces = optional("regex").findall(pattern, "Aa\n1. ")  # tiktoken's own regular expressions
+        # tiktoken's own regular expressions
+        pieces = [optional("regex").findall(each, "Aa\n1. ") for each in (pattern, *cuts)]
     except Exception as error:  # both have errors of their own
         why = str(error).splitlines()[0]
         raise UserError(f"{path}: tiktoken cannot use its pattern ({why})") from None
-    check("" not in pieces, f"{path}: its pattern matches the empty text")
-    return Tokenizer(encoding, special[bos], name, prefix_space, n_vocab)
+    matches = any("" in found for found in pieces)
+    check(not matches, f"{path}: its pattern matches the empty text")
+    check("" not in added, f"{path} is damaged: a token of no bytes")
+    return Tokenizer(encoding, special[bos], name, prefix_space, n_vocab, cuts, added)
 
 
 # -- Other people's vocabularies --------------------------------------------------------------
@@ -214,20 +270,22 @@ def from_huggingface(path, bos=None):
     """
     made = read_json(path, {}, KINDS)
     try:
-        ranks, pattern, special, prefix_space = huggingface_parts(made, path)
+        parts = huggingface_parts(made, path)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of another shape
         raise UserError(f"{path} is damaged ({error!r}): {KINDS}") from None
+    special = parts["special"]
     if bos is None:
         bos = next((name for name in BOS_NAMES if name in special), None)
     check(bos in special, f"{path}: none of its special tokens is the BOS {bos or BOS_NAMES}")
+    parts["added"] = [text for text in parts["added"] if text != bos]
     name = Path(path).resolve().parent.name
-    return build_tokenizer(path, ranks, pattern, special, bos, name, prefix_space)
+    return build_tokenizer(path, bos=bos, name=name, **parts)
 
 
 def huggingface_parts(made, path):
-    """(ranks, pattern, special, prefix_space) of the content of a tokenizer.json; path: its name.
+    """What build_tokenizer takes, as a dict, of the content of a tokenizer.json; path: its name.
 
     tiktoken merges the pair whose union has the lowest id. That is Hugging Face's list of merges
     if ids rise along the list, which is checked.
@@ -237,10 +295,16 @@ def huggingface_parts(made, path):
     vocab = model.get("vocab") if is_bpe else None
     merges = model.get("merges") if is_bpe else None
     check(isinstance(vocab, dict) and isinstance(merges, list), f"{path}: not a BPE: {KINDS}")
-    pattern, prefix_space = _pattern_of(made, path)
+    cuts, pattern, prefix_space = _pattern_of(made, path)
     special = {}
+    added = []
     for token in made.get("added_tokens") or []:
         special[token["content"]] = token["id"]
+        if not token.get("special", True):  # a text that is always one token, as a run of spaces
+            added.append(token["content"])
+            flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
+            line = f"{path}: its token {token['content']!r} has {', '.join(flags)}, unknown here"
+            check(not flags and not prefix_space, line)
     for token, i in [*vocab.items(), *special.items()]:
         check(isinstance(token, str) and _is_id(i), f"{path}: {token!r} has the id {i!r}: {KINDS}")
 
@@ -265,11 +329,12 @@ def huggingface_parts(made, path):
             ranks[bytes(byte_of[letter] for letter in token)] = vocab[token]
     missing = sum(bytes([byte]) not in ranks for byte in range(256))
     check(missing < 128, f"{path}: no token for {missing} bytes: not a byte-level BPE: {KINDS}")
-    return ranks, pattern, special, prefix_space
+    how = dict(pattern=pattern, prefix_space=prefix_space, cuts=cuts, added=added)
+    return dict(ranks=ranks, special=special, **how)
 
 
 def _pattern_of(made, path):
-    """(pattern, prefix_space): how a Hugging Face tokenizer cuts a text into pieces."""
+    """(cuts, pattern, prefix_space): how a Hugging Face tokenizer cuts a text into pieces."""
     normalizer = made.get("normalizer") or dict(type="NFC")
     line = f"{path}: it changes texts first ({normalizer}): {KINDS}"
     check(normalizer.get("type") == "NFC", line)
@@ -278,21 +343,55 @@ def _pattern_of(made, path):
     prefix_space = FIRST_SPACE in steps
     steps = [step for step in steps if step != FIRST_SPACE]
     kinds = [step.get("type") for step in steps]
+    unknown = (
+        f"{path}: it cuts texts by {', '.join(map(str, kinds))} in a way unknown here: {KINDS}"
+    )
+    check("ByteLevel" in kinds, f"{path}: not byte-level: {KINDS}")
     # its last step turns pieces into bytes; the steps before it cut them
-    check(kinds and kinds[-1] == "ByteLevel", f"{path}: not byte-level: {KINDS}")
-    prefix_space = prefix_space or bool(steps[-1].get("add_prefix_space"))
-    by_gpt2 = steps[-1].get("use_regex", True)
-    if kinds == ["ByteLevel"] and by_gpt2:
-        return GPT2_PATTERN, prefix_space
-    if kinds == ["Digits", "ByteLevel"] and by_gpt2 and steps[0].get("individual_digits"):
-        return DIGITS_PATTERN, prefix_space
-    # a pattern of its own, as Llama 3 and Qwen have: each match is a piece
-    listed = kinds == ["Split", "ByteLevel"] and not by_gpt2
-    if listed and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
-        pattern = steps[0].get("pattern", {}).get("Regex")
-        if isinstance(pattern, str):
-            return pattern, prefix_space
-    raise UserError(f"{path}: it cuts texts by {', '.join(map(str, kinds))} in a way unknown here")
+    check(kinds[-1] == "ByteLevel", unknown)
+    cuts = [_cut_of(step) for step in steps[:-1]]
+    check(None not in cuts, unknown)
+    each_space = bool(steps[-1].get("add_prefix_space"))
+    check(not each_space or not cuts, unknown)  # it would put a space before every piece
+    prefix_space = prefix_space or each_space
+    if steps[-1].get("use_regex", True):
+        if cuts == [r"\p{N}"]:
+            return [], DIGITS_PATTERN, prefix_space
+        return cuts, GPT2_PATTERN, prefix_space
+    check(cuts, unknown)
+    # a pattern of its own, as Llama 3 and Qwen have; DeepSeek has several
+    return cuts[:-1], _whole(cuts[-1]), prefix_space
+
+
+def _cut_of(step):
+    """The pattern of a step of Hugging Face that cuts texts; None if it is of another kind."""
+    kind = step.get("type")
+    if kind == "Digits":
+        return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+    behavior = step.get("behavior")
+    if kind == "Punctuation" and behavior in ("Isolated", "Contiguous"):
+        return r"[\p{P}$+<=>^`|~]" + ("+" if behavior == "Contiguous" else "")
+    if kind == "Split" and behavior == "Isolated" and not step.get("invert"):
+        pattern = step.get("pattern", {})
+        text = pattern.get("Regex")
+        if text is None and isinstance(pattern.get("String"), str):
+            text = re.escape(pattern["String"])
+        if isinstance(text, str):
+            return text
+    return None
+
+
+def _whole(pattern):
+    """The pattern, made to match all of a text: for Hugging Face what lies between two matches is a
+    piece, too, and for tiktoken it is lost."""
+    try:
+        matches = optional("regex").compile(pattern).fullmatch
+    except Exception:  # the library has errors of its own; build_tokenizer says so
+        return pattern
+    letters = map(chr, [*range(0x3000), 0x4E00, 0xAC00, 0xE000, 0xFFFD, 0x1F600])
+    if all(matches(letter) for letter in letters):
+        return pattern
+    return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"
 
 
 def bytes_of_letters():
@@ -324,9 +423,9 @@ def merge_tokenizers(first, second, name):
             if token not in ranks:
                 ranks[token] = len(ranks)
     special = {"<s>": len(ranks)}
-    return build_tokenizer(
-        name, ranks, first.encoding._pat_str, special, "<s>", name, first.prefix_space
-    )
+    pattern = first.encoding._pat_str
+    how = dict(prefix_space=first.prefix_space, cuts=first.cuts)
+    return build_tokenizer(name, ranks, pattern, special, "<s>", name, **how)
 
 
 # -- Sentences --------------------------------------------------------------------------------

@@ -73,12 +73,15 @@ def words(text):
     letters once. A single hiragana is grammar and no word.
     >>> words("Kyiv's MU\u0308NCHEN, 名古屋の")
     ['kyiv', 's', 'münchen', '名', '古', '屋', '名', '古', '屋', '名古', '古屋', '屋の']
+    >>> words("４２ km²")
+    ['42', 'km2']
     """
     if text.isascii():
         return ASCII_WORD.findall(text.casefold())
-    # Unicode's caseless match: fold the case of the decomposed text, then compose
-    text = unicodedata.normalize("NFD", INVISIBLE.sub("", text)).casefold()
-    text = unicodedata.normalize("NFC", text)
+    # Unicode's caseless match: fold the case of the decomposed text, then compose. With K also wide
+    # digits and narrow kana become the ordinary ones.
+    text = unicodedata.normalize("NFKD", INVISIBLE.sub("", text)).casefold()
+    text = unicodedata.normalize("NFKC", text)
     found = WORD.findall(text)
     for run_of_letters in RUN.findall(text):
         letters = LETTER.findall(run_of_letters)
@@ -127,7 +130,7 @@ class HashEmbedder:
     machine: CRC-32, not Python's salted hash, and an id made of integer counts, not of logarithms.
     """
 
-    VERSION = 2  # of the rule that makes the vectors; it is part of the id
+    VERSION = 3  # of the rule that makes the vectors; it is part of the id
     BUCKETS = 1 << 18  # in which features are counted
     MOST = 1 << 13  # dimensions that a feature's hash can tell apart
     CACHE = 1 << 16  # words whose vectors are kept: 128 MB at 512 dimensions

@@ -277,6 +277,19 @@ def test_a_data_set_can_be_moved(tmp_path, monkeypatch):
         assert corpus.tokenizer(tmp_path / "b/other").id.startswith("cities:")
 
 
+def test_a_data_set_keeps_the_tokenizer_it_was_made_with(tmp_path, small):
+    """Another tokenizer.json copied over it: all its tokens are other words, without a word."""
+    shutil.copy(ROOT / "data/cities/tokenizer.json", tmp_path)
+    used = corpus.tokenizer(tmp_path).id
+    common.write_json(tmp_path / "meta.json", dict(n_vocab=4096, tokenizer=".", tokenizer_id=used))
+    assert corpus.tokenizer(tmp_path).id == used
+    small().save(tmp_path / "tokenizer.json")
+    line = f"tokenizer.json is small:.*, but the data set was made with {used}: bring that back"
+    with pytest.raises(UserError, match=line) as e:
+        corpus.tokenizer(tmp_path)
+    assert one_line(e)
+
+
 def test_a_saved_tokenizer_is_the_same(small, tmp_path):
     """A gap between the ids closed by saving; a special token lost; another BOS."""
     letters = {bytes([i]): i for i in range(255, -1, -1)}
@@ -306,6 +319,9 @@ def test_a_saved_tokenizer_is_the_same(small, tmp_path):
         (dict(special=[]), "its special tokens"),
         (dict(special={"<s>": 10**12}), "a token with the id 1000000000000"),
         (dict(special={"<s>": -3}), "its special tokens"),
+        (dict(cuts=["("]), "tiktoken cannot use its pattern"),
+        (dict(cuts="x"), "is damaged: cuts"),
+        (dict(added=["x"]), "is damaged: added"),
     ],
 )
 def test_a_damaged_tokenizer_is_one_line(tmp_path, change, line):
@@ -334,7 +350,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def byte_bpe(path, kind, alphabet=True, n=400, special=("<|endoftext|>", "<|im_start|>")):
+def byte_bpe(path, kind, alphabet=True, n=400, special=("<|endoftext|>", "<|im_start|>"), added=()):
     """A tokenizer.json that Hugging Face's library has trained on TEXTS, and the library's own."""
     tokenizers = pytest.importorskip("tokenizers")
     pre = tokenizers.pre_tokenizers
@@ -342,9 +358,18 @@ def byte_bpe(path, kind, alphabet=True, n=400, special=("<|endoftext|>", "<|im_s
     digits = pre.Sequence([pre.Digits(individual_digits=True), whole])
     pattern = tokenizers.Regex(r" ?\d{1,2}| ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\d]+|\s+")
     split = pre.Split(pattern, "isolated")
-    split = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    in_bytes = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre.Sequence([split, in_bytes])
+    # as DeepSeek has it: one after the other, and the last leaves some letters to nobody
+    numbers = pre.Split(tokenizers.Regex(r"\p{N}{1,3}"), "isolated")
+    han = pre.Split(tokenizers.Regex(r"[一-龥]+"), "isolated")
+    rest = pre.Split(tokenizers.Regex(r"[!-/][A-Za-z]+| ?[\p{L}\p{M}]+|\s+(?!\S)|\s+"), "isolated")
+    several = pre.Sequence([numbers, han, rest, in_bytes])
+    runs = pre.Sequence([pre.Digits(individual_digits=False), whole])
+    marks = pre.Sequence([pre.Punctuation("contiguous"), pre.Split("y", "isolated"), whole])
     t = tokenizers.Tokenizer(tokenizers.models.BPE())
-    t.pre_tokenizer = dict(whole=whole, digits=digits, split=split)[kind]
+    kinds = dict(whole=whole, digits=digits, split=split, several=several, runs=runs, marks=marks)
+    t.pre_tokenizer = kinds[kind]
     t.decoder = tokenizers.decoders.ByteLevel()
     letters = set(pre.ByteLevel.alphabet())
     if not alphabet:  # without 0xA5, which TEXTS do not have, and the bytes that UTF-8 has not
@@ -356,16 +381,19 @@ def byte_bpe(path, kind, alphabet=True, n=400, special=("<|endoftext|>", "<|im_s
         show_progress=False,
     )
     t.train_from_iterator(TEXTS * 3, trainer)
+    if added:
+        t.add_tokens([tokenizers.AddedToken(text, normalized=True) for text in added])
     t.save(str(path))
     return t
 
 
-@pytest.mark.parametrize("kind", ["whole", "digits", "split"])
-@pytest.mark.parametrize("alphabet", [True, False])
-def test_hugging_faces_tokens_are_ours(tmp_path, kind, alphabet):
+@pytest.mark.parametrize("kind", ["whole", "digits", "split", "several", "runs", "marks"])
+@pytest.mark.parametrize("alphabet, added", [(True, ()), (False, ()), (True, ("  ", "   ", "it"))])
+def test_hugging_faces_tokens_are_ours(tmp_path, kind, alphabet, added):
     """A space before a digit in another piece; ids shifted by the special tokens; a byte that the
-    vocabulary lacks, on which tiktoken dies and Hugging Face drops the letter's byte."""
-    theirs = byte_bpe(tmp_path / "tokenizer.json", kind, alphabet)
+    vocabulary lacks, on which tiktoken dies and Hugging Face drops the letter's byte; runs of
+    spaces that are one token; text that no pattern matches lost."""
+    theirs = byte_bpe(tmp_path / "tokenizer.json", kind, alphabet, added=added)
     ours = corpus.tokenizer(tmp_path)
     assert (ours.bos, ours.n_vocab) == (0, theirs.get_vocab_size()) and not ours.prefix_space
     rng = random.Random(7)
@@ -385,6 +413,17 @@ def test_hugging_faces_tokens_are_ours(tmp_path, kind, alphabet):
     assert corpus.from_huggingface(tmp_path / "tokenizer.json", bos="<|im_start|>").bos == 1
 
 
+def falcon(n):
+    """Steps that cut texts when they are bytes already; and one that drops what it finds."""
+    whole = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
+    dropping = dict(type="Split", pattern=dict(String="a"), behavior="Removed", invert=False)
+    steps = [[dropping, whole], [whole, dict(type="Digits", individual_digits=False)]]
+    return dict(type="Sequence", pretokenizers=steps[n - 1])
+
+
+SPACES = dict(id=390, content="  ", special=False, lstrip=True)
+
+
 @pytest.mark.parametrize(
     "change, line",
     [
@@ -393,6 +432,9 @@ def test_hugging_faces_tokens_are_ours(tmp_path, kind, alphabet):
         (dict(model=dict(type="BPE", vocab={"a": 7}, merges=[])), "no token for 255 bytes"),
         (dict(pre_tokenizer=dict(type="Metaspace")), "not byte-level"),
         (dict(pre_tokenizer=None), "not byte-level"),
+        (dict(pre_tokenizer=falcon(2)), "cuts texts by ByteLevel, Digits in a way unknown"),
+        (dict(pre_tokenizer=falcon(1)), "cuts texts by Split, ByteLevel in a way unknown"),
+        (dict(added_tokens=[SPACES]), "its token '  ' has lstrip, unknown here"),
         (dict(added_tokens=[]), "none of its special tokens is the BOS"),
         (dict(model=7), "not a BPE"),
     ],

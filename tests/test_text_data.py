@@ -627,6 +627,13 @@ def test_the_output_is_no_input(folder, tmp_path):
     assert run_prepare([folder], folder / "out/mine")["files"] == 65
 
 
+def test_the_output_is_not_the_input(folder):
+    """--out notes/ for the text itself: its files beside those of the data set."""
+    with pytest.raises(UserError, match="is the text itself: give another directory"):
+        run_prepare([folder], folder)
+    assert not (folder / "meta.json").exists()
+
+
 def test_near_duplicates(tmp_path):
     """A text with three words changed kept, or another of the same subject dropped."""
     pytest.importorskip("datasketch")
@@ -685,6 +692,13 @@ def test_a_tokenizer_of_ones_own(folder, tmp_path):
     assert same["tokenizer_id"] == tok.id
     both = vocabulary.merge(str(ROOT / "data/cities"), str(tmp_path / "moved"), tmp_path / "both")
     assert corpus.tokenizer(tmp_path / "both").id == both.id
+    with pytest.raises(UserError, match="--out .*moved is a data set, which has its tokenizer"):
+        vocabulary.merge(str(ROOT / "data/cities"), str(tmp_path / "both"), tmp_path / "moved")
+    # a file that becomes another
+    other = ["--tokenizer", str(tmp_path / "both/tokenizer.json")]
+    first = run_prepare([folder], tmp_path / "d", *other)
+    corpus.tokenizer(ROOT / "data/cities").save(tmp_path / "both/tokenizer.json")
+    assert run_prepare([folder], tmp_path / "d", *other)["tokenizer_id"] != first["tokenizer_id"]
     with pytest.raises(UserError, match="256 bytes and the BOS are 257"):
         run_prepare([folder], tmp_path / "c", "--tokenizer", "bpe:256")
     with pytest.raises(UserError, match="give a number of tokens"):
@@ -705,7 +719,11 @@ def test_a_tokenizer_of_ones_own(folder, tmp_path):
         (["--quality", "nowhere.npz"], "nowhere.npz: no scorer"),
         (["--processes", "0"], "--processes 0: at least 1"),
         (["--tokenizer", "gpt9"], "unknown tokenizer 'gpt9'"),
-        (["--heldout", "1", "--val", "0"], "documents are too few|--heldout"),
+        (
+            ["--heldout", "1", "--val", "0"],
+            "--heldout 1: training has no document .* smaller share",
+        ),
+        (["--heldout", "0", "--val", "1"], "--val 1: no training text is left"),
     ],
 )
 def test_what_cannot_be_made_is_one_line(folder, tmp_path, flags, line):
@@ -768,6 +786,7 @@ def test_quality_is_judged_on_texts_that_were_held_out(tmp_path, capsys):
         (dict(reasoning=7), "a grade of 7"),
         (dict(reasoning="good"), "line 1: 'reasoning' is a string"),
         (dict(text=None), "line 1: 'text' is null"),
+        (dict(text=""), "a text without a word"),
     ):
         path.write_text("\n".join(json.dumps(row | change) for row in rows))
         with pytest.raises(UserError, match=line):

@@ -124,7 +124,7 @@ def test_another_embedder(place, capsys):
     again = Live.open(bank.references, bank.model)
     assert np.array_equal(again.search(questions, 30)[0], ids)
     assert run(place, "--embedder", "hash:67", "--factory", "SQ8")
-    assert ", hash:67:2:" in capsys.readouterr().out.splitlines()[-1]
+    assert ", hash:67:3:" in capsys.readouterr().out.splitlines()[-1]
     run(place, "--factory", "Flat")
     assert capsys.readouterr().out.splitlines()[-1].endswith(", Flat")
 

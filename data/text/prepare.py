@@ -204,7 +204,7 @@ def encode_part(job):
     .idx, of their titles in .titles, how many references each document has in .documents;
     .tokens.json, the counts, comes last. Returns the counts."""
     options, folder, stem, role = job
-    tokenizer = _open_tokenizer(folder)
+    tokenizer = corpus.open_tokenizer(f"{folder}/tokenizer.json")
     dtype = corpus.dtype_for(tokenizer.n_vocab)
     counts = Counter()
     lengths = {name: [] for name in REFERENCES}
@@ -246,16 +246,6 @@ def encode_part(job):
 def _write_array(path, array):
     """The numbers of an array, as a file of nothing else."""
     replace_file(path, lambda file: file.write(array.tobytes()))
-
-
-_opened = {}  # the tokenizer of this process
-
-
-def _open_tokenizer(folder):
-    """That of the unfinished data set, opened once in each process."""
-    if folder not in _opened:
-        _opened[folder] = corpus.open_tokenizer(f"{folder}/tokenizer.json")
-    return _opened[folder]
 
 
 # -- Step 5: the files of the data set --------------------------------------------------------

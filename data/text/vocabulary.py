@@ -46,8 +46,8 @@ def train(texts, n_vocab, name):
     spaced = (" " + text for text in texts)  # as prefix_space has it
     model.train_from_iterator(spaced, trainer)
     made = json.loads(model.to_str())
-    ranks, pattern, special, _ = corpus.huggingface_parts(made, "the trained tokenizer")
-    return corpus.build_tokenizer(name, ranks, pattern, special, BOS, name, prefix_space=True)
+    parts = corpus.huggingface_parts(made, "the trained tokenizer") | dict(prefix_space=True)
+    return corpus.build_tokenizer(name, bos=BOS, name=name, **parts)
 
 
 def choose(spec, texts, name):
