@@ -51,6 +51,7 @@ class Tokenizer:
         self.n_vocab = n_vocab or encoding.n_vocab
         ids = {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
         self.no_token = {i for i in range(self.n_vocab) if i not in ids}  # cl100k_base has 11
+        self.decoded = set(range(self.n_vocab)) - self.no_token - {bos}  # ids that become text
         self.id = f"{name}:{self._digest()}"
         self.header = [bos, *encoding.encode_ordinary("Reference:")]
 
@@ -103,12 +104,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of token ids, without BOS, -1 padding and ids that are no token's."""
-        listed = []
-        for i in ids:
-            i = int(i)
-            if 0 <= i < self.n_vocab and i != self.bos and i not in self.no_token:
-                listed.append(i)
-        return self.encoding.decode(listed, errors="replace")
+        kept = [i for i in map(int, ids) if i in self.decoded]
+        return self.encoding.decode(kept, errors="replace")
 
     def save(self, path):
         """Writes what `tokenizer` reads: a tokenizer.json of ours."""

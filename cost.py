@@ -192,40 +192,79 @@ def plan(c, references, uses, flops, utilisation):
 
 STEP_TOKENS = 2**22  # sec. 5.1: "around 4 million" of a step
 NODE = 8  # GPUs
+CORES = 64  # of a node
+# What one core does in a second: experiments/index_at_size.py, benchmarks/embedding.py
+MULTIPLICATIONS = 4e10  # where lists are learnt and found
+EMBEDDED = 9000  # references of 80 words, hashed
+SCANNED = 2.5e7  # product codes of 128 bytes, compared with a query
+GRAPH = 5e-4  # seconds that a query takes to find its lists by a graph
 
 
 def cluster(c, references, tokens, explicit_tokens, gpus, flops, utilisation):
-    """Both stages and the bank on `gpus` GPUs, in nodes of 8: [(quantity, number)].
+    """Both stages, index, neighbours and banks on `gpus` GPUs, in nodes of 8: [(quantity, number)].
 
     flops: FLOP/s of one GPU at its peak; utilisation: the share of it that is reached. Weights in
-    bfloat16, sharded over all GPUs (train.py --parallel fsdp --param_dtype bfloat16).
+    bfloat16, sharded over all GPUs (train.py --parallel fsdp --param_dtype bfloat16). Each node
+    writes a base of its own, of its share of the references.
     """
-    hour = 3600 * gpus * flops * utilisation  # FLOPs
+    second = flops * utilisation  # FLOPs of a GPU
+    hour = 3600 * gpus * second  # of all
     nodes = math.ceil(gpus / NODE)
     windows = STEP_TOKENS / c.max_context
-    implicit = tokens / c.max_context * step_flops(c, explicit=False)
+    step = step_flops(c, explicit=False)
+    implicit = tokens / c.max_context * step
     explicit = explicit_tokens / c.max_context * step_flops(c, explicit=True)
+    # gathered in bfloat16 for forward and backward; gradients are added in float32
+    received = (2 + 2 + 4) * weights(c) * (1 - 1 / gpus)
+    computing = windows / gpus * step / second  # seconds of a step
+    # into a node comes what its GPUs do not have among them, once: they pass it on to each other
+    into_node = (2 + 2 + 4) * weights(c) * (1 - min(NODE, gpus) / gpus)
     bank = references * memory_bytes(c, "bf16")
     codes = references * memory_bytes(c, "codes", references)
-    factory = index.choose_factory(int(references))
-    index_bytes, peak, _ = index.predict(int(references), index.empty_index(factory, 512))
     return [
         ("windows of a step", windows),
         ("windows of a step for each GPU", windows / gpus),
         ("references of a step for each GPU", windows / gpus * c.max_context / c.chunk_len),
         ("GB of weights, gradients, states on each GPU", 12 * weights(c) / gpus / 1e9),
-        # gathered in bfloat16 for forward and backward; gradients are added in float32
-        ("GB that each GPU receives in a pass", (2 + 2 + 4) * weights(c) * (1 - 1 / gpus) / 1e9),
+        ("GB that each GPU receives in a pass", received / 1e9),
+        ("seconds that a GPU computes in a step", computing),
+        ("Gbit/s into each node, to hide behind that", 8 * into_node / computing / 1e9),
         ("GB of a checkpoint, last.pt", 10 * weights(c) / 1e9),
         ("days of the implicit stage", implicit / hour / 24),
         ("days of the explicit stage", explicit / hour / 24),
-        ("hours to write the bank", references * write_explicit(c) / hour),
-        ("TB of the bank, bf16", bank / 1e12),
-        ("TB of it on each node", bank / nodes / 1e12),
-        ("TB of the bank, codes", codes / 1e12),
-        ("TB of them on each node", codes / nodes / 1e12),
-        (f"GB of the index, {factory}", index_bytes / 1e9),
-        ("GB of RAM while it is made", peak / 1e9),
+        *index_rows(c, int(references), explicit_tokens, nodes),
+        ("hours to write the bases, one a node", references * write_explicit(c) / hour),
+        ("TB of their memories, bf16", bank / 1e12),
+        ("TB of them on each node", bank / nodes / 1e12),
+        ("TB of their memories, codes", codes / 1e12),
+        ("TB of those on each node", codes / nodes / 1e12),
+        ("files of each base", BASE_FILES),
+    ]
+
+
+# texts.sqlite, memories.bin, meta.json, tokenizer.json and a lock; of the index index.faiss,
+# embedder.npy, meta.json and a lock; of the codes codes.bin, codec.faiss and codec.npz
+BASE_FILES = 5 + 4 + 3
+
+
+def index_rows(c, references, explicit_tokens, nodes):
+    """What `cluster` says of the index of the references, and of the neighbours it is made for."""
+    factory = index.choose_factory(references)
+    empty = index.empty_index(factory, 512)
+    takes = index.predict(references, empty)
+    cores = nodes * CORES
+    coding = references / EMBEDDED + takes.coding / MULTIPLICATIONS  # seconds of a core
+    chunks = explicit_tokens / c.chunk_len
+    scanned = index.PROBES * references / max(1, index.n_lists(empty))  # codes for a query
+    searching = chunks * (GRAPH + scanned / SCANNED)
+    return [
+        (f"GB of the index, {factory}", takes.size / 1e9),
+        ("GB of RAM while it is made", takes.peak / 1e9),
+        ("hours to learn its lists, one node", takes.training / MULTIPLICATIONS / CORES / 3600),
+        ("hours to embed and code, all nodes", coding / cores / 3600),
+        ("files of its shards, for each node", 2),
+        ("hours to find the neighbours, all nodes", searching / cores / 3600),
+        ("GB of the neighbours, one a chunk", 4 * chunks / 1e9),
     ]
 
 

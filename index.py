@@ -96,6 +96,7 @@ SCALAR = 10_000_000  # up to so many, a number is kept in one byte; beyond, in a
 GRAPH = 8192  # beyond so many lists, a graph finds them faster than comparing all
 PROBES = 128  # lists that a query looks into
 ROUNDS = 10  # of k-means, for the lists
+DISTANCE = 400  # multiplications that take as long as FAISS's distance of a few numbers in k-means
 # Of the RAM that making an index takes: see `predict`
 MARGIN = 1.05
 WORK = 32 << 20
@@ -192,12 +193,13 @@ def predict(n, index):
     # the sample, and a copy and the residuals of the part from which codes are learnt; later the
     # index. What the allocator keeps of the one while the other grows was measured
     peak = MARGIN * max(size, 4 * index.d * (sample + 2 * codes)) + WORK
-    k_means = ROUNDS * sample * lists * index.d
+    training = ROUNDS * sample * lists * index.d
     coding = n * lists * index.d  # all centroids are compared: exact_quantizer
-    if hasattr(inner_index(index), "pq"):  # 256 centroids for each of its parts
-        k_means += 25 * codes * 256 * index.d
-        coding += n * 256 * index.d
-    return Prediction(size, peak, k_means, coding)
+    pq = getattr(inner_index(index), "pq", None)
+    if pq is not None:  # its parts of a few numbers each have their own k-means, of 25 rounds
+        training += 25 * codes * pq.ksub * pq.M * DISTANCE
+        coding += n * pq.ksub * index.d
+    return Prediction(size, peak, training, coding)
 
 
 # -- Making it --------------------------------------------------------------------------------

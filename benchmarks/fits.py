@@ -6,10 +6,13 @@
 Counted, not estimated: a whole step of train.py runs on tensors that have shapes and no numbers
 (PyTorch's FakeTensor), and every storage is counted from its making to its end: weights, gradients,
 AdamW's states, activations, and what lies between. Not counted: the CUDA context and the libraries'
-workspaces (about 1 GB together), and what the allocator loses between blocks.
+workspaces (about 1 GB together), and what the allocator loses between blocks. Beside it stands what
+`bench.py fits` has measured, if benchmarks/ has the JSON of a GPU: there fused kernels run, which
+keep fewer activations. 1 GB = 10^9 bytes.
 """
 
 import argparse
+import json
 import math
 import sys
 import weakref
@@ -137,6 +140,32 @@ def windows_that_fit(one, some, twice):
     return one, each, most
 
 
+def from_bench(preset, context):
+    """What `bench.py fits` measured on a GPU, one window: its name and {(stage, flags): bytes}."""
+    for file in sorted(Path(__file__).parent.glob("*.json")):
+        found = json.loads(file.read_text()).get("fits", {})
+        there = found.get("kind") == "cuda" and found.get("preset") == preset
+        if there and context == Config.preset(preset).max_context:
+            break
+    else:
+        return None, {}
+    peaks = {}
+    for name, gib in found["figures"].items():
+        stage, _, how = name.removesuffix(": peak memory, GiB").partition(", ")
+        for flags, changes in CASES.items():
+            weights = f"{changes.get('param_dtype', 'float32')} weights"
+            if how == weights + ", recomputing" * changes.get("recompute", False):
+                peaks[stage, flags] = gib * 2**30
+    return found["device"], peaks
+
+
+def row_of(stage, flags, one, measured, each, most):
+    """A row of the table. Numbers are bytes; measured: None where there is nothing."""
+    shown = f"{measured / 1e9:.2f}" if measured else ""
+    fits = "".join(f"{n:>7}" for n in most)
+    return f"{stage + ' ' + flags:45}{one / 1e9:>9.2f}{shown:>10}{each / 1e9:>8.3f}{fits}"
+
+
 def settings(stage, context, windows, dtype, changes):
     return train.TrainConfig(stage=stage, context=context, batch=windows, dtype=dtype, **changes)
 
@@ -158,8 +187,11 @@ def main(argv=None):
     check(torch.cuda.is_available() or not args.measure, "--measure: there is no CUDA here")
 
     print(f"{args.preset}, windows of {context} tokens, products in {args.dtype}")
-    cards = "".join(f"{size:>5}" for size in CARDS)
-    print(f"{'GB at the peak of a step':47}1 window  each more  windows on a card of{cards} GB")
+    device, peaks = from_bench(args.preset, context)
+    cards = "".join(f"{size:>7}" for size in CARDS)
+    above = "GB, 1 window".rjust(19) + "each".rjust(8) + "  windows on a card of"
+    print(f"{'':45}{above}")
+    print(f"{'GB at the peak of a step':45}{'counted':>9}{'measured':>10}{'more':>8}{cards} GB")
     rows = {}
     for stage in ("implicit", "explicit"):
         for flags, changes in CASES.items():
@@ -168,13 +200,15 @@ def main(argv=None):
                 cfg = settings(stage, context, n, args.dtype, changes)
                 counts.append(counted(config, cfg))
             one, each, most = windows_that_fit(*counts)
-            fits = "".join(f"{n:>5}" for n in most)
-            line = f"{stage} {flags:36}{one / 1e9:9.2f}{each / 1e9:11.3f}{fits:>47}"
+            peak = peaks.get((stage, flags))
+            line = row_of(stage, flags, one, peak, each, most)
             if args.measure:
                 here = measured(config, settings(stage, context, 1, args.dtype, changes))
-                line += f"  measured {here / 1e9:.2f}" if here else "  too large here"
+                line += f"  here {here / 1e9:.2f}" if here else "  too large here"
             print(line, flush=True)
             rows[stage, flags] = one, each, most
+    if peaks:
+        print(f"measured: {device}, python bench.py fits")
     return rows
 
 

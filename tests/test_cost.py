@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from world import World, bytes_of
 
+import corpus
 import cost
 import memory
 from cost import TERA
@@ -250,17 +252,34 @@ def test_plan_of_training(capsys):
     explicit = 1.2e11 / 2048 * cost.step_flops(PAPER, True) / speed
     assert rows["days of the explicit stage"] == pytest.approx(explicit)
     assert rows["windows of a step for each GPU"] == 4
-    assert rows["TB of it on each node"] * 64e12 == pytest.approx(1.1e8 * 450_560)
+    assert rows["TB of them on each node"] * 64e12 == pytest.approx(1.1e8 * 450_560)
     one = dict(cost.cluster(PAPER, 1.1e8, 3.1e12, 1.2e11, 1, 312e12, 0.4))
     assert one["GB that each GPU receives in a pass"] == 0
     assert one["GB of weights, gradients, states on each GPU"] * 1e9 == 12 * cost.weights(PAPER)
-    assert one["hours to write the bank"] == pytest.approx(512 * rows["hours to write the bank"])
+    for name in ("write the bases, one a node", "embed and code, all nodes"):
+        cores = 512 if "bases" in name else 64
+        assert one[f"hours to {name}"] == pytest.approx(cores * rows[f"hours to {name}"])
+    # a GPU computes its four windows; into a node come 63 of 64 parts of weights, twice, and sums
+    seconds = rows["seconds that a GPU computes in a step"]
+    assert seconds == pytest.approx(4 * cost.step_flops(PAPER, False) / (312e12 * 0.4))
+    bits = 8 * 8 * cost.weights(PAPER) * 63 / 64
+    assert rows["Gbit/s into each node, to hide behind that"] * 1e9 == pytest.approx(bits / seconds)
+    assert one["Gbit/s into each node, to hide behind that"] == 0
+    # a query of 1.1e8 references looks into 128 of 32,768 lists
+    took = 1.2e11 / 64 * (cost.GRAPH + 1.1e8 * 128 / 32768 / cost.SCANNED) / 3600
+    assert rows["hours to find the neighbours, all nodes"] * 64 * 64 == pytest.approx(took)
     page = (Path(cost.__file__).parent / "benchmarks/scale.md").read_text()
     command = re.search(r"python cost.py (.*)", page)[1]
     cost.main(command.split())
     printed_now = capsys.readouterr().out
     shown = re.search(r"<!-- cluster -->\n```\n(.*?)\n```", page, re.S)[1]
     assert shown in printed_now and len(shown.splitlines()) == 1 + len(rows)
+
+
+def test_files_of_a_base(tmp_path):
+    """Files a node that the plan does not count: with codes three more."""
+    place = World(tmp_path, corpus.tokenizer(str(Path(cost.__file__).parent / "data/cities")))
+    assert len(bytes_of(place.bank)) == cost.BASE_FILES - 3
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 import doctest
 import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
 
 import embed
+from benchmarks import embedding
 from common import UserError
 from embed import HashEmbedder, embedder, normalize, words
 
@@ -217,3 +219,24 @@ def test_replaced_weights_are_another_embedder(tmp_path):
     assert embedder(f"hf:{path}").id not in (first.id, second.id)
     with pytest.raises(UserError, match="nowhere cannot be loaded"):
         embedder(f"hf:{tmp_path}/nowhere")
+
+
+def test_speed_of_embedding(monkeypatch):
+    """A rate of other texts than it says, or of none; words cut at other places."""
+    assert embedding.cut(["a"] * 163) == [" ".join("a" * 80), " ".join("a" * 80), "a a a"]
+    texts = embedding.zipf(1600, 50)
+    assert [len(text.split()) for text in texts] == [80] * 20
+    counts = sorted(Counter(" ".join(texts).split()).values())
+    assert counts[-1] > 5 * counts[len(counts) // 2]
+    monkeypatch.setattr(embedding, "prose", lambda: texts)
+    n, words_each, seconds, worked = embedding.measure("prose")
+    assert (n, words_each) == (20, 80) and 0 < worked and 0 < seconds
+
+
+@pytest.mark.slow
+def test_rates_of_two_processes(capsys):
+    """A second process whose texts do not count, or that one waits for."""
+    embedding.main(["--kinds", "prose", "--processes", "1", "2"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[3] for row in rows] == ["1", "2"] and rows[0][1] == rows[1][1]
+    assert all(float(row[4].replace(",", "")) > 100 for row in rows)

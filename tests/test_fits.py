@@ -1,6 +1,7 @@
 """benchmarks/fits.py: bytes counted on tensors without numbers."""
 
 import doctest
+import json
 import re
 
 import pytest
@@ -50,6 +51,19 @@ def test_peak_of_a_step_has_all_its_parts(stage):
     # products and of the activation, in bfloat16
     deeper = peak(40, Config(**TINY | dict(n_layer=18)))
     assert deeper - many > 9 * 40 * 84 * 2 * (60 + 60 + 60 + 34 + 2 * 34)
+
+
+def test_columns_and_what_was_measured():
+    """Columns that run together where a model is so small that 10,000 windows fit, GiB for GB, a
+    measured peak in another's row."""
+    row = fits.row_of("implicit", "--recompute", 1e9, None, 1e5, [12345, 123456])
+    assert row.split() == ["implicit", "--recompute", "1.00", "0.000", "12345", "123456"]
+    device, peaks = fits.from_bench("2.4b", 2048)
+    assert device == "NVIDIA H200" and len(peaks) == 2 * len(fits.CASES)
+    found = json.loads((ROOT / "benchmarks/nvidia-h200.json").read_text())["fits"]["figures"]
+    gib = found["explicit, bfloat16 weights, recomputing: peak memory, GiB"]
+    assert peaks["explicit", "--param_dtype bfloat16 --recompute"] == gib * 2**30
+    assert fits.from_bench("2.4b", 1024) == fits.from_bench("toy", 512) == (None, {})
 
 
 @pytest.mark.slow
