@@ -42,6 +42,8 @@ import torch
 class UserError(ValueError):
     """Something that the user gave cannot be used. Its text, one line, names that and the cure."""
 
+    everywhere = False  # whether all processes that torchrun started have raised it
+
 
 def check(condition, line):
     """Raises UserError(line) unless the condition holds."""
@@ -138,18 +140,18 @@ def run_quietly(main):
     so this one waits, each process a second longer than the one before it.
     """
     name = os.path.basename(sys.argv[0])
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+    seconds = 5 + int(os.environ.get("LOCAL_RANK", 0))
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             main()
     except UserError as error:
-        time.sleep(1 + rank)
-        sys.exit(f"{name}: {error} (process {os.environ['RANK']})")
+        time.sleep(seconds)
+        sys.exit(1 if error.everywhere else f"{name}: {error} (process {os.environ['RANK']})")
     except KeyboardInterrupt:  # of all processes alike
-        time.sleep(1 + rank)
+        time.sleep(seconds)
         sys.exit(1)
     except SystemExit:  # argparse, which all have asked the same
-        time.sleep(1 + rank)
+        time.sleep(seconds)
         raise
 
 

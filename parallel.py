@@ -96,7 +96,9 @@ def together(function, *args):
         fault = str(error)
     faults = [found for found in everywhere(fault) if found is not None]
     if faults:
-        raise UserError(faults[0])
+        error = UserError(faults[0])
+        error.everywhere = True
+        raise error
     return result
 
 
