@@ -506,8 +506,8 @@ def test_what_is_held_out_is_held_out(folder, tmp_path, cities):
         at = [j for j, token in enumerate(home) if token == body[0]]
         assert any(home[j : j + len(body)] == body for j in at)
     counts = meta["documents"]
-    left_out = ("exact duplicates", "min_words", "min_entropy", "max_broken")
-    assert [counts[name] for name in left_out] == [1, 1, 1, 1]
+    left_out = ("exact duplicates", "min_words", "min_entropy", "max_broken", "max_unique")
+    assert [counts[name] for name in left_out] == [1, 1, 1, 1, 0]
     assert (counts["read"], counts["kept"]) == (64, 60)
     prompts = (out / "prompts.txt").read_text().splitlines()  # of what is held out, each another
     firsts = {cities.decode(kb[i]).strip() for i in range(meta["heldout"])}
@@ -807,7 +807,12 @@ def test_overlaps_are_counted_in_tenths():
             return np.array([[0, 1, -1]])[:, :k], np.zeros((1, k))
 
     tokens = np.arange(70)
-    rows = [np.arange(20, 27), np.arange(100, 109)]  # in the second window of 20; nowhere
+
+    class Rows(list):
+        def body(self, i):
+            return self[i][1:]  # a title of one token
+
+    rows = Rows([np.arange(19, 27), np.arange(100, 109)])  # in the second window of 20; nowhere
     values = overlaps.overlaps(tokens, 5, 20, rows, Found(), n=14, k=3)
     assert sorted(values.tolist()) == [0.0] * 24 + [1.0] * 4
 

@@ -394,7 +394,7 @@ def prepare(options, out, processes, command):
         kb=tokens["kb_heldout references"] + tokens["kb_seen references"],
         heldout=tokens["kb_heldout references"],  # so many of them, the first
         splits={name: tokens[name] for name in SPLITS if tokens[name]},
-        documents=dict(counts),
+        documents={rule.name: 0 for rule in fields(Rules)} | counts,
         files=len(files),
         skipped=dict(skipped),
         options=asdict(options),
