@@ -262,7 +262,7 @@ def index_rows(c, references, explicit_tokens, nodes):
         ("GB of RAM while it is made", takes.peak / 1e9),
         ("hours to learn its lists, one node", takes.training / MULTIPLICATIONS / CORES / 3600),
         ("hours to embed and code, all nodes", coding / cores / 3600),
-        ("files of its shards, for each node", 2),
+        ("files of its shards, for each node", 2 * CORES),
         ("hours to find the neighbours, all nodes", searching / cores / 3600),
         ("GB of the neighbours, one a chunk", 4 * chunks / 1e9),
     ]

@@ -220,7 +220,9 @@ def main(argv=None):
         print(f"peak of RAM / index: {ratio:.2f}")
     if a.json:
         there = read_json(a.json, {}, "remove it") if Path(a.json).exists() else {}
-        write_json(a.json, there | {f"{a.n} {result['factory']}": result})
+        name = f"{a.n} {result['factory']}"
+        there[name] = there.get(name, {}) | result  # what building took stays
+        write_json(a.json, there)
     return result
 
 
