@@ -1,7 +1,8 @@
 """The index at size: what a million references take, and what it finds of them (sec. 3.1).
 
     OMP_NUM_THREADS=1 python experiments/index_at_size.py                  # some minutes
-    OMP_NUM_THREADS=1 python experiments/index_at_size.py --n 300000
+    OMP_NUM_THREADS=1 python experiments/index_at_size.py --n 300000 --json FILE
+    python experiments/index_at_size.py --on_paper 10000000 --json FILE    # by the slopes of FILE
 
 Vectors lie in clusters, as those of texts do: a centre and noise as long as it is, scaled to length
 1. A query is a vector moved by half as much noise. The index is made as `retrieval.py index` makes
@@ -22,8 +23,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus  # noqa: E402
-from common import make_directory, optional, read_json, run, write_json  # noqa: E402
-from index import encode_shard, join, prepare, search  # noqa: E402
+from common import check, make_directory, optional, read_json, run, write_json  # noqa: E402
+from index import (  # noqa: E402
+    PROBES,
+    choose_factory,
+    empty_index,
+    encode_shard,
+    join,
+    n_lists,
+    predict,
+    prepare,
+    search,
+)
 from retrieval import Retriever  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +157,11 @@ def ms_a_query(index, queries, batch):
     return milliseconds * (time.perf_counter() - began), milliseconds * worked
 
 
+def show(result):
+    for name, value in result.items():
+        print(f"{name:18} {value:,.4g}" if isinstance(value, float) else f"{name:18} {value}")
+
+
 def build(path, references, tokenizer, vectors, factory, result):
     """Makes the index; what it took goes into result."""
     before = reset_peak()
@@ -182,6 +198,40 @@ def ask(retriever, vectors, n_queries, result):
     result["first_is_first"] = float((found[:, 0] == true[:, 0]).mean())
 
 
+def on_paper(rows, n):
+    """What an index of n vectors would take, by the slopes of those measured: a dict.
+
+    Seconds grow with the multiplications that index.predict counts; milliseconds with the codes
+    that a query is compared with. Indexes of product codes, and of other widths, are left out.
+    """
+    measured = [row for row in rows.values() if "train_seconds" in row and "SQ8" in row["factory"]]
+    kinds = [empty_index(row["factory"], row["dim"]) for row in measured]
+    work = [predict(row["n"], kind) for row, kind in zip(measured, kinds, strict=True)]
+    dim = measured[0]["dim"]
+    factory = choose_factory(n, dim)
+    kind = empty_index(factory, dim)
+    takes = predict(n, kind)
+    scanned = [scanned_codes(row["n"], k) for row, k in zip(measured, kinds, strict=True)]
+    result = dict(n=n, dim=dim, factory=factory, size=takes.size, peak=takes.peak)
+    result["codes"] = scanned_codes(n, kind)
+    for name, counts, count in (
+        ("train_seconds", [w.training for w in work], takes.training),
+        ("code_seconds", [w.coding for w in work], takes.coding),
+    ):
+        counts = np.array(counts, float)  # their squares are more than integers hold
+        seconds = [row[name] for row in measured]
+        result[name] = count * np.dot(counts, seconds) / np.dot(counts, counts)
+    for name in ("processor_ms_alone", "processor_ms_in_32"):
+        slope, fixed = np.polyfit(scanned, [row[name] for row in measured], 1)
+        result[name] = float(fixed + slope * result["codes"])
+    return result
+
+
+def scanned_codes(n, index):
+    """How many codes a query is compared with."""
+    return n * min(1, PROBES / max(1, n_lists(index)))
+
+
 def main(argv=None):
     form = argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
@@ -196,7 +246,13 @@ def main(argv=None):
         "--out", default="out/index_at_size", help="vectors and index (4 KB a reference)"
     )
     p.add_argument("--json", help="file for the figures, beside those of other sizes and kinds")
+    p.add_argument("--on_paper", type=int, metavar="N", help="only what N would take, by --json")
     a = p.parse_args(argv)
+    if a.on_paper:
+        check(a.json, "--on_paper: give the figures of smaller indexes: --json FILE")
+        result = on_paper(read_json(a.json, {}, "measure some indexes"), a.on_paper)
+        show(result)
+        return result
     faiss = optional("faiss")
     out = make_directory(f"{a.out}/{a.n}x{a.dim}")
     vectors = Vectors(out / "vectors.bin", a.n, a.dim, a.n // a.members)
@@ -213,8 +269,7 @@ def main(argv=None):
     if a.probes:
         faiss.extract_index_ivf(retriever.index).nprobe = a.probes
     ask(retriever, vectors, a.queries, result)
-    for name, value in result.items():
-        print(f"{name:18} {value:,.4g}" if isinstance(value, float) else f"{name:18} {value}")
+    show(result)
     if "build_peak_bytes" in result:
         ratio = result["build_peak_bytes"] / result["index_bytes"]
         print(f"peak of RAM / index: {ratio:.2f}")

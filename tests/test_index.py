@@ -368,3 +368,30 @@ def test_the_experiment_runs(tmp_path, capsys):
     rows = json.loads((tmp_path / "b.json").read_text())
     assert list(rows) == ["3000 IVF16,SQ8", "3000 Flat"] and rows["3000 Flat"]["recall_at_5"] == 1
     assert "build_seconds" not in again and again["recall_at_5"] < first["recall_at_5"]
+
+
+def test_on_paper(tmp_path):
+    """Slopes through something else than what was measured; milliseconds of another number of
+    codes."""
+    rows = {"7 Flat": dict(n=7, dim=512, factory="Flat"), "product codes": dict(factory="PQ128")}
+    for n, factory in (
+        (200_000, "IVF2048,SQ8"),
+        (800_000, "IVF4096,SQ8"),
+        (300_000, "IVF2048,SQ8"),
+    ):
+        takes = index.predict(n, index.empty_index(factory, 512))
+        codes = n * 128 / int(factory[3:7])
+        rows[f"{n}"] = dict(n=n, dim=512, factory=factory, train_seconds=2e-11 * takes.training)
+        rows[f"{n}"]["code_seconds"] = 3e-11 * takes.coding
+        rows[f"{n}"] |= dict(processor_ms_alone=0.5 + 3e-5 * codes, processor_ms_in_32=2e-5 * codes)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = ["--on_paper", "10000000", "--json", str(tmp_path / "rows.json")]
+    made = index_at_size.main(flags)
+    assert made["factory"] == "IVF16384_HNSW32,SQ8" and made["codes"] == 1e7 * 128 / 16384
+    takes = index.predict(10_000_000, index.empty_index(made["factory"], 512))
+    assert made["train_seconds"] == pytest.approx(2e-11 * takes.training)
+    assert made["code_seconds"] == pytest.approx(3e-11 * takes.coding)
+    assert made["processor_ms_alone"] == pytest.approx(0.5 + 3e-5 * made["codes"])
+    assert made["processor_ms_in_32"] == pytest.approx(2e-5 * made["codes"])
+    with pytest.raises(UserError, match="--json FILE"):
+        index_at_size.main(flags[:2])
