@@ -526,11 +526,11 @@ class Asked:
     """Whether Ctrl-C or a batch system's SIGTERM has come. The loop looks after each step, so no
     step is left half done.
 
-    others: whether a step waits for other processes. It then hangs if one of them fails, for which
-    torchrun sends the rest a SIGTERM. Python's handlers do not run while the main thread waits for
-    a GPU or a network, so a thread of its own notices: if no step ends in twice the time of the
-    longest so far and PATIENCE more, the process ends at once. A second SIGTERM does not end it,
-    for Slurm sends one to every process, and torchrun passes on its own.
+    A step of several processes hangs if one of them fails, for which torchrun sends the rest a
+    SIGTERM. Python's handlers do not run while the main thread waits for a GPU or a network, so a
+    thread of its own notices: if no step ends in twice the time of the longest so far and PATIENCE
+    more, the process ends at once. A second SIGTERM does not end it, for Slurm sends one to every
+    process, and torchrun passes on its own.
     """
 
     PATIENCE = 10  # seconds
@@ -565,13 +565,8 @@ class Asked:
         self.saving = False
 
     def watch(self, pipe):
-        """The thread: waits for a SIGTERM, whose number Python writes into the pipe."""
-        number = None
-        while number != signal.SIGTERM:
-            data = os.read(pipe, 1)
-            if not data:
-                return  # closed: the run is over
-            number = data[0]
+        """The thread: waits for a signal, whose number Python writes into the pipe."""
+        os.read(pipe, 1)  # or for its other end to be closed, when the run is over
         asked = time.time()
         limit = 2 * self.longest + self.PATIENCE
         while not self.stopping:
@@ -579,7 +574,7 @@ class Asked:
             if self.saving:
                 asked = time.time()
             if time.time() > asked + limit:
-                line = f"SIGTERM, and no step has ended for {limit:.0f} s: not saved\n"
+                line = f"asked to stop, and no step has ended for {limit:.0f} s: not saved\n"
                 os.write(2, line.encode())
                 os._exit(1)
 
@@ -598,15 +593,19 @@ def asked_to_stop(others=False):
         read, written = os.pipe()
         os.set_blocking(written, False)
         wakeup = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-        threading.Thread(target=asked.watch, args=(read,), daemon=True).start()
+        thread = threading.Thread(target=asked.watch, args=(read,), daemon=True)
+        thread.start()
     try:
         yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        asked.stopping = True  # nobody needs to watch any more
         if others:
             signal.set_wakeup_fd(wakeup)
             os.close(written)
+            thread.join()
+            os.close(read)
 
 
 def validate(model, splits, cfg, cast, device, rank=0, size=1):

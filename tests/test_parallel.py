@@ -300,7 +300,7 @@ def test_a_step_that_hangs_ends_soon_after_sigterm(world):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=90)[1]
     assert time.time() - began < 60
-    assert len(re.findall(r"SIGTERM, and no step has ended for \d+ s: not saved", said)) == 2
+    assert len(re.findall(r"asked to stop, and no step has ended for \d+ s: not saved", said)) == 2
 
 
 @pytest.mark.slow
