@@ -85,12 +85,19 @@ else  # a data set of prepare.py, or nothing
 fi
 if test "$TEXT_BEFORE" != "$FINGERPRINT"; then
   if test -e "$OUT/meta.json" || test -e "$OUT/implicit" || test -e "$OUT/model"; then
-    mapfile -t ALL < <(cd "$OUT" && ls | grep -v -e '^old-' -e '^made_of$')
+    ALL=()
+    for path in "$OUT"/*; do
+      case ${path##*/} in
+        old-* | made_of) ;;
+        *) ALL+=("${path##*/}") ;;
+      esac
+    done
     aside "another text, or read otherwise" "${ALL[@]}"
   fi
 elif test "$HOW_BEFORE" != "$HOW"; then
-  mapfile -t ALL < <(cd "$OUT" && ls | grep -e '\.neighbors\.')
-  aside "${HOW_BEFORE:-something else}" "${ALL[@]}" shape.txt implicit model kb.bank bank_of eval.json
+  ALL=(shape.txt implicit model kb.bank bank_of eval.json)
+  for path in "$OUT"/*.neighbors.*; do ALL+=("${path##*/}"); done
+  aside "${HOW_BEFORE:-something else}" "${ALL[@]}"
 fi
 mkdir -p "$OUT"
 printf '%s\n' "$FINGERPRINT" "$HOW" > "$OUT/made_of.new"
@@ -101,7 +108,7 @@ run data/text/prepare.py "${READ[@]}"
 
 step "2 of 7: what the text and $MINUTES minutes can feed"
 if ! test -s "$OUT/shape.txt"; then
-  run data/text/shape.py --data "$OUT" --minutes "$MINUTES" "${INIT[@]}" --file "$OUT/shape.txt" \
+  run data/text/shape.py --data "$OUT" --minutes "$MINUTES" ${INIT[@]+"${INIT[@]}"} --file "$OUT/shape.txt" \
     --chunk_len "$CHUNK" --ref_len "$REF" --context "$CONTEXT"
 fi
 { read -r SHAPE; read -r WINDOWS; } < "$OUT/shape.txt"  # the model's shape; flags of both stages
@@ -129,7 +136,7 @@ step "4 of 7: training, implicit stage, then explicit stage (sec. 3.6)"
 IMPLICIT=$(awk "BEGIN { print 0.6 * $MINUTES }")
 EXPLICIT=$(awk "BEGIN { print 0.4 * $MINUTES }")
 # shellcheck disable=SC2086
-run train.py "${INIT[@]}" $SHAPE $WINDOWS --data "$OUT" --stage implicit --split train \
+run train.py ${INIT[@]+"${INIT[@]}"} $SHAPE $WINDOWS --data "$OUT" --stage implicit --split train \
   --minutes "$IMPLICIT" --out "$OUT/implicit" $TRAIN
 # the shape is that of the implicit stage's checkpoint
 # shellcheck disable=SC2086

@@ -512,7 +512,8 @@ def test_what_is_held_out_is_held_out(folder, tmp_path, cities):
     prompts = (out / "prompts.txt").read_text().splitlines()  # of what is held out, each another
     firsts = {cities.decode(kb[i]).strip() for i in range(meta["heldout"])}
     assert len(set(prompts)) == 3
-    assert {prompt.replace("\t", " ") for prompt in prompts} <= firsts
+    for prompt in prompts:
+        assert any(text.startswith(prompt.replace("\t", " ")) for text in firsts)
     assert counts["characters replaced"] == 2700 or counts["characters replaced"] > 900
 
 
@@ -751,7 +752,7 @@ def test_no_friendly_text(tmp_path):
     said = "".join(tok.decode(kb[i]) for i in range(len(kb)))
     for line in (tmp_path / "out/prompts.txt").read_text(encoding="utf-8").splitlines():
         prompt, truth = line.split("\t")  # not all of the text, though it has no spaces
-        assert len(prompt) > 4 and len(truth) > 4
+        assert len(prompt) > 4 and truth
     assert "首都" in said and family in said and "\x00" not in said
 
 
@@ -844,6 +845,38 @@ def test_a_shape_is_fed_by_text_and_time(monkeypatch, tmp_path):
     assert config == made.config
     said = [shape.expected(shape.Plan(None, 0, seen, 0)) for seen in (1e5, 1e7, 1e9)]
     assert len(set(said)) == 3
+
+
+def test_what_a_shape_says(monkeypatch, tmp_path, capsys):
+    """--device accepted and dropped with --init; a split shorter than a window named for
+    validation; an entropy that is not that of the text; a path with a blank in the flags."""
+    devices = []
+
+    def measured(cfg, config):
+        devices.append(cfg.device)
+        return 5000.0
+
+    monkeypatch.setattr(shape, "measure", measured)
+    for name, n in (("train", 900), ("heldout", 400), ("val", 99)):
+        corpus.write_tokens(tmp_path / f"{name}.bin", np.arange(n) % 8, 4096)
+    (tmp_path / "tokenizer.json").write_bytes((ROOT / "data/cities/tokenizer.json").read_bytes())
+    (tmp_path / "meta.json").write_text(json.dumps(dict(n_vocab=4096, tokenizer=".")))
+    file = tmp_path / "shape.txt"
+    flags = ["--data", str(tmp_path), "--file", str(file), "--device", "cpu", "--minutes", "1"]
+    shape.main([*flags, "--init", str(ROOT / "checkpoints/toy")])
+    said = capsys.readouterr().out
+    assert devices == ["cpu"] and f"{np.log(8):.2f} nats a token here" in said
+    assert "0.2 million" in said  # 0.6 of 60 seconds
+    first, second = file.read_text().splitlines()
+    assert first == "" and second == "--context 256 --batch 16 --warmup 2 --val heldout"
+    (tmp_path / "heldout.bin").unlink()
+    shape.main(flags)
+    first, second = file.read_text().splitlines()
+    assert first.startswith("--preset toy --n_layer 4") and second.endswith("--val train")
+    assert "too little is held out" in capsys.readouterr().out
+    corpus.write_tokens(tmp_path / "train.bin", np.arange(255), 4096)
+    with pytest.raises(UserError, match="255 tokens of training text, a window has 256: give more"):
+        shape.main(flags)
 
 
 # A stand-in for python: what each step leaves, and refuses, without its work

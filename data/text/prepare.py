@@ -412,8 +412,8 @@ def prepare(options, out, processes, command):
 
 
 def write_prompts(out, tokenizer, meta, n=3):
-    """Beginnings of held-out references, to ask the model with, and how they go on: prompts.txt, a
-    line each, a tab between the two."""
+    """Beginnings of held-out references, to ask the model with, and how their sentence goes on:
+    prompts.txt, a line each, a tab between the two."""
     kb = corpus.References.open(out / "kb", meta["n_vocab"])
     held_out = meta["heldout"] or len(kb)
     chosen = {}
@@ -428,7 +428,9 @@ def write_prompts(out, tokenizer, meta, n=3):
             short[text[:middle].rstrip()] = text[middle:]
     step = max(1, len(chosen) // n)  # from all over the text
     listed = [*list(chosen.items())[::step][:n], *chosen.items(), *short.items()]
-    lines = [f"{prompt}\t{rest}\n" for prompt, rest in dict(listed).items()]
+    lines = []
+    for prompt, rest in dict(listed).items():
+        lines.append(f"{prompt}\t{corpus.sentences(rest)[0]}\n")
     replace_file(out / "prompts.txt", lambda file: file.write("".join(lines[:n]).encode()))
 
 

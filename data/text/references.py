@@ -58,16 +58,20 @@ def _finish(held, title, head, tokenizer, ref_len, references, before):
             piece = fitting(held, tokenizer, ref_len - len(tokenizer.encode(front)))
             ids = tokenizer.encode(front + piece)
         references.append(ids[:ref_len])
-        n = n_before(ids, piece, tokenizer) if title else 0
+        n = n_before(front, piece, tokenizer) if title else 0
         before.append(min(n, len(references[-1]) - 1))
         held = held[len(piece) :].strip()
 
 
-def n_before(ids, piece, tokenizer):
-    """How many tokens of a reference its text has not where it stands in its document, at the
-    beginning of a line: those of the title, and of a first word that is other tokens after a line
-    end than after a space. For the filter of copies, eq. (3.3), they do not count."""
-    in_document = tokenizer.encode("\n" + piece)
+def n_before(front, piece, tokenizer):
+    """How many tokens of the reference front + piece its text has not where it stands in its
+    document, at the beginning of a line: those of the title, and of a first word that is other
+    tokens after a line end than after a space. For the filter of copies, eq. (3.3), they do not
+    count."""
+    at = piece.find(" ", 20)
+    start = piece[:at] if at > 0 else piece  # a few words show it
+    ids = tokenizer.encode(front + start)
+    in_document = tokenizer.encode("\n" + start)
     same = 0
     while same < min(len(ids), len(in_document)) and ids[-1 - same] == in_document[-1 - same]:
         same += 1
