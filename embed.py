@@ -232,13 +232,12 @@ def _hash_grams(marked, hashes):
     if isinstance(marked, bytes):
         hashes.append(zlib.crc32(b"=" + marked))
         for n in (3, 4):
-            for i in range(len(marked) - n + 1):
-                hashes.append(zlib.crc32(marked[i : i + n]))
+            hashes += [zlib.crc32(marked[i : i + n]) for i in range(len(marked) - n + 1)]
         return
     hashes.append(zlib.crc32(("=" + marked).encode("utf-8", "replace")))
     for n in (3, 4):
-        for i in range(len(marked) - n + 1):
-            hashes.append(zlib.crc32(marked[i : i + n].encode("utf-8", "replace")))
+        grams = [marked[i : i + n] for i in range(len(marked) - n + 1)]
+        hashes += [zlib.crc32(gram.encode("utf-8", "replace")) for gram in grams]
 
 
 class HuggingFaceEmbedder:

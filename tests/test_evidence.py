@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 import corpus
+from experiments import index_at_size
 from model import Config, Memory3, save_checkpoint
 
 EVIDENCE = (ROOT / "experiments/README.md").read_text()
@@ -73,6 +74,52 @@ def test_what_is_found_early_is_the_measured_one():
     for row in result("speculate")["rows"]:
         measured.append([str(row["ahead"]), f"{row['found']:.3f}", f"{row['all_found']:.3f}"])
     assert rows("speculate") == measured
+
+
+def index_rows(measured):
+    """The table of what index_at_size.py measured, a column each."""
+    rows = []
+    for name, form, figure in (
+        ("recall@5", "{:.3f}", lambda r: r["recall_at_5"]),
+        ("the nearest comes first", "{:.3f}", lambda r: r["first_is_first"]),
+        ("index, MB", "{:,.0f}", lambda r: r["index_bytes"] / 1e6),
+        (
+            "peak of RAM while it is made, over the index",
+            "{:.2f}",
+            lambda r: r["build_peak_bytes"] / r["index_bytes"],
+        ),
+        ("seconds of a core to learn lists and codes", "{:.0f}", lambda r: r["train_seconds"]),
+        ("seconds of a core to code all", "{:.0f}", lambda r: r["code_seconds"]),
+        ("ms of a core a query, alone", "{:.2f}", lambda r: r["processor_ms_alone"]),
+        ("the same in batches of 32", "{:.2f}", lambda r: r["processor_ms_in_32"]),
+    ):
+        rows.append([name, *(form.format(figure(result)) for result in measured)])
+    return rows
+
+
+def paper_rows(made):
+    """The table of a larger index, on paper."""
+    return [
+        ["kind", f"`{made['factory']}`"],
+        ["RAM and disk, GB", f"{made['size'] / 1e9:.1f}"],
+        ["RAM while it is made, GB", f"{made['peak'] / 1e9:.1f}"],
+        ["hours of a core to learn the lists", f"{made['train_seconds'] / 3600:.2f}"],
+        ["hours of a core to code all", f"{made['code_seconds'] / 3600:.2f}"],
+        ["codes that a query is compared with", f"{made['codes']:,.0f}"],
+        ["ms of a core a query, alone", f"{made['processor_ms_alone']:.1f}"],
+        ["the same in batches of 32", f"{made['processor_ms_in_32']:.1f}"],
+    ]
+
+
+def test_index_at_size_is_the_measured_one():
+    """Catches figures of index_at_size.py that were edited by hand, or are older."""
+    pytest.importorskip("faiss")
+    measured = result("index_at_size")
+    head = re.search(r"<!-- index_at_size -->\n(.*)", EVIDENCE)[1]
+    names = re.findall(r"([\d,]+), `(\S+)`", head)
+    shown = [measured[f"{n.replace(',', '')} {factory}"] for n, factory in names]
+    assert len(shown) == 4 and rows("index_at_size") == index_rows(shown)
+    assert rows("on_paper") == paper_rows(index_at_size.on_paper(measured, 10_000_000))
 
 
 def test_what_heads_find_is_the_measured_one():
