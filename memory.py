@@ -122,11 +122,12 @@ def token_weights(q, k, mask, approximate=False):
     k = k.float().unsqueeze(2)  # (N, Hkv, 1, n, dh)
     device = "cpu" if q.is_meta else q.device.type
     with torch.autocast(device, enabled=False):  # else the product would be rounded to bfloat16
-        scores = q @ k.mT / math.sqrt(head_dim)  # (N, Hkv, G, n, n): rows i, columns j
+        scores = q @ k.mT  # (N, Hkv, G, n, n): rows i, columns j
+    scores /= math.sqrt(head_dim)
 
     i_is_token = mask[:, None, None, :, None]  # (N, 1, 1, n, 1)
     j_is_token = mask[:, None, None, None, :]  # (N, 1, 1, 1, n)
-    scores = scores.masked_fill(~(i_is_token & j_is_token), -math.inf)
+    scores.masked_fill_(~(i_is_token & j_is_token), -math.inf)
     if approximate:
         peak = scores.amax((2, 3, 4), keepdim=True)  # (N, Hkv, 1, 1, 1)
         peak = peak.clamp(min=torch.finfo(torch.float32).min)  # -inf in an empty reference
@@ -399,14 +400,28 @@ def by_token(x, like):
     return x[:, :, :length]  # without the padding of the last chunk
 
 
-def recalled(mem, recall):
-    """The keys, or values, that each chunk reads: mem (M, Hkv, S, dh) -> (B*c, Hkv, R*S, dh).
+def head_rows(recall, kv_heads):
+    """What each head of each chunk reads, as rows of a pool in which every head of every memory is
+    a row: recall (B, c, R) -> (B*c*Hkv*R,), for a pool (M*Hkv, S, dh).
 
     -1 in the recall table stands for no memory; memory 0 takes its place, and empty_slots masks it.
+
+    >>> head_rows(torch.tensor([[[2, -1]]]), kv_heads=3)
+    tensor([6, 0, 7, 1, 8, 2])
     """
-    rows = recall.clamp(min=0).flatten(0, 1)  # (B*c, R)
-    x = mem[rows]  # (B*c, R, Hkv, S, dh)
-    return x.transpose(1, 2).flatten(2, 3)  # (B*c, Hkv, R*S, dh)
+    memories = recall.clamp(min=0).flatten(0, 1)  # (B*c, R)
+    head = torch.arange(kv_heads, device=recall.device)  # (Hkv,)
+    rows = memories.unsqueeze(1) * kv_heads + head.unsqueeze(1)  # (B*c, Hkv, R)
+    return rows.flatten()
+
+
+def recalled(mem, recall):
+    """The keys, or values, that each chunk reads: mem (M, Hkv, S, dh) -> (B*c, Hkv, R*S, dh)."""
+    kv_heads = mem.shape[1]
+    x = mem.flatten(0, 1)  # (M*Hkv, S, dh)
+    x = x.index_select(0, head_rows(recall, kv_heads))  # (B*c*Hkv*R, S, dh)
+    x = x.unflatten(0, (-1, kv_heads, recall.shape[2]))  # (B*c, Hkv, R, S, dh)
+    return x.flatten(2, 3)  # (B*c, Hkv, R*S, dh)
 
 
 def empty_slots(count, recall, mem):
@@ -432,11 +447,13 @@ def sum_over_readers(grad, mem, recall):
 
     grad (B*c, Hkv, R*S, dh). A memory's gradient is the sum over all chunks that read it.
     """
-    rows = recall.clamp(min=0).flatten()  # (B*c*R,)
-    grad = grad.unflatten(2, (recall.shape[2], mem.shape[2]))  # (B*c, Hkv, R, S, dh)
-    grad = grad.transpose(1, 2).flatten(0, 1)  # (B*c*R, Hkv, S, dh)
+    pool_size, kv_heads, slots = mem.shape[:3]
+    rows = head_rows(recall, kv_heads)  # (B*c*Hkv*R,)
+    grad = grad.unflatten(2, (-1, slots)).flatten(0, 2)  # (B*c*Hkv*R, S, dh)
+    total = torch.zeros_like(mem).flatten(0, 1)  # (M*Hkv, S, dh)
     # where there was no memory, grad is zero: nothing is added to memory 0
-    return torch.zeros_like(mem).index_add_(0, rows, grad)
+    total.index_add_(0, rows, grad)
+    return total.unflatten(0, (pool_size, kv_heads))  # (M, Hkv, S, dh)
 
 
 class _ChunkAttention(torch.autograd.Function):
