@@ -78,6 +78,7 @@ from index import (
 from model import load_checkpoint
 
 WAIT = 30  # seconds to wait for another process that is making the same index
+MANY = 100_000  # texts, from which on several processes embed them
 FEW = 1000  # up to so many changes of a knowledge base never make its index worth a new one
 
 # -- How much of a reference stands in a text: eq. (3.3) ----------------------------------------
@@ -1259,9 +1260,6 @@ def main(argv=None):
         find_neighbors(path, references, a, argv, ranks)
 
 
-MANY = 100_000  # texts, from which on several processes embed them
-
-
 def torchrun_share():
     """(i, n): this process is the i-th of n that torchrun has started; None without it."""
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -1333,9 +1331,12 @@ def write_index(path, references, a, argv, ranks):
     make_index(path, references, a, argv, ranks, a.embedder, a.factory, a.on_disk)
     if a.shard and not ranks:
         if not a.quiet:
-            join = command("retrieval.py", "join", "--data", a.data, "--references", a.references)
+            flags = ["--data", a.data, "--references", a.references]
+            if a.on_disk:
+                flags.append("--on_disk")
             i, n = a.shard
-            print(f"{path}: shard {i} of {n} is done; with all of them there, run\n{join}")
+            print(f"{path}: shard {i} of {n} is done; with all of them there, run")
+            print(command("retrieval.py", "join", *flags))
     elif not a.quiet:
         report(path, Retriever.open(path, references=references))
 

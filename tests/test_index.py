@@ -183,6 +183,14 @@ def test_command_line_of_shards(data, many, capsys):  # noqa: F811
     assert f"python retrieval.py join --data {data}" in capsys.readouterr().out
     retrieval.main(["join", *flags])
     assert "47 references, hash:67:" in capsys.readouterr().out
+    on_disk = [*flags, "--embedder", "hash:67", "--factory", "IVF3,SQ8", "--on_disk"]
+    retrieval.main(["index", *on_disk, "--shard", "1/1"])
+    assert f"join --data {data} --references kb --on_disk" in capsys.readouterr().out
+    retrieval.main(["join", *flags, "--on_disk"])
+    assert (data / "kb.index" / index.LISTS).exists()
+    retrieval.main(["index", *on_disk])
+    assert "47 references, hash:67:" in capsys.readouterr().out
+    assert (data / "kb.index" / index.LISTS).exists()
     for wrong in ("0/2", "3/2", "1", "1/0", "a/b", ""):
         with pytest.raises(SystemExit):
             retrieval.main(["index", *flags, "--shard", wrong])
