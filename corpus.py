@@ -496,7 +496,10 @@ CHECKED = 1 << 28  # tokens of a file whose ids are looked at when it is opened 
 
 def open_tokens(data_dir, split):
     """The tokens of a split, as a read-only memmap. UserError if the file is cut off or damaged."""
-    path = _present(Path(data_dir) / f"{split}.bin")
+    path = Path(data_dir) / f"{split}.bin"
+    if not path.exists():
+        _check_made_without(data_dir, split)
+    path = _present(path)
     meta = manifest(data_dir)
     tokens = _map_tokens(path, meta["n_vocab"])
     # the manifest knows how long the file was when it was made
@@ -505,6 +508,16 @@ def open_tokens(data_dir, split):
     valid = length in (None, len(tokens))
     check(valid, f"{path} has {len(tokens):,} tokens, meta.json {length}: {_cure(data_dir)}")
     return tokens
+
+
+def _check_made_without(data_dir, split):
+    """UserError if a data set of data/text has no text for a split: to make it again will not help,
+    unless there is more text."""
+    if Path(data_dir, "meta.json").exists():
+        meta = read_json(Path(data_dir, "meta.json"), {}, _cure(data_dir))
+        complete = "prepared" in meta and split not in meta.get("splits", {})
+        line = f"{data_dir} has no split {split}, only {', '.join(meta.get('splits', {}))}"
+        check(not complete, f"{line}: name one of these, or prepare more text")
 
 
 def _map_tokens(path, n_vocab):

@@ -671,6 +671,9 @@ def test_the_best_are_kept(folder, tmp_path):
     )
     meta = run_prepare([folder], tmp_path / "out", *flags)
     assert meta["documents"]["kept"] == 16 and list(meta["splits"]) == ["train"]
+    for name in ("val", "heldout"):  # not: run the command that has just made it
+        with pytest.raises(UserError, match=f"has no split {name}, only train: name one"):
+            corpus.open_tokens(tmp_path / "out", name)
     text = corpus.tokenizer(tmp_path / "out").decode(corpus.open_tokens(tmp_path / "out", "train"))
     assert "therefore because the king" in text
 
