@@ -94,7 +94,7 @@ train.run(train.cli)
 """
 
 
-def torchrun(folder, *command, timeout=100, n=2):
+def torchrun(folder, *command, timeout=500, n=2):
     """n processes -> what torchrun said, when all has ended."""
     argv = [*START, str(n), *map(str, command)]
     return subprocess.run(argv, capture_output=True, text=True, cwd=folder, timeout=timeout)
@@ -272,7 +272,7 @@ def test_an_error_of_one_process_ends_the_run(world):
     script = world / "dies.py"
     script.write_text(DIES.format(paths=[str(ROOT)], hangs=False))
     flags = [*small_flags(world, world / "dies"), "--steps", 5, "--parallel", "ddp"]
-    done = torchrun(world, script, *flags, timeout=60)
+    done = torchrun(world, script, *flags)
     assert done.returncode != 0
     assert "dies.py: the disk of process 1 is gone (process 1)" in done.stderr
     found = re.search(r"waits (\d+) minutes for a step, (\d+) hours for a file", done.stdout)
@@ -284,22 +284,22 @@ def test_an_error_of_one_process_ends_the_run(world):
 @pytest.mark.slow
 def test_a_step_that_hangs_ends_soon_after_sigterm(world):
     """Catches processes that a SIGTERM does not reach, for they wait for one that is gone, until
-    SIGKILL after the 100 s that this torchrun gives them."""
+    SIGKILL after the 300 s that this torchrun gives them."""
     script = world / "hangs.py"
     script.write_text(DIES.format(paths=[str(ROOT)], hangs=True))
     flags = [*small_flags(world, world / "hangs_out"), "--steps", 100_000, "--parallel", "ddp"]
     command = [*START, "2", script, *flags]
-    env = dict(os.environ, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="100")
+    env = dict(os.environ, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="300")
     how = dict(stderr=subprocess.PIPE, text=True, cwd=world, env=env)
     process = subprocess.Popen([*map(str, command)], **how)
-    for _ in range(600):
+    for _ in range(3000):
         if (world / "hangs").exists():
             break
         time.sleep(0.1)
     began = time.time()
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=90)[1]
-    assert time.time() - began < 60
+    said = process.communicate(timeout=400)[1]
+    assert time.time() - began < 150
     assert len(re.findall(r"asked to stop, and no step has ended for \d+ s: not saved", said)) == 2
 
 
@@ -331,12 +331,12 @@ def test_the_sigterm_of_a_batch_system_saves(world):
     flags = [*small_flags(world, out), "--steps", 100_000, "--save_every", 100_000]
     command = [*START, "2", ROOT / "train.py", *flags, "--parallel", "fsdp"]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, cwd=world)
-    for _ in range(600):
+    for _ in range(3000):
         if (out / "log.jsonl").exists() and len(log(out)) > 3:
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=400)[1]
     assert f"which is saved; go on with python train.py --resume {out}" in said
     steps = [row["step"] for row in log(out)]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 3

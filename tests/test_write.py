@@ -202,7 +202,7 @@ def test_torchrun_does_all_that_one_process_does(place):
 
     def torchrun(*more):
         command = [sys.executable, *start, write.__file__, *flags, *more]
-        return subprocess.run(map(str, command), capture_output=True, text=True, timeout=120)
+        return subprocess.run(map(str, command), capture_output=True, text=True, timeout=500)
 
     done = torchrun("--codec", "Residual2x6,PQ5x6")
     assert done.returncode == 0, done.stderr
