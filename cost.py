@@ -196,7 +196,7 @@ CORES = 64  # of a node
 # What one core does in a second: experiments/index_at_size.py, benchmarks/embedding.py
 MULTIPLICATIONS = 4e10  # where lists are learnt and found
 EMBEDDED = 9000  # references of 80 words, hashed
-SCANNED = 2.5e7  # product codes of 128 bytes, compared with a query
+SCANNED = 1.6e7  # product codes of 128 bytes, compared with a query
 GRAPH = 5e-4  # seconds that a query takes to find its lists by a graph
 
 
