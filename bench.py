@@ -318,7 +318,8 @@ def codec(b):
         runs["decode"] = partial(codec.decode, codes.to(b.device))
         taken = times(b, runs)
         return codec_rates(taken, len(codes), 0)
-    faiss.omp_set_num_threads(1)
+    n_threads = torch.get_num_threads()
+    faiss.omp_set_num_threads(1)  # PyTorch's, too
     codec, index = baselines.trained(codec, config.head_dim)
     x = torch.randn(4096, config.head_dim)  # keys and values to encode
     runs = {"decode into the cache": baselines.decoding(b, 32, codec.to(b.device))}
@@ -334,7 +335,7 @@ def codec(b):
     out["decode - FAISS"] = float(difference)
     out["codes equal"] = float(same.mean())
     out["decode / FAISS"] = taken["FAISS decode"] / taken["decode into the cache"]
-    faiss.omp_set_num_threads(torch.get_num_threads())
+    faiss.omp_set_num_threads(n_threads)
     return out
 
 
