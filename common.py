@@ -10,6 +10,7 @@ lock(path)                  one process at a time in a directory
 optional(package)           a package that only some commands need
 find_device(name)           "auto": CUDA where there is one
 shard, number(int, 1)       types of argparse: a share "2/3"; a number with its range
+torchrun_share()            the share of a process that torchrun has started
 visible(text)               a text that a terminal cannot obey
 command(*words)             a command line that the user can paste
 run(main)                   an entry point: a UserError is one line, a bug keeps its traceback
@@ -411,6 +412,12 @@ def shard(text):
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text}: give i/n with 1 <= i <= n, as 1/4")
     return int(match[1]), int(match[2])
+
+
+def torchrun_share():
+    """(i, n): this process is the i-th of n that torchrun has started; None without others."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    return (int(os.environ["RANK"]) + 1, size) if size > 1 else None
 
 
 def number(kind, low=-math.inf, high=math.inf):

@@ -193,11 +193,14 @@ def plan(c, references, uses, flops, utilisation):
 STEP_TOKENS = 2**22  # sec. 5.1: "around 4 million" of a step
 NODE = 8  # GPUs
 CORES = 64  # of a node
-# What one core does in a second: experiments/index_at_size.py, benchmarks/embedding.py
-MULTIPLICATIONS = 4e10  # where lists are learnt and found
-EMBEDDED = 9000  # references of 80 words, hashed
-SCANNED = 1.6e7  # product codes of 128 bytes, compared with a query
-GRAPH = 5e-4  # seconds that a query takes to find its lists by a graph
+# What one core of an AMD EPYC does in a second, measured by experiments/index_at_size.py (a million
+# references) and benchmarks/embedding.py
+MULTIPLICATIONS = 5e10  # where lists are learnt and found
+EMBEDDED = 12_000  # references of 80 words, hashed
+SCANNED = 2e7  # product codes of 128 bytes, compared with the queries of a batch
+# seconds that a query takes to find its lists by a graph: 0.87 ms on the page of experiments, less
+# those of comparing codes
+GRAPH = 5e-4
 
 
 def cluster(c, references, tokens, explicit_tokens, gpus, flops, utilisation):

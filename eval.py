@@ -171,12 +171,14 @@ def stands_alone(sentence, start, end):
     """
     before = sentence[max(0, start - 2) : start]
     after = sentence[end : end + 2]
-    # letters or digits that join on, directly or by a hyphen and the like
-    joined = is_closed(before[-1:]) or is_closed(after[:1])
-    joined = joined or before[-1:] in JOINS and is_closed(before[:1])
-    joined = joined or after[:1] in JOINS and is_closed(after[1:])
-    # "Meryl Streep: ..." is a title
-    return after[:1] not in ("", ":") and not joined
+    if after[:1] in ("", ":"):  # "Meryl Streep: ..." is a title
+        return False
+    # letters or digits may join on, directly or by a hyphen and the like
+    if before[-1:] in JOINS:
+        before = before[:1]
+    if after[:1] in JOINS:
+        after = after[1:]
+    return not is_closed(before[-1:]) and not is_closed(after[:1])
 
 
 def beginning(rest):

@@ -44,6 +44,7 @@ from common import (
     replace_file,
     run,
     shard,
+    torchrun_share,
     write_json,
     write_sealed,
 )
@@ -1260,12 +1261,6 @@ def main(argv=None):
         find_neighbors(path, references, a, argv, ranks)
 
 
-def torchrun_share():
-    """(i, n): this process is the i-th of n that torchrun has started; None without it."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    return (int(os.environ["RANK"]) + 1, size) if size > 1 else None
-
-
 def wait_for_all():
     """Returns once all processes of torchrun have come here."""
     if not dist.is_initialized():
@@ -1321,6 +1316,7 @@ def bytes_of(file):
 
 
 def write_index(path, references, a, argv, ranks):
+    """The command `index`. ranks: the share of torchrun's process, or None."""
     if a.embedder.startswith("self:"):
         alone = a.factory is None and a.shard is None and a.processes <= 1 and not a.on_disk
         flags = "--factory, --shard, --processes, --on_disk"
@@ -1365,6 +1361,7 @@ def make_index(path, references, a, argv, ranks, encoder="hash", factory=None, o
 
 
 def find_neighbors(path, references, a, argv, ranks):
+    """The command `neighbors`. ranks: the share of torchrun's process, or None."""
     if not Path(path, "meta.json").exists():
         line = f"{path}: there is no index yet, which all shards need; {cure_for(path, 'hash')}"
         check(ranks or not a.shard, line)
@@ -1404,6 +1401,7 @@ def find_neighbors(path, references, a, argv, ranks):
 
 
 def report(path, retriever):
+    """Says what an index is, now that it is there."""
     factory = retriever.meta.get("factory", "keys of its memories")
     print(f"{path}: {len(retriever):,} references, {retriever.embedder.id}, {factory}")
 

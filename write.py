@@ -12,9 +12,9 @@ write.py is stopped, the same command goes on where it was; it says so when noth
 """
 
 import argparse
-import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 import corpus
 import parallel
 from bank import MemoryBank, Texts
-from common import UserError, check, command, find_device, run, shard
+from common import UserError, check, command, find_device, run, shard, torchrun_share
 from embed import KINDS, full_name
 from generate import BANK, place
 from memory import attention_path
@@ -45,12 +45,12 @@ def main(args):
     device = find_device(args.device)
     rank = 0
     share = args.shard or (1, 1)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not args.shard:  # torchrun started others
+    if torchrun_share() and not args.shard:
         rank, size, device = parallel.join(device)
         share = rank + 1, size
     bank = parallel.together(open_all, args, device)
     began = time.time()
-    n = parallel.together(fill, bank, args.batch, share)
+    n = parallel.together(partial(bank.write, args.batch, shard=share))
     n = sum(parallel.everywhere(n))
     rate = n / (time.time() - began)
     done = f"{n:,} written, {rate:,.0f} memories/s" if n else "complete, nothing to write"
@@ -135,12 +135,6 @@ def check_space(args, bank):
     left = total - written
     free = shutil.disk_usage(bank.path).free
     check(free >= left, f"--out {args.out}: {left:,} bytes to write, {free:,} are free")
-
-
-def fill(bank, batch, share):
-    """Encodes the references whose memories are missing, `batch` at a time: share (i, n), the i-th
-    of n shares of them. Returns how many."""
-    return bank.write(batch, shard=share)
 
 
 def write_index(bank, encoder=None, factory=None):

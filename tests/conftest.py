@@ -22,6 +22,16 @@ sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402
 import model as model_module  # noqa: E402
 
+# of a model that writes, in the tests of what is done with its memories
+SHAPE = dict(
+    n_layer=3,
+    n_memory_layer=2,
+    n_head=6,
+    n_kv_head=3,
+    head_dim=10,
+    mlp_width=22,
+)
+
 TINY = dict(
     n_layer=4,
     n_memory_layer=3,

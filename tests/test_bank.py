@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SHAPE
 
 import bank as bank_module
 import corpus
@@ -25,18 +26,7 @@ from model import Config, Memory3
 from quantize import Codec
 
 N, V, S = 23, 37, 5
-CONFIG = dict(
-    n_layer=3,
-    n_memory_layer=2,
-    n_head=6,
-    n_kv_head=3,
-    head_dim=10,
-    mlp_width=22,
-    vocab_size=V,
-    memory_tokens=S,
-    ref_len=13,
-    header=(1, 2, 3),
-)
+CONFIG = dict(SHAPE, vocab_size=V, memory_tokens=S, ref_len=13, header=(1, 2, 3))
 SPEC = "Residual2x6,PQ5x6"
 
 

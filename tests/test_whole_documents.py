@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SHAPE
 from world import World
 
 import corpus
@@ -21,19 +21,7 @@ from model import Config, Memory3
 V = 37
 PIECES = [1, 7, 2, 3]  # of each document; with half = 2, 7 pieces are three windows
 N = sum(PIECES)
-CONFIG = dict(
-    n_layer=3,
-    n_memory_layer=2,
-    n_head=6,
-    n_kv_head=3,
-    head_dim=10,
-    mlp_width=22,
-    vocab_size=V,
-    memory_tokens=5,
-    ref_len=13,
-    max_context=59,
-    header=(1, 2, 3),
-)
+CONFIG = dict(SHAPE, vocab_size=V, memory_tokens=5, ref_len=13, max_context=59, header=(1, 2, 3))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SHAPE
 
 import common
 import corpus
@@ -48,18 +49,7 @@ def place(tmp_path):
 
 def checkpoint(path, header, seed=1):
     torch.manual_seed(seed)
-    config = Config(
-        n_layer=3,
-        n_memory_layer=2,
-        n_head=6,
-        n_kv_head=3,
-        head_dim=10,
-        mlp_width=22,
-        vocab_size=263,
-        memory_tokens=5,
-        ref_len=59,
-        header=header,
-    )
+    config = Config(**SHAPE, vocab_size=263, memory_tokens=5, ref_len=59, header=header)
     path.mkdir(exist_ok=True)
     model = Memory3(config)
     save_checkpoint(path / "model.pt", model.state_dict(), dict(config=asdict(config)))
