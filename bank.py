@@ -718,9 +718,8 @@ class MemoryBank:
         meta = references.meta
         shape = meta["shape"]
         complete = len(shape) == 5 and all(isinstance(n, int) and 0 < n < 1 << 20 for n in shape)
-        complete = (
-            complete and math.prod(shape) < 1 << 32 and meta["dtype"] in ("bfloat16", "float32")
-        )
+        complete = complete and math.prod(shape) < 1 << 32
+        complete = complete and meta["dtype"] in ("bfloat16", "float32")
         complete = complete and are_heads(meta.get("heads"), shape)
         check(complete, f"{references.file}: memories of shape {shape} are none of ours: {RESTORE}")
         if model:
@@ -783,9 +782,8 @@ class MemoryBank:
             return texts
         windows = [self._before(text) for text in texts]
         requested = {text.id for text in texts}.union(*windows)
-        current = {
-            text.id: text for text in self.references.rows(sorted(requested))
-        }  # all at one moment
+        rows = self.references.rows(sorted(requested))  # all at one moment
+        current = {text.id: text for text in rows}
         result = []
         for text, window in zip(texts, windows, strict=True):
             seals = struct.pack(f"<{len(window)}q", *(current[i].seal for i in window))

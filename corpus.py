@@ -154,10 +154,8 @@ def _check_made_with(folder, tokenizer_id):
     if Path(folder, "meta.json").exists():
         cure = _cure(folder)
         made_with = read_json(Path(folder, "meta.json"), {}, cure).get("tokenizer_id", tokenizer_id)
-        line = (
-            f"{folder}/tokenizer.json is {tokenizer_id}, but the data set was made with {made_with}"
-        )
-        check(made_with == tokenizer_id, f"{line}: bring that back, or {cure}")
+        line = f"{folder}/tokenizer.json is {tokenizer_id}, but the data set was made with"
+        check(made_with == tokenizer_id, f"{line} {made_with}: bring that back, or {cure}")
 
 
 def _from_tiktoken(name):
@@ -340,9 +338,8 @@ def _pattern_of(made, path):
     prefix_space = FIRST_SPACE in steps
     steps = [step for step in steps if step != FIRST_SPACE]
     kinds = [step.get("type") for step in steps]
-    unknown = (
-        f"{path}: it cuts texts by {', '.join(map(str, kinds))} in a way unknown here: {KINDS}"
-    )
+    listed = ", ".join(map(str, kinds))
+    unknown = f"{path}: it cuts texts by {listed} in a way unknown here: {KINDS}"
     check("ByteLevel" in kinds, f"{path}: not byte-level: {KINDS}")
     # its last step turns pieces into bytes; the steps before it cut them
     check(kinds[-1] == "ByteLevel", unknown)

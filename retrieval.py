@@ -1168,10 +1168,8 @@ def open_neighbors(data, split, chunk_len=None, context=None):
 
     # a window of the training must lie within one window of the filter
     context = requested["context"]
-    line = (
-        f"{path}: copies were filtered from windows of {meta['context']} tokens, not of {context}"
-    )
-    check(meta["context"] % context == 0, f"{line}; {cure}")
+    line = f"{path}: copies were filtered from windows of {meta['context']} tokens"
+    check(meta["context"] % context == 0, f"{line}, not of {context}; {cure}")
     check(path.stat().st_size == 4 * n_chunks * k, f"{path} is cut off; {cure}")
     rows = np.memmap(path, np.int32, "r", shape=(n_chunks, k))
     return rows, meta["name"]

@@ -490,10 +490,8 @@ def describe(cfg, config, windows, device, dtype, reason, size):
     if size > 1:
         minutes = parallel.TIMEOUT.seconds // 60
         hours = parallel.FILE_TIMEOUT.seconds // 3600
-        line = (
-            f"one that waits {minutes} minutes for a step, {hours} hours for a file, ends the run"
-        )
-        print(f"processes: {size}, {cfg.parallel}; {line}")
+        line = f"one that waits {minutes} minutes for a step, {hours} hours for a file"
+        print(f"processes: {size}, {cfg.parallel}; {line}, ends the run")
 
 
 def open_log(out, step, rank=0):

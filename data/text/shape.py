@@ -150,9 +150,9 @@ def validation_splits(data, context):
 def report(made, minutes, n_tokens, entropy, init):
     config = made.config
     implicit = IMPLICIT_SHARE * minutes
-    hope = (
-        f"what {init} can do, with some of your text's words and manner" if init else expected(made)
-    )
+    hope = expected(made)
+    if init:
+        hope = f"what {init} can do, with some of your text's words and manner"
     print(
         f"text: {n_tokens:,} tokens; time: {minutes:g} minutes, of which {implicit:g} for the "
         f"implicit stage\n"
