@@ -268,6 +268,16 @@ def _called(kind):
     return names[kind]
 
 
+def checksum(path, size=None):
+    """The CRC-32 of a file, or of its first `size` bytes, read a block at a time."""
+    size = os.path.getsize(path) if size is None else size
+    crc = 0
+    with open(path, "rb") as file:
+        for start in range(0, size, 1 << 24):
+            crc = zlib.crc32(file.read(min(1 << 24, size - start)), crc)
+    return crc
+
+
 def read_array(path, dtype, shape, cure):
     """An .npy file of ours, read without pickle.
 
@@ -354,9 +364,6 @@ def make_directory(path):
     return Path(path)
 
 
-# -- Devices ----------------------------------------------------------------------------------
-
-
 @contextmanager
 def lock(path, wait=math.inf):
     """Holds the lock of a directory, one process at a time; a process that dies gives it back.
@@ -392,14 +399,7 @@ def _locked(file):
     return True
 
 
-def find_device(name):
-    """ "auto": CUDA where there is one. UserError for a name that PyTorch does not know."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+# -- The command line -------------------------------------------------------------------------
 
 
 def shard(text):
@@ -436,3 +436,16 @@ def number(kind, low=-math.inf, high=math.inf):
 
     convert.__name__ = kind.__name__  # what argparse calls a text that is no number at all
     return convert
+
+
+# -- Devices ----------------------------------------------------------------------------------
+
+
+def find_device(name):
+    """ "auto": CUDA where there is one. UserError for a name that PyTorch does not know."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None

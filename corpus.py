@@ -247,7 +247,8 @@ def build_tokenizer(path, ranks, pattern, special, bos, name, prefix_space, cuts
 
 # how GPT-2 cuts a text into pieces, inside which tokens are merged
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# the same, after each digit has been set apart: the spaces before a digit are a piece of their own
+# The same, after each digit has been set apart: the spaces before a digit are a piece of their own.
+# (`cuts` can say that, too; but a pattern is in the id of tokenizers, and models name that.)
 DIGITS_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 )

@@ -25,7 +25,6 @@ import fcntl
 import os
 import shutil
 import time
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +35,7 @@ import corpus
 from common import (
     UserError,
     check,
+    checksum,
     command,
     lock,
     make_directory,
@@ -486,11 +486,16 @@ def join(path, references, progress=True, on_disk=False):
             check(is_of(path, references), f"{path}/parts: no shards to join; {cure}")
 
 
+def is_index(path):
+    """Whether an index is at `path`: its meta.json is written last."""
+    return Path(path, "meta.json").exists()
+
+
 def is_of(path, references):
     """Whether an index of these references is at `path`."""
-    file = Path(path, "meta.json")
-    if not file.exists():
+    if not is_index(path):
         return False
+    file = Path(path, "meta.json")
     return read_json(file, dict(references=str), cure_for(path))["references"] == references.hash
 
 
@@ -520,7 +525,7 @@ def _join(path, references, progress, on_disk):
     for file in files:
         blank += np.fromfile(file.with_suffix(".blank"), "<i8").tolist()
     meta = {key: plan[key] for key in (*META, "chosen") if key in plan}
-    meta |= dict(checksum=checksum_of(made), blank=blank)
+    meta |= dict(checksum=checksum(made), blank=blank)
     # From here on the old index is no more; a kill leaves the parts, and this is done again
     made.replace(path / "index.faiss")
     if on_disk:
@@ -628,7 +633,7 @@ def open_index(file, meta, cure, shared=False):
     as long as there is room; nothing can be added. Lists in a file of their own always do."""
     faiss = optional("faiss")
     check(file.exists(), f"{file} is missing; {cure}")
-    check(checksum_of(file) == meta["checksum"], f"{file} is damaged or half renewed; {cure}")
+    check(checksum(file) == meta["checksum"], f"{file} is damaged or half renewed; {cure}")
     flags = 0
     if "lists_bytes" in meta:
         lists = file.with_name(LISTS)
@@ -678,12 +683,3 @@ def exact_index(dim):
     """An empty index of vectors with ids of their own: they can be added and removed."""
     faiss = optional("faiss")
     return faiss.index_factory(dim, "IDMap2,Flat", faiss.METRIC_INNER_PRODUCT)
-
-
-def checksum_of(file):
-    """The CRC-32 of a file, a block at a time."""
-    crc = 0
-    with open(file, "rb") as f:
-        while block := f.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return crc

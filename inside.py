@@ -22,6 +22,7 @@ import corpus
 import index as vectors_index
 from common import (
     check,
+    checksum,
     make_directory,
     optional,
     read_array,
@@ -269,7 +270,7 @@ class KeyRetriever:
         file = path / "index.faiss"
         made = path / "index.faiss.tmp"
         faiss.write_index(self.index, str(made))
-        self.meta["checksum"] = vectors_index.checksum_of(made)
+        self.meta["checksum"] = checksum(made)
         self.meta["n"] = self.index.ntotal
         self.meta["n_changes"] = self.n_changes
         made.replace(file)

@@ -111,7 +111,8 @@ if ! test -s "$OUT/shape.txt"; then
   run data/text/shape.py --data "$OUT" --minutes "$MINUTES" ${INIT[@]+"${INIT[@]}"} --file "$OUT/shape.txt" \
     --chunk_len "$CHUNK" --ref_len "$REF" --context "$CONTEXT"
 fi
-{ read -r SHAPE; read -r WINDOWS; } < "$OUT/shape.txt"  # the model's shape; flags of both stages
+# the model's shape; flags of both stages; the minutes of each
+{ read -r SHAPE; read -r WINDOWS; read -r IMPLICIT EXPLICIT; } < "$OUT/shape.txt"
 echo "$SHAPE $WINDOWS"
 SPLITS=${WINDOWS##*--val }
 
@@ -133,8 +134,6 @@ if [[ ,$SPLITS, == *,heldout,* ]]; then
 fi
 
 step "4 of 7: training, implicit stage, then explicit stage (sec. 3.6)"
-IMPLICIT=$(awk "BEGIN { print 0.6 * $MINUTES }")
-EXPLICIT=$(awk "BEGIN { print 0.4 * $MINUTES }")
 # shellcheck disable=SC2086
 run train.py ${INIT[@]+"${INIT[@]}"} $SHAPE $WINDOWS --data "$OUT" --stage implicit --split train \
   --minutes "$IMPLICIT" --out "$OUT/implicit" $TRAIN

@@ -35,8 +35,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from common import UserError, check
-from model import checksum
+from common import UserError, check, checksum
 
 # A process that waits longer for another ends with an error: in a step of training, and while
 # another one reads or writes files, which a slow disk may take long for

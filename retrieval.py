@@ -35,6 +35,7 @@ from common import (
     UserError,
     check,
     command,
+    lock,
     number,
     optional,
     read_array,
@@ -69,8 +70,8 @@ from index import (
     encode_shard,
     exact_index,
     inner_index,
+    is_index,
     join,
-    lock,
     open_index,
     prepare,
     search,
@@ -95,9 +96,8 @@ def common_subsequence(t, r):
     >>> common_subsequence([9, 1, 0, 2, 3], [1, 2, 3])
     3
     """
-    row = [0] * (
-        len(r) + 1
-    )  # row[j] = L[i, j]: between what was read of t and the first j tokens of r
+    # row[j] = L[i, j]: between what was read of t and the first j tokens of r
+    row = [0] * (len(r) + 1)
     for x in t:
         above = row
         row = [0]
@@ -208,7 +208,7 @@ class Retriever:
         self.embedder = embedder  # of the references and of the queries
         self.tokenizer = tokenizer  # of queries that are tokens
         self.fresh = None  # a faiss.IndexIDMap2 of the vectors that are new, once there are any
-        self.blank = set(meta.get("blank", ()))  # ids of texts without any word: never found
+        self.blank = set(meta["blank"])  # ids of texts without any word: never found
         self.hidden = set(self.blank)  # rows of the index that are no longer to be found
         self.version = 0  # of changes.npz
 
@@ -220,7 +220,7 @@ class Retriever:
     def n_changes(self):
         """Vectors that were added or hidden since the index was made."""
         fresh = self.fresh.ntotal if self.fresh else 0
-        return fresh + len(self.hidden) - len(self.meta.get("blank", ()))
+        return fresh + len(self.hidden) - len(self.meta["blank"])
 
     @staticmethod
     def build(
@@ -244,7 +244,7 @@ class Retriever:
         without an index, or if its parts, or it and the references, do not belong together."""
         path = Path(path)
         cure = cure_for(path)
-        check((path / "meta.json").exists(), f"{path}: no index here; {cure}")
+        check(is_index(path), f"{path}: no index here; {cure}")
         if read_json(path / "meta.json", dict(format=str), cure)["format"] == inside.FORMAT:
             return inside.KeyRetriever.open(path, model, references=references)
         meta = read_sealed(path / "meta.json", META, cure)
@@ -469,11 +469,6 @@ class Frozen:
 
     def __getitem__(self, i):
         return self.references[i]
-
-
-def is_index(path):
-    """Whether an index is at `path`: its meta.json is written last."""
-    return Path(path, "meta.json").exists()
 
 
 def put_in_place(path):
@@ -1215,7 +1210,7 @@ def parser():
     for part in (index, near):
         shard_help = "i/n: only this share, as one of n processes that write all"
         part.add_argument("--shard", type=shard, metavar="i/n", help=shard_help)
-        n_help = f"at once on this machine (0: from {MANY:,} texts on, one for each thread)"
+        n_help = f"at once (0: of the hashed embedder from {MANY:,} texts on, one for each thread)"
         part.add_argument("--processes", type=number(int, 0), default=0, help=n_help)
         part.add_argument("--quiet", action="store_true", help="print nothing but errors")
     for part in (index, join_):
@@ -1360,7 +1355,7 @@ def make_index(path, references, a, argv, ranks, encoder="hash", factory=None, o
 
 def find_neighbors(path, references, a, argv, ranks):
     """The command `neighbors`. ranks: the share of torchrun's process, or None."""
-    if not Path(path, "meta.json").exists():
+    if not is_index(path):
         line = f"{path}: there is no index yet, which all shards need; {cure_for(path, 'hash')}"
         check(ranks or not a.shard, line)
         command_line = ["index", "--data", a.data, "--references", a.references]

@@ -282,7 +282,8 @@ def open_run(cfg, config, rank=0):
     """-> what the run begins with: the model's shape, meta, and the checkpoint to fill it from.
 
     That is its own last.pt, else cfg.init, of which the weights alone are taken, else new weights.
-    Only the first process has tensors in it. meta is what a checkpoint says of its run: step,
+    Only the first process has tensors in it; those of last.pt stay in the file until they are
+    copied. meta is what a checkpoint says of its run: step,
     position in the stream of windows, seconds, best loss ...
     """
     # Only the first weights and the order of the windows are random: seed and position give both.

@@ -339,4 +339,4 @@ def flat(dim, queries):
     index = faiss.IndexFlatIP(dim)
     index.add(vectors)
     embedder = SimpleNamespace(name="given", dim=dim, encode=lambda texts: embedded)
-    return retrieval.Retriever("", index, embedder, None, {}), vectors, embedded
+    return retrieval.Retriever("", index, embedder, None, dict(blank=[])), vectors, embedded

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from common import check, run  # noqa: E402
 from model import PRESETS, Config, Memory3  # noqa: E402
+from optimizer import first_states  # noqa: E402
 
 # what each row of the table changes, and its flags
 CASES = {
@@ -80,13 +81,10 @@ def step(config, cfg, device):
         torch.set_default_dtype(torch.float32)
         model.recompute = cfg.recompute
         optimizer = train.make_optimizer(model, cfg)
-        for p in model.parameters():
-            states = (
-                torch.zeros_like(p, dtype=torch.float32),
-                torch.zeros_like(p, dtype=torch.float32),
-            )
-            optimizer.state[p] = dict(exp_avg=states[0], exp_avg_sq=states[1])
-            optimizer.state[p]["step"] = 1 if cfg.param_dtype == "bfloat16" else torch.tensor(1.0)
+        first_states(optimizer)
+        if cfg.param_dtype == "bfloat16":
+            for state in optimizer.state.values():
+                state["step"] = 1  # RoundedAdamW reads it, and a tensor without numbers has none
         tokens = torch.zeros((cfg.batch, cfg.context), dtype=torch.int64)
         references = recall = None
         if cfg.stage == "explicit":

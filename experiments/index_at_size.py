@@ -29,6 +29,7 @@ from index import (  # noqa: E402
     choose_factory,
     empty_index,
     encode_shard,
+    is_index,
     join,
     n_lists,
     predict,
@@ -204,7 +205,10 @@ def on_paper(rows, n):
     Seconds grow with the multiplications that index.predict counts; milliseconds with the codes
     that a query is compared with. Indexes of product codes, and of other widths, are left out.
     """
-    measured = [row for row in rows.values() if "train_seconds" in row and "SQ8" in row["factory"]]
+    measured = []
+    for row in rows.values():
+        if "train_seconds" in row and "SQ8" in row["factory"] and "probes" not in row:
+            measured.append(row)
     kinds = [empty_index(row["factory"], row["dim"]) for row in measured]
     work = [predict(row["n"], kind) for row, kind in zip(measured, kinds, strict=True)]
     dim = measured[0]["dim"]
@@ -261,13 +265,16 @@ def main(argv=None):
     references = Numbers(a.n, corpus.tokenizer(a.tokenizer))
     path = out / f"{a.factory or 'chosen'}.index"
     result = dict(n=a.n, dim=a.dim)
-    if not (path / "meta.json").exists():
+    if not is_index(path):
         build(path, references, a.tokenizer, vectors, a.factory, result)
     retriever = Retriever.open(path, vectors, references)
     result["index_bytes"] = (path / "index.faiss").stat().st_size
     result["factory"] = retriever.meta["factory"]
+    name = f"{a.n} {result['factory']}"
     if a.probes:
         faiss.extract_index_ivf(retriever.index).nprobe = a.probes
+        result["probes"] = a.probes
+        name += f", {a.probes} lists"
     ask(retriever, vectors, a.queries, result)
     show(result)
     if "build_peak_bytes" in result:
@@ -275,7 +282,6 @@ def main(argv=None):
         print(f"peak of RAM / index: {ratio:.2f}")
     if a.json:
         there = read_json(a.json, {}, "remove it") if Path(a.json).exists() else {}
-        name = f"{a.n} {result['factory']}"
         there[name] = there.get(name, {}) | result  # what building took stays
         write_json(a.json, there)
     return result

@@ -170,7 +170,6 @@ def finetune(model, tokenizer, texts, rows, seconds, lr=3e-4, batch=16):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         steps += 1
-    model.known_hash = None  # these are other weights
     return model.eval(), steps
 
 
@@ -184,8 +183,9 @@ def main(argv=None):
     p.add_argument("--times", type=number(float, 1), default=10, help="a longer finetuning, too")
     json_flag(p)
     a = p.parse_args(argv)
+    check(not a.n_recall, "--n_recall: all of 3, 5 and 7 are asked")
     prepare_json(a)
-    model, tokenizer = open_model(a.checkpoint, a.data, a.device, n_recall=a.n_recall)
+    model, tokenizer = open_model(a.checkpoint, a.data, a.device)
     old_references, old_live, old_bank = open_memory(a, model)
     cities, _, places = prepare.load_cities()
     ref_len = model.config.ref_len

@@ -204,13 +204,13 @@ def test_processes_that_join_at_once(data, many, monkeypatch):  # noqa: F811
     path = data / "kb.index"
     whole = Retriever.build(path, *how, progress=False).search([text(5, 35)], 3)
     index.encode_shard(path, *how, progress=False)
-    real = index.checksum_of
+    real = index.checksum
 
     def slow(file):
         time.sleep(0.05)
         return real(file)
 
-    monkeypatch.setattr(index, "checksum_of", slow)
+    monkeypatch.setattr(index, "checksum", slow)
     with ThreadPoolExecutor(3) as threads:
         for future in [threads.submit(index.join, path, many, False) for _ in range(3)]:
             future.result()
@@ -374,7 +374,8 @@ def test_the_experiment_runs(tmp_path, capsys):
     again = index_at_size.main([*flags, "--probes", "1", "--json", str(tmp_path / "b.json")])
     index_at_size.main([*flags, "--factory", "Flat", "--json", str(tmp_path / "b.json")])
     rows = json.loads((tmp_path / "b.json").read_text())
-    assert list(rows) == ["3000 IVF16,SQ8", "3000 Flat"] and rows["3000 Flat"]["recall_at_5"] == 1
+    assert list(rows) == ["3000 IVF16,SQ8, 1 lists", "3000 Flat"]
+    assert rows["3000 Flat"]["recall_at_5"] == 1
     assert "build_seconds" not in again and again["recall_at_5"] < first["recall_at_5"]
 
 

@@ -870,11 +870,12 @@ def test_what_a_shape_says(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert devices == ["cpu"] and f"{np.log(8):.2f} nats a token here" in said
     assert "0.2 million" in said  # 0.6 of 60 seconds
-    first, second = file.read_text().splitlines()
+    first, second, minutes = file.read_text().splitlines()
     assert first == "" and second == "--context 256 --batch 16 --warmup 2 --val heldout"
+    assert minutes == "0.6 0.4"
     (tmp_path / "heldout.bin").unlink()
     shape.main(flags)
-    first, second = file.read_text().splitlines()
+    first, second, _ = file.read_text().splitlines()
     assert first.startswith("--preset toy --n_layer 4") and second.endswith("--val train")
     assert "too little is held out" in capsys.readouterr().out
     corpus.write_tokens(tmp_path / "train.bin", np.arange(255), 4096)
@@ -902,7 +903,8 @@ prepare.py)
 shape.py)
   if [[ " $* " == *" --lengths "* ]]; then echo 32 64 256; exit; fi
   echo "--width ${f[--minutes]}" > "${f[--file]}"
-  echo "--warmup 7 --val ${SPLITS-heldout,val}" >> "${f[--file]}" ;;
+  echo "--warmup 7 --val ${SPLITS-heldout,val}" >> "${f[--file]}"
+  echo "0.2 0.1" >> "${f[--file]}" ;;
 retrieval.py)
   if [[ $2 == index ]]; then
     mkdir -p "${f[--data]}/${f[--references]}.index"

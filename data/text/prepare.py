@@ -21,7 +21,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -46,6 +45,7 @@ import corpus  # noqa: E402
 from common import (  # noqa: E402
     UserError,
     check,
+    command,
     make_directory,
     optional,
     read_json,
@@ -251,7 +251,7 @@ def _write_array(path, array):
 # -- Step 5: the files of the data set --------------------------------------------------------
 
 
-def join(out, stems, counts):
+def join(out, stems):
     """Joins the parts' files, one after the other, into those of the data set."""
     for name in SPLITS:
         sources = [f"{stem}.{name}.bin" for stem in stems]
@@ -349,7 +349,7 @@ def inputs_of(options, out):
     return files, skipped, fingerprint_of(options, files)
 
 
-def prepare(options, out, processes, command):
+def prepare(options, out, processes, made_by):
     """Makes the data set; returns its manifest. What is there already is not made again."""
     out = Path(out)
     files, skipped, fingerprint = inputs_of(options, out)
@@ -386,7 +386,7 @@ def prepare(options, out, processes, command):
 
     meta = dict(
         name=out.name,
-        command=command,
+        command=made_by,
         tokenizer=".",
         tokenizer_id=tokenizer.id,
         n_vocab=tokenizer.n_vocab,
@@ -402,7 +402,7 @@ def prepare(options, out, processes, command):
     )
     (out / "meta.json").unlink(missing_ok=True)  # until the end the directory is no data set
     remove_derived(out)  # before there is one again: an old index must not be taken for its own
-    join(out, stems, tokens)
+    join(out, stems)
     tokenizer.save(out / "tokenizer.json")
     write_prompts(out, tokenizer, meta)
     write_json(out / "meta.json", meta)
@@ -562,14 +562,12 @@ def main(argv=None):
         limits[rule.name] = value
     given = {f.name: getattr(a, f.name) for f in fields(Options) if f.name != "rules"}
     options = Options(**given, rules=Rules(**limits))
-    command = shlex.join(
-        ["python", "data/text/prepare.py", *(sys.argv[1:] if argv is None else argv)]
-    )
+    made_by = command("data/text/prepare.py", *(sys.argv[1:] if argv is None else argv))
     try:
         if a.fingerprint:
             print(inputs_of(options, a.out)[2])
             return
-        prepare(options, a.out, a.processes, command)
+        prepare(options, a.out, a.processes, made_by)
     except OSError as error:
         where = error.filename or a.out
         raise UserError(f"{where}: {error.strerror or error}") from None

@@ -319,7 +319,7 @@ def _line_at(stream, at, end):
 def _records(stream, kind, path, part, counts):
     """Yields (place, object) of a .jsonl, .json or .csv file."""
     if kind == ".jsonl":
-        yield from _lines(stream, path, part, counts)
+        yield from _lines(stream, part, counts)
         return
     if kind == ".csv":
         csv.field_size_limit(LONGEST)
@@ -348,7 +348,7 @@ def _records(stream, kind, path, part, counts):
         yield str(number), record
 
 
-def _lines(stream, path, part, counts):
+def _lines(stream, part, counts):
     """Yields (place, object) of the lines of a .jsonl file that begin in the part."""
     at = 0
     if part.end is not None:

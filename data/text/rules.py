@@ -107,9 +107,8 @@ class Rules:
 def digest_of(text):
     """64 bits that name a text; upper case and spaces do not count."""
     plain = "".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return int.from_bytes(
-        hashlib.blake2b(plain.encode("utf-8", "replace"), digest_size=8).digest(), "big"
-    )
+    data = plain.encode("utf-8", "replace")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def shingles(text, n=3):

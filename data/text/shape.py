@@ -3,8 +3,8 @@
     python data/text/shape.py --data out/notes --minutes 30 --file out/notes/shape.txt
 
 Writes flags of train.py into the file, and says what they mean and what to expect. Its first line
-is the shape, its second what both stages have in common. With --init the first line is empty: the
-checkpoint has its shape.
+is the shape, its second what both stages have in common, its third the minutes of each. With --init
+the first line is empty: the checkpoint has its shape.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def plan(config, rate, minutes, n_tokens):
 
 def is_fed(made):
     """Whether the text and the time suffice for a shape."""
-    useful = min(made.seen, made.seen / made.epochs * EPOCHS)
+    useful = made.seen * min(1, EPOCHS / made.epochs)
     return useful >= TOKENS_A_WEIGHT * made.config.n_params
 
 
@@ -212,7 +212,9 @@ def main(argv=None):
     warmup = max(1, min(100, int(steps / 20)))
     val = ",".join(validation_splits(a.data, a.context))
     common = f"--context {a.context} --batch {a.batch} --warmup {warmup} --val {val}"
-    replace_file(a.file, lambda file: file.write(f"{shape}\n{common}\n".encode()))
+    minutes = f"{IMPLICIT_SHARE * a.minutes:g} {(1 - IMPLICIT_SHARE) * a.minutes:g}"
+    lines = f"{shape}\n{common}\n{minutes}\n"
+    replace_file(a.file, lambda file: file.write(lines.encode()))
     print(f"{a.file}: {shape} {common}")
 
 
