@@ -17,6 +17,7 @@ import corpus
 from bank import MemoryBank, Texts
 from common import check, command, find_device, number
 from embed import HashEmbedder
+from index import best_of
 from memory import Memories, attention_path
 from model import Cache, load_checkpoint
 from retrieval import NOTHING, Live, Only
@@ -471,9 +472,7 @@ class Several:
             ids.append(np.where(found >= 0, found + base * self.STEP, -1))
             scores.append(np.where(found >= 0, similar, NOTHING))
         ids = np.concatenate(ids, 1)  # (n, bases * k)
-        scores = np.concatenate(scores, 1)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(ids, best, 1), np.take_along_axis(scores, best, 1)
+        return best_of(ids, np.concatenate(scores, 1), k)
 
     def _scores(self, source, queries, found):
         """(n, k): what one base found, scored by the common embedder."""
@@ -608,4 +607,6 @@ def wanted(filters):
     """["lang=de", ...] -> {"lang": "de", ...}"""
     for text in filters:
         check("=" in text, f"--filter {text}: give key=value")
-    return dict(text.split("=", 1) for text in filters)
+    pairs = dict(text.split("=", 1) for text in filters)
+    check(len(pairs) == len(filters), f"--filter {' --filter '.join(filters)}: each key once")
+    return pairs

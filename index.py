@@ -40,6 +40,7 @@ from common import (
     lock,
     make_directory,
     optional,
+    read_array,
     read_json,
     replace_file,
     write_json,
@@ -108,8 +109,8 @@ def choose_factory(n, dim=512):
     Up to FLAT references the search is exact. Beyond, there are about 4 sqrt(n) lists; if those are
     more than GRAPH, a graph (HNSW) finds them. Their vectors are kept in one byte a number (SQ8)
     or, beyond SCALAR references, in one byte for 4 numbers (PQ). At a million references, with
-    4,096 lists, a graph takes 1.4 to 1.9 times as long as comparing a query with all centroids, for
-    the same recall (experiments/index_at_size.py --factory).
+    4,096 lists, a query takes 1.2 times as long with a graph as without, for the same recall
+    (experiments/README.md).
     >>> choose_factory(20_000), choose_factory(1_000_000), choose_factory(112_000_000)
     ('Flat', 'IVF4096,SQ8', 'IVF32768_HNSW32,PQ128')
     """
@@ -364,19 +365,22 @@ def _prepare(path, references, tokenizer_name, encoder, factory, progress):
         references=references.hash,
     )
     if file.exists():
-        made = read_json(file, {}, f"remove {parts}, an unfinished index")
-        index_file = str(parts / "empty.faiss")
-        if made == plan | dict(embedder_id=made.get("embedder_id")):
-            state = np.load(parts / "embedder.npy")
-            if isinstance(encoder, str):
-                model = embedder(encoder, state)
-            if model.id == made["embedder_id"]:  # an object may have to be fitted
-                return made, model, faiss.read_index(index_file)
+        try:
+            made = read_json(file, {}, "")
+            if made == plan | dict(embedder_id=made.get("embedder_id")):
+                state = read_array(parts / "embedder.npy", "<u4", (None,), "")
+                if isinstance(encoder, str):
+                    model = embedder(encoder, state)
+                if model.id == made["embedder_id"]:  # an object may have to be fitted
+                    return made, model, faiss.read_index(str(parts / "empty.faiss"))
+        except (UserError, RuntimeError):  # FAISS's is the latter
+            pass  # damaged: what is unfinished is made anew
     index = empty_index(factory, model.dim)
     shutil.rmtree(parts, ignore_errors=True)  # unfinished, and of another plan
     make_directory(parts)
     sample = tqdm(_spread(len(references), FIT), "counting words", disable=not progress)
-    model = model.fit(text_of(references, tokenizer, i) for i in sample)
+    texts = (text_of(references, tokenizer, i) for i in sample)
+    model = model.fit(text for text in texts if text)  # a deleted one is empty and does not count
     _train(index, factory, model, references, tokenizer)
     plan["embedder_id"] = model.id
     replace_file(parts / "embedder.npy", lambda f: np.save(f, model.state))
@@ -508,7 +512,10 @@ def _join(path, references, progress, on_disk):
     cure = cure_for(path, plan["embedder"])
     line = f"{parts} is of other references than {references.path}; {cure}"
     check(plan["references"] == references.hash, line)
-    index = faiss.read_index(str(parts / "empty.faiss"))
+    try:
+        index = faiss.read_index(str(parts / "empty.faiss"))
+    except RuntimeError as error:
+        raise UserError(f"{parts} is damaged ({_reason(error)}); {cure}") from None
     files = _finished(parts, plan["n"], index.sa_code_size(), cure)
     made = parts / "index.faiss"
     lists = parts / LISTS

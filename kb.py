@@ -39,7 +39,7 @@ from common import (
 from embed import KINDS
 from generate import BANK, has_word, wanted
 from model import load_checkpoint
-from retrieval import Live, Only, choice, is_index
+from retrieval import Live, Only, Relevance, choice, is_index
 
 BATCH = 1000  # texts of a transaction
 NEAR = 0.8  # from this similarity on, a text may say the same as an old one
@@ -175,7 +175,7 @@ def add(a):
     for start in tqdm(steps, f"{BATCH} texts", disable=len(given) < BATCH):
         part = given[start : start + BATCH]
         # before they are added, else each would be nearest to itself
-        near = live.search([tokens for tokens, _ in part], 1) if a.near else None
+        near = live.nearest([tokens for tokens, _ in part], 1) if a.near else None
         ids = bank.add([tokens for tokens, _ in part], [source for _, source in part])
         if near:
             n_near += report_near(a, live, ids, *near, shown=n_near)
@@ -201,21 +201,24 @@ def report_near(a, live, ids, near, scores, shown):
             old_text = live.tokenizer.decode(live.references[old]).strip()
             text = live.tokenizer.decode(live.references[i]).strip()
             print(visible(f"{i} is near {old} (similarity {score:.2f}): {old_text}"))
-            put = command("kb.py", "replace", "--kb", a.kb, old, text)
+            put = command("kb.py", "replace", "--kb", a.kb, "--source", i, old, text)
             drop = command("kb.py", "delete", "--kb", a.kb, i)
             print(visible(f"  if it takes its place: {put} && {drop}"))
     return n_near
 
 
 def replace(a):
-    """Gives a reference another text; a deleted one lives again."""
+    """Gives a reference another text; a deleted one lives again. It keeps what its source says, or
+    takes over what that of another one says (--source)."""
     check(has_word(a.text), f"the text {a.text!r}: there is no word in it; delete forgets a text")
     bank = open_base(a)
     tokenizer = corpus.tokenizer(a.kb)
     pieces = fit(a.text, tokenizer, bank.references.ref_len)
     line = f"the text is {len(pieces)} references long; the model takes {bank.references.ref_len}"
     check(len(pieces) == 1, f"{line} tokens a reference: give a shorter one, or add the rest")
-    bank.replace(a.id, pieces[0], dict(time=time.strftime("%Y-%m-%dT%H:%M:%S")))
+    source = bank.references.source(a.id if a.source is None else a.source)
+    source["time"] = time.strftime("%Y-%m-%dT%H:%M:%S")
+    bank.replace(a.id, pieces[0], source)
     show(bank.references, tokenizer, [a.id])
 
 
@@ -231,7 +234,7 @@ def forget_like(a):
     """Forgets the references similar to a text. Shows them first, and asks (unless --yes)."""
     bank = MemoryBank.open(a.kb)
     live = Live.open(bank.references, searcher(a))
-    ids, scores = live.search([a.text], min(1000, max(1, len(live))))
+    ids, scores = live.nearest([a.text], min(1000, max(1, len(live))))
     found = ids[0][(ids[0] >= 0) & (scores[0] >= a.near)].tolist()
     check(found, f"{a.kb}: nothing is as similar as {a.near}: give a smaller --near")
     show(bank.references, live.tokenizer, found)
@@ -297,11 +300,11 @@ def compact(a):
     before = size_of(a.kb)
     bank.compact()
     # the index as well: vectors of deleted texts are hidden in it, and word counts remember them
-    live = Live.open(bank.references, model)
-    how = dict(progress=len(live) >= BATCH, model=model, bank=bank)
+    how = dict(progress=bank.references.count_live() >= BATCH, model=model, bank=bank)
     live = Live.build(bank.references, **how)
     if live.relevance:
-        live.count_words()
+        live.save_relevance()
+    Path(a.kb, f"{Relevance.FILE}.tmp").unlink(missing_ok=True)  # left by a kill
     print(f"{a.kb}: {before:,} bytes before, {size_of(a.kb):,} now")
 
 
@@ -332,6 +335,8 @@ def export(a):
     texts = Texts(a.kb)
     tokenizer = corpus.tokenizer(a.kb)
     ids = matching(texts, a.filter)
+    inside = Path(a.kb).resolve() in Path(a.out).resolve().parents
+    check(not inside, f"--out {a.out} lies in the knowledge base: give a file elsewhere")
 
     def write(file):
         for i in tqdm(ids.tolist(), "references", disable=len(ids) < BATCH):
@@ -364,9 +369,8 @@ def stats(a):
 def index(a):
     """Makes the index anew: after damage, or with another embedder."""
     model = searcher(a)
-    check(
-        not (model and a.factory), "--factory: not with --embedder self:, whose keys have their own"
-    )
+    line = "--factory: not with --embedder self:, whose keys have their own"
+    check(not (model and a.factory), line)
     bank = MemoryBank.open(a.kb, model)
     live = Live.build(bank.references, a.embedder, a.factory, model=model, bank=bank)
     kind = live.meta.get("factory", "keys of the memories")
@@ -431,7 +435,7 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], **form)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, function, *flags, model=False):
+    def add_command(name, function, *flags, model=False):
         c = commands.add_parser(name, help=" ".join(function.__doc__.split()), **form)
         c.set_defaults(function=function)
         c.add_argument("--kb", default=HERE, help="directory of the knowledge base")
@@ -448,44 +452,39 @@ def parser():
     filters = ("--filter", dict(action="append", default=[], help="key=value of the source"))
     embedder = ("--embedder", dict(default="hash", help=KINDS))
     data = ("--data", dict(default="data/cities", help="a data set with the tokenizer"))
-    dtype = (
-        "--dtype",
-        dict(default="bfloat16", choices=["bfloat16", "float32"], help="of the memories"),
-    )
+    dtypes = ["bfloat16", "float32"]
+    dtype = ("--dtype", dict(default="bfloat16", choices=dtypes, help="of the memories"))
     kinds = ["paragraph", "line", "document"]
     by = ("--by", dict(default="paragraph", choices=kinds, help="what makes a reference"))
     files = ("files", dict(nargs="*", metavar="FILE", help=".txt or .jsonl; none or -: stdin"))
-    command("new", new, data, dtype, embedder, model=True)
-    command("add", add, files, by, near, model=True)
-    command(
-        "replace",
-        replace,
-        ("id", dict(type=number(int, 0), metavar="ID", help="of it")),
-        text,
-        model=True,
-    )
-    command("delete", delete, ids)
+    add_command("new", new, data, dtype, embedder, model=True)
+    add_command("add", add, files, by, near, model=True)
+    of_it = ("id", dict(type=number(int, 0), metavar="ID", help="of it"))
+    source_help = "the reference whose source it gets (None: its own)"
+    source = ("--source", dict(type=number(int, 0), metavar="ID", help=source_help))
+    add_command("replace", replace, source, of_it, text, model=True)
+    add_command("delete", delete, ids)
     yes = ("--yes", dict(action="store_true", help="do not ask first"))
-    command("forget-like", forget_like, text, near, yes, model=True)
+    add_command("forget-like", forget_like, text, near, yes, model=True)
     start = ("--start", dict(type=number(int, 0), default=0, help="skip so many"))
     limit = ("--limit", dict(type=number(int, 1), default=20, help="show so many"))
-    command("list", list_texts, filters, start, limit)
-    command("show", show_texts, ids)
+    add_command("list", list_texts, filters, start, limit)
+    add_command("show", show_texts, ids)
     k = ("--k", dict(type=number(int, 1), default=5, help="how many to show"))
-    command("search", search, text, filters, k, model=True)
-    command("verify", verify, model=True)
-    command("compact", compact, model=True)
-    command("merge", merge, ("other", dict(metavar="OTHER", help="the other base")), model=True)
-    command("export", export, filters, ("--out", dict(required=True, help="a .jsonl file")))
-    command("stats", stats)
+    add_command("search", search, text, filters, k, model=True)
+    add_command("verify", verify, model=True)
+    add_command("compact", compact, model=True)
+    add_command("merge", merge, ("other", dict(metavar="OTHER", help="the other base")), model=True)
+    add_command("export", export, filters, ("--out", dict(required=True, help="a .jsonl file")))
+    add_command("stats", stats)
     factory = ("--factory", dict(help="FAISS factory string (None: chosen by size)"))
     again = ("--embedder", dict(help=f"{KINDS} (None: as it is, with its factory)"))
-    command("index", index, again, factory, model=True)
+    add_command("index", index, again, factory, model=True)
     asked = ["data/cities/questions.jsonl", "data/cities/questions_reworded.jsonl"]
     questions = ("--questions", dict(nargs="+", default=asked, help=".jsonl files"))
     test = ("--test", dict(nargs="+", default=[], help=".jsonl files to measure it by as well"))
     keep = ("--keep", dict(type=share, default=0.95, help="share that is to find something"))
-    command("calibrate", calibrate, questions, test, keep, model=True)
+    add_command("calibrate", calibrate, questions, test, keep, model=True)
     return p
 
 

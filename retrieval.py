@@ -570,6 +570,8 @@ class Live:
             shutil.rmtree(new, ignore_errors=True)  # of another kind, unfinished
             made = inside.KeyRetriever.build(new, *how, model, bank, progress)
         else:
+            for left in new.glob("*.tmp"):
+                left.unlink()  # by a kill, of an index of another kind
             made = Retriever.build(new, *how, factory, progress)
         put_in_place(path)
         made.path = path
@@ -627,8 +629,16 @@ class Live:
     def search(self, queries, k):
         """As Retriever.search, in the texts as they are now. Once `calibrate` has learnt what an
         answerable question looks like, nothing is found for one that is not."""
+        return self.judge(queries, *self.nearest(queries, k))
+
+    def nearest(self, queries, k):
+        """As Retriever.search, in the texts as they are now: the most similar ones, whether they
+        are about the query or not."""
         self.refresh()
-        ids, scores = self.retriever.search(queries, k)
+        return self.retriever.search(queries, k)
+
+    def judge(self, queries, ids, scores):
+        """ids and scores (n, k), without those of queries about which nothing was found."""
         if self.relevance:
             found = self.found_texts(ids)
             evidence = self.relevance.evidence(self.texts_of(queries), found)  # (n,)
@@ -663,7 +673,7 @@ class Live:
         check(len(unanswerable) != 1, line)
         self.refresh()
         unanswerable = [(question, None) for question in unanswerable]
-        known = count_words(self.references, self.tokenizer)
+        known = count_words(self.references, self.tokenizer)[:2]
         self.relevance = self._learn(known, answerable[::2], unanswerable[::2], keep, k)
         kept = self.share_found(answerable[1::2], k)
         if unanswerable:
@@ -671,22 +681,25 @@ class Live:
         else:
             wrong = self.share_found(answerable[1::2], k, missing=True)
         self.relevance = self._learn(known, answerable, unanswerable, keep, k)
-        self.relevance.save(self.references.path)
+        self.save_relevance()
         return kept, wrong
 
-    def count_words(self):
-        """Counts the words of the texts anew, for `relevance`, and saves that."""
-        known, n_texts = count_words(self.references, self.tokenizer)
-        made = Relevance(known, n_texts, self.relevance.asked, self.relevance.least)
-        self.relevance = made
-        made.save(self.references.path)
+    def save_relevance(self):
+        """Saves what `calibrate` has learnt, with the words of the texts as they are now: of those
+        that stand in none, as of deleted ones, nothing is kept."""
+        with lock(self.references.path, WAIT):
+            known, n_texts, there = count_words(self.references, self.tokenizer)
+            asked = {word: n for word, n in self.relevance.asked.items() if word in there}
+            self.relevance = Relevance(known, n_texts, asked, self.relevance.least)
+            self.relevance.save(self.references.path)
 
     def _learn(self, known, answerable, unanswerable, keep, k):
         """The Relevance that lets `keep` of the answerable questions find something."""
         made = Relevance(*known, asked_words([*answerable, *unanswerable]), 0.0)
         evidence = np.sort(self._evidence(made, answerable, k))  # (n,)
         # a little lower: what the words of these questions have added is not there in other words
-        made.least = 0.97 * float(evidence[int((1 - keep) * len(evidence))])
+        lowest = min(int((1 - keep) * len(evidence)), len(evidence) - 1)
+        made.least = 0.97 * float(evidence[lowest])
         return made
 
     def share_found(self, asked, k=5, missing=False):
@@ -743,15 +756,15 @@ class Live:
 
 
 def count_words(references, tokenizer):
-    """In how many texts each word stands, if in more than one, and the number of texts; of a very
-    large base, an even sample of them."""
+    """In how many texts each word stands, if in more than one; the number of texts; all words. Of a
+    very large base, those of an even sample of its texts."""
     ids = references.live()
     ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), FIT)).astype(np.int64)]
     counts = Counter()
     for start in range(0, len(ids), BATCH):
         for text in references.rows(ids[start : start + BATCH]):
             counts.update(set(words(tokenizer.decode(references.tokens(text)))))
-    return {word: n for word, n in counts.items() if n > 1}, len(ids)
+    return {word: n for word, n in counts.items() if n > 1}, len(ids), set(counts)
 
 
 def asked_words(asked):
@@ -760,7 +773,7 @@ def asked_words(asked):
     answers = {}
     for n, (question, i) in enumerate(asked):
         key = ("none", n) if i is None else i
-        for word in set(words(normalize(question))):
+        for word in set(words(question)):
             answers.setdefault(word, set()).add(key)
     return {word: len(found) for word, found in answers.items() if len(found) > 1}
 
@@ -771,16 +784,17 @@ class Relevance:
     What speaks for a text are the words that it shares with the question; all others say nothing,
     so that a question may be asked in words that nobody has asked in before. A shared word weighs
 
-        log((texts + 1) / (texts with the word + 1)) / answers that are asked for with the word
+        log((texts + 2) / (texts with the word + 1)) / answers that are asked for with the word
 
-    so a name weighs much, and a word of every text or of every question little. A word that stands
+    over the same of a word that one text has: so a name weighs 1, however many texts there are, and
+    a word of every text or of every question little. A word that stands
     in small letters in the question and never in the text is not the name in the text.
 
-    >>> r = Relevance({"lies": 99, "is": 50}, 100, {"where": 9, "is": 9}, 3.9)
+    >>> r = Relevance({"lies": 99, "is": 50}, 100, {"where": 9, "is": 9}, 1.0)
     >>> texts = ["Kyiv lies at 50 N.", "Wonder lies at 51 N.", "Kyivka lies at 49 N."]
     >>> asked = ["Where is Kyiv?", "I wonder where Kyjiv is", "on what latitude would kyiv be"]
     >>> r.evidence(asked, [texts, texts, texts]).round(1).tolist()
-    [3.9, 0.0, 3.9]
+    [1.0, 0.0, 1.0]
 
     (The similarity of whole texts does not tell: most of it lies in letters that many names share.)
     """
@@ -809,8 +823,10 @@ class Relevance:
 
     def weight(self, word):
         """What a word that a text shares with a question is worth."""
-        rare = math.log((self.n_texts + 1) / (self.known.get(word, 1) + 1))
-        return max(rare, 0.0) / self.asked.get(word, 1)
+        texts = max(self.n_texts, 1)
+        rare = math.log((texts + 2) / (self.known.get(word, 1) + 1))
+        rarest = math.log((texts + 2) / 2)
+        return max(rare, 0.0) / rarest / self.asked.get(word, 1)
 
     def save(self, folder):
         made = dict(least=self.least, n_texts=self.n_texts, asked=self.asked, known=self.known)
@@ -822,7 +838,8 @@ class Relevance:
         file = Path(folder, Relevance.FILE)
         if not file.exists():
             return None
-        cure = "remove it, then every question finds something, or calibrate anew: kb.py calibrate"
+        anew = command("kb.py", "calibrate", "--kb", folder)
+        cure = f"remove it: every question then finds something, until {anew}"
         made = read_sealed(file, dict(least=float, n_texts=int, asked=dict, known=dict), cure)
         counts = [made["n_texts"] + 1, *made["asked"].values(), *made["known"].values()]
         complete = all(type(n) is int and n > 0 for n in counts)
@@ -848,7 +865,7 @@ class Only:
         most = max(len(self.live), k)
         look = 4 * k
         while True:
-            ids, scores = self.live.search(queries, min(look, most))  # (n, look)
+            ids, scores = self.live.nearest(queries, min(look, most))  # (n, look)
             valid = self._fits(ids)
             n_fitting = valid.sum(1)  # (n,)
             if look >= most or (n_fitting >= k).all():
@@ -860,7 +877,7 @@ class Only:
         lacking = ((0, 0), (0, k - ids.shape[1]))
         ids = np.pad(ids, lacking, constant_values=-1)
         scores = np.pad(scores, lacking, constant_values=NOTHING)
-        return ids, scores
+        return self.live.judge(queries, ids, scores)
 
     def _fits(self, ids):
         """Which of ids (n, k) have a source that says what is wanted."""

@@ -404,3 +404,16 @@ def test_on_paper(tmp_path):
     assert made["processor_ms_in_32"] == pytest.approx(2e-5 * made["codes"])
     with pytest.raises(UserError, match="--json FILE"):
         index_at_size.main(flags[:2])
+
+
+@pytest.mark.parametrize("name", ["plan.json", "embedder.npy", "empty.faiss"])
+def test_a_damaged_unfinished_index_is_made_anew(data, name):  # noqa: F811
+    """A traceback, or a base that can no longer be indexed, since a file of a killed run is cut."""
+    references = corpus.References.open(f"{data}/kb")
+    path = Path(data, "x")
+    index.encode_shard(path, references, data, "hash:32", progress=False)
+    file = path / "parts" / name
+    file.write_bytes(file.read_bytes()[:20])
+    index.encode_shard(path, references, data, "hash:32", progress=False)
+    index.join(path, references, False)
+    assert len(Retriever.open(path, references=references)) == len(references)

@@ -631,3 +631,67 @@ def test_the_index_is_made_anew_once_most_is_new(world, monkeypatch):
 def test_wanted():
     """A value with "=" cut off."""
     assert generation.wanted(["a=b=c", "d="]) == dict(a="b=c", d="")
+
+
+def test_what_compact_leaves_of_a_calibration(world):
+    """A threshold for more texts than are left, below which nothing is found any more; a forgotten
+    name among the words of the questions, or in what a kill left."""
+    bank = world.open()[1]
+    live = Live.open(bank.references)
+    names = [f"{a}{b}" for a in ("Aba", "Osu", "Eki") for b in ("holm", "dorf", "wick", "ford")]
+    texts = [f"{name} is a town and has people." for name in names]
+    ids = bank.add([live.tokenizer.encode(text) for text in texts])
+    asked = []
+    for i, name in zip(ids, names, strict=True):
+        asked += [(f"Where is {name}?", i), (f"How old is {name}?", i)]
+    live.calibrate(asked)
+    assert (live.search(["Where is Osudorf?"], 1)[0] == ids[5]).all()
+    bank.delete([i for i in ids if i not in (ids[5], ids[7])])
+    file = world.bank / "relevance.json"
+    left = file.with_name("relevance.json.tmp")
+    left.write_text("Abaholm")
+    kb.main(["compact", "--kb", str(world.bank)])
+    assert (Live.open(bank.references).search(["Where is Osudorf?"], 1)[0] == ids[5]).all()
+    assert "abaholm" not in file.read_text().casefold() and not left.exists()
+
+
+def test_what_is_similar_is_said_of_a_calibrated_base(world):
+    """A notice of near texts that the threshold for questions silences; a filter that evades it."""
+    bank = world.open()[1]
+    live = Live.open(bank.references)
+    texts = ["The capital of Abaholm is Osu.", "The capital of Ekiford is Wick."]
+    sources = [dict(src="one"), dict(src="two")]
+    ids = bank.add([live.tokenizer.encode(text) for text in texts], sources)
+    asked = [("What is the capital of Abaholm?", ids[0]), ("Capital of Ekiford?", ids[1])]
+    live.calibrate(asked, keep=0)  # the strictest
+    assert live.nearest(["a capital"], 1)[0][0] in ids
+    assert (live.search(["a capital"], 1)[0] == -1).all()
+    only = Only(live, dict(src="two"))
+    assert (only.search(["What is the capital of Abaholm?"], 1)[0] == -1).all()
+    assert (only.search(["What is the capital of Ekiford?"], 1)[0] == ids[1]).all()
+
+
+def test_replacing_keeps_the_source(world, capsys):
+    """A reference that has lost its file and line, though only its text is another; a contradiction
+    settled as `add` prints it, with the source of the text that is gone."""
+    bank = world.open()[1]
+    tok = Live.open(bank.references).tokenizer
+    text = [tok.encode(f"Abaholm has {n} people.") for n in (7, 8)]
+    old, new = bank.add(text, [dict(file="a.txt"), dict(file="b.txt")])
+    run(world, "replace", old, "Abaholm has 9 people.")
+    assert bank.references.source(old)["file"] == "a.txt"
+    run(world, "replace", "--source", new, old, "Abaholm has 8 inhabitants.")
+    assert bank.references.source(old)["file"] == "b.txt"
+    with pytest.raises(UserError, match="9999"):
+        run(world, "replace", 9999, "Abaholm has 9 people.")
+
+
+def test_an_export_does_not_overwrite_the_base(world):
+    """The truth or all memories replaced by lines of JSON; a filter of which half is dropped."""
+    before = (world.bank / "texts.sqlite").read_bytes()
+    for name in ("texts.sqlite", "memories.bin", "new.jsonl"):
+        with pytest.raises(UserError, match="lies in the knowledge base"):
+            run(world, "export", "--out", world.bank / name)
+    assert (world.bank / "texts.sqlite").read_bytes() == before
+    with pytest.raises(UserError, match="each key once"):
+        generation.wanted(["lang=de", "lang=fr"])
