@@ -18,6 +18,7 @@ every file. Any number of processes goes on from either, one without torchrun, t
 import os
 import re
 import shutil
+import time
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
@@ -74,12 +75,28 @@ def join(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def run(main, *args):
+    """main(*args), and parts from the other processes if all end alike."""
+    try:
+        main(*args)
+    except UserError as error:
+        if error.everywhere:
+            stop()
+        raise
+    stop()
+
+
 def stop():
-    """Parts from the other processes at the end of the command."""
+    """Parts from the other processes, before Python ends.
+
+    Python aborts if a thread of gloo then still has to give back a tensor, for which it needs the
+    interpreter's lock. It gets that while this one sleeps.
+    """
     global file_group
     if dist.is_initialized():
         dist.destroy_process_group()
         file_group = None
+        time.sleep(0.2)
 
 
 def together(function, *args):

@@ -847,6 +847,7 @@ def main(cfg, config=None):
                 if cfg.keep_every and step % cfg.keep_every == 0:
                     save(out / f"step_{step}.pt", model, meta, rank)
             if stopping and not end:
+                parallel.stop()
                 again = command("train.py", "--resume", out)
                 raise KeyboardInterrupt(f"after step {step}, which is saved; go on with {again}")
     save(out / "model.pt", model, meta, rank)  # what write.py, sample.py, eval.py open
@@ -979,8 +980,7 @@ def command_line(argv=None):
 
 def cli():
     cfg, config = command_line()
-    main(cfg, config)
-    parallel.stop()
+    parallel.run(main, cfg, config)
 
 
 if __name__ == "__main__":

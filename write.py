@@ -213,8 +213,7 @@ def command_line(argv=None):
 
 
 def cli():
-    main(command_line())
-    parallel.stop()
+    parallel.run(main, command_line())
 
 
 if __name__ == "__main__":

@@ -657,7 +657,7 @@ def test_a_fork_reads_on(bank, model):
             code = 0 if same else 2
         finally:
             os._exit(code)
-    deadline = time.time() + 20
+    deadline = time.time() + 120
     while time.time() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -679,7 +679,7 @@ def test_waiting_is_said_and_ends(bank, model, monkeypatch, capsys):
     with pytest.raises(UserError, match="another process has been changing it for 2 s"):
         with bank.references.transaction(2):
             pass
-    assert 1.5 < time.time() - began < 10
+    assert 1.5 < time.time() - began < 60
     assert "waiting for up to 2 s" in capsys.readouterr().err
     assert MemoryBank.open(bank.path, model).recall([2, 3]).count.min() > 0  # readers go on
     flip(bank.path / "memories.bin", 2 * bank.store.stride)

@@ -40,11 +40,11 @@ sys.path[:0] = {paths}
 import model, parallel, test_train, train
 
 if len(sys.argv) > 2:  # what the first process saves takes longer than a step may
-    parallel.TIMEOUT = datetime.timedelta(seconds=3)
+    parallel.TIMEOUT = datetime.timedelta(seconds=8)
     save_checkpoint = train.save_checkpoint
 
     def slow(path, *args, **how):
-        time.sleep(5 * (path.name == sys.argv[2]))
+        time.sleep(11 * (path.name == sys.argv[2]))
         save_checkpoint(path, *args, **how)
 
     train.save_checkpoint = slow
@@ -64,6 +64,7 @@ for run in json.loads(sys.argv[1]):
         train.main(cfg, test_train.shape(cfg.data))
     except InterruptedError:
         pass
+parallel.stop()
 """
 
 
@@ -263,6 +264,34 @@ def small_flags(world, out):
     """The command line of a run of several steps, of which the first is the slowest."""
     flags = ["--data", world / "tiny", "--preset", "toy", "--n_layer", 4, "--context", 28]
     return [*flags, "--batch", 2, "--out", out, "--eval_batches", 1, "--device", "cpu"]
+
+
+PARTS = """
+import sys
+
+sys.path[:0] = {paths}
+import torch, parallel
+
+
+def main():
+    parallel.join(torch.device("cpu"))
+    sys.setswitchinterval(9)  # this thread keeps the interpreter's lock while it computes
+    for i in range(9):
+        parallel.everywhere(i)
+
+
+parallel.run(main)
+"""
+
+
+@pytest.mark.slow
+def test_processes_part_before_python_ends(tmp_path):
+    """Catches "terminate called without an active exception", and an exit code that is not 0, after
+    all went well: Python had ended while a thread of gloo still held a tensor."""
+    script = tmp_path / "parts.py"
+    script.write_text(PARTS.format(paths=[str(ROOT)]))
+    done = torchrun(tmp_path, script, n=7)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

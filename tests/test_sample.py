@@ -161,7 +161,7 @@ def run_in(world, *args, **environment):
     """The command as a user starts it. -> its return code, stdout and stderr as bytes."""
     env = dict(os.environ, **environment)
     command = [sys.executable, "sample.py", *args]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -36,4 +36,4 @@ def test_stops():
     turn never comes; a fact lost meanwhile."""
     found = torture.stops(1, wait=1)
     assert (found["stops"], found["wrong"], found["refused in time"]) == (1, 0, 1)
-    assert found["seconds_to_read_all"] < 20
+    assert found["seconds_to_read_all"] < 60

@@ -987,7 +987,7 @@ def test_command_line_trains_resumes_and_fails_in_one_line(data, tmp_path):
 
     def python(*argv):
         command = [sys.executable, str(ROOT / "train.py"), *map(str, argv)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
 
     flags = ["--data", data, "--preset", "toy", "--context", 64, "--batch", 2, "--steps", 2]
     done = python(*flags, "--out", tmp_path / "out", "--n_layer", 5, "--eval_batches", 1)

@@ -315,7 +315,7 @@ def opened(path, tmp_path):
         --disable-background-networking --disable-component-update --window-size=500,800"""
     flags = [*flags.split(), f"--user-data-dir={tmp_path / 'chromium'}", "--dump-dom"]
     run = [CHROMIUM, *flags, (tmp_path / "probed.html").as_uri()]
-    dom = subprocess.run(run, capture_output=True, text=True, timeout=60).stdout
+    dom = subprocess.run(run, capture_output=True, text=True, timeout=300).stdout
     return json.loads(html.unescape(re.search('<pre id="said">(.*?)</pre>', dom, re.S)[1]))
 
 

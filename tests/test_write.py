@@ -265,7 +265,7 @@ def test_processes_fill_one_base_at_once(place):
     for process in processes:
         process.start()
     start.set()
-    written = [said.get(timeout=60) for _ in processes]
+    written = [said.get(timeout=300) for _ in processes]
     for process in processes:
         process.join()
     assert sorted(written) == [9, 10, 10]
