@@ -5,6 +5,7 @@
     python data/factbook/prepare.py --tokenizer out/smollm2
     python experiments/convert_smollm2.py items             what is asked, and what is found for it
     python experiments/convert_smollm2.py train             200 seconds on a GPU
+    python experiments/convert_smollm2.py measure           which layers and heads it reads
     python experiments/convert_smollm2.py table             of results/convert_smollm2.json
 
 This is the explicit stage (sec. 3.6) with a text of its own. A window asks about one country. Each
@@ -26,7 +27,7 @@ import json
 import random
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from pydoc_data import topics
 
@@ -36,7 +37,9 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import heads  # noqa: E402
+
 import corpus  # noqa: E402
 import retrieval  # noqa: E402
 import train  # noqa: E402
@@ -360,22 +363,36 @@ class Asker:
         return pool, recall.expand(-1, n_chunks, -1)  # (B, c, R)
 
     @torch.no_grad()
-    def ask(self, condition, size=40):
-        """-> nats of an answer, and the share of answers whose every token is the likeliest."""
-        nats, exact = [], []
+    def parts(self, condition, size=40):
+        """What the model is given, `size` items at a time: tokens, targets, pool, recall."""
+        found = []
         for start in range(0, len(self.items), size):
             items = self.items[start : start + size]
             tokens, targets = self.rows(items, condition)  # (B, T) twice
             n_chunks = -(-tokens.shape[1] // self.model.config.chunk_len)
             with self.cast:
                 pool, recall = self.memories_of(items, condition, n_chunks)
+            found.append((tokens, targets, pool, recall))
+        return found
+
+    @torch.no_grad()
+    def score(self, parts):
+        """-> exact (n,) bool: is every token of an answer the likeliest? And its nats (n,)."""
+        nats, exact = [], []
+        for tokens, targets, pool, recall in parts:
+            with self.cast:
                 logits, _ = self.model(tokens, None, pool, recall)  # (B, T, V)
             logits = logits.float()
             losses = F.cross_entropy(logits.mT, targets, ignore_index=-1, reduction="none")
             nats += losses.sum(1).tolist()
             right = (logits.argmax(-1) == targets) | (targets < 0)  # (B, T)
             exact += right.all(1).tolist()
-        return float(np.mean(nats)), float(np.mean(exact))
+        return np.array(exact), np.array(nats)
+
+    def ask(self, condition):
+        """-> nats of an answer, and the share of exact ones."""
+        exact, nats = self.score(self.parts(condition))
+        return float(nats.mean()), float(exact.mean())
 
     def rows(self, items, condition):
         """Tokens and targets (B, T): BOS, prompt, answer, and padding that nobody looks at."""
@@ -503,11 +520,24 @@ def open_texts(a, world, tok):
     return known, measured
 
 
+def computation(a, device):
+    """-> the dtype of matrix products, and the context that brings it about."""
+    dtype, _ = train.choose_dtype(train.TrainConfig(data=a.data), device)
+    return dtype, torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def open_asker(a, model, tok, cast):
+    references = corpus.References.open(f"{a.data}/kb", tok.n_vocab)
+    cure = f"run python {sys.argv[0]} items"
+    items = read_rows(f"{a.data}/items.jsonl", dict(prompt=str), cure)[: a.items]
+    return Asker(model, tok, references, items, cast)
+
+
 def finetune(a):
     """Trains; writes results.json anew after each evaluation, so that a kill leaves the others."""
     torch.manual_seed(a.seed)
     device = find_device(a.device)
-    cast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    dtype, cast = computation(a, device)
     model, meta = load_checkpoint(a.init)
     model.float().to(device)
     tok = corpus.tokenizer(a.data)
@@ -521,14 +551,11 @@ def finetune(a):
         f"{config.n_layer}",
     )
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    if device.type == "cuda":
-        teacher.to(torch.bfloat16)
+    teacher.to(dtype)
     world = World(a.data)
     known, measured = open_texts(a, world, tok)
-    references = corpus.References.open(f"{a.data}/kb", tok.n_vocab)
-    cure = f"run python {sys.argv[0]} items"
-    items = read_rows(f"{a.data}/items.jsonl", dict(prompt=str), cure)[: a.items]
-    asker = Asker(model, tok, references, items, cast)
+    asker = open_asker(a, model, tok, cast)
+    items = asker.items
     batches = iter(
         torch.utils.data.DataLoader(
             Batches(world, tok, config, a, known),
@@ -602,11 +629,6 @@ def finetune(a):
             next_evaluation += a.every
     results["tokens"] = step * a.batch * a.context
     evaluate(step, seconds)
-    if a.depths:
-        results["depths"] = by_depth(asker)
-        write_json(out / "results.json", results)
-        config.n_memory_layer = a.n_memory_layer
-        config.memory_from = a.memory_from
     if a.save:
         if a.only == "low_rank":
             for linear in updated_matrices(model):
@@ -616,18 +638,92 @@ def finetune(a):
         save_checkpoint(out / "model.pt", model.state_dict(), meta)
 
 
+# -- Which layers and heads read --------------------------------------------------------------
+
+DEPTHS = [(first, 5) for first in range(0, 30, 5)]  # the first layer, and how many
+DEPTHS += [(0, 10), (10, 10), (20, 10), (0, 15), (8, 15), (15, 15), (0, 20), (10, 20)]
+
+
 def by_depth(asker):
     """The same weights with memories in some layers only: {"first-last": [nats, exact]}."""
     config = asker.model.config
-    asker.model.eval()
     found = {}
-    for first, n in ((0, 10), (10, 10), (20, 10), (0, 15), (8, 15), (15, 15), (0, 20), (10, 20)):
-        config.memory_from = first
-        config.n_memory_layer = n
+    for first, n in DEPTHS:
+        if first < config.memory_from or first + n > config.memory_layers.stop:
+            continue  # these layers have not learnt to read
+        asker.model.config = replace(config, memory_from=first, n_memory_layer=n)
         nats, exact = asker.ask("right")
         found[f"{first}-{first + n - 1}"] = [round(nats, 3), round(exact, 4)]
         print(f"memories in layers {first} to {first + n - 1} only: {nats:.2f} ({exact:.2f})")
+    asker.model.config = config
     return found
+
+
+class SomeHeads:
+    """Items asked as heads.py asks its questions: with memories for some heads (layer, head)."""
+
+    def __init__(self, asker, items):
+        asker.items = items
+        self.asker = asker
+        self.parts = asker.parts("recalled")
+        config = asker.model.config
+        self.all = [*np.ndindex(config.n_memory_layer, config.n_kv_head)]
+
+    def ask(self, chosen):
+        """-> exact (n,), nats (n,)"""
+        model = self.asker.model
+        config = model.config
+        model.config = replace(config, memory_heads=heads.names(chosen, config))
+        found = self.asker.score(self.parts)
+        model.config = config
+        return found
+
+
+def by_head(asker, most):
+    """The same weights with memories for some heads only: chosen on half of the items, judged on
+    the others, beside as many at random. most: the largest choice; half and a quarter of it are
+    its first ones."""
+    config = asker.model.config
+    items = asker.items
+    half = len(items) // 2
+    best = heads.best_first(SomeHeads(asker, items[:half]), most, at_once=-(-most // 4))
+    judges = SomeHeads(asker, items[half:])
+    rng = np.random.default_rng(0)
+    choices = [(f"all {len(judges.all)}", judges.all)]
+    for n in sorted({most, most // 2, most // 4} - {0}, reverse=True):
+        choices.append((f"best {n}", best[:n]))
+        for _ in range(3):
+            some = rng.choice(len(judges.all), n, replace=False)
+            choices.append((f"{n} at random", [judges.all[i] for i in some]))
+    rows = []
+    for name, chosen in choices:
+        exact, nats = judges.ask(chosen)
+        size = 2 * len(chosen) * config.memory_tokens * config.head_dim * 2  # in bfloat16
+        row = dict(choice=name, heads=heads.names(chosen, config), bytes=size)
+        row["exact"] = round(float(exact.mean()), 4)
+        row["nats"] = round(float(nats.mean()), 3)
+        rows.append(row)
+    asker.items = items
+    print(heads.choices_table(rows))
+    return rows
+
+
+def measure(a):
+    """Asks a finetuned model with memories in some layers only, and for some heads only. Writes
+    measured.json."""
+    device = find_device(a.device)
+    model, _ = load_checkpoint(a.init)
+    model.float().to(device).eval()
+    asker = open_asker(a, model, corpus.tokenizer(a.data), computation(a, device)[1])
+    config = model.config
+    most = config.n_memory_layer * config.n_kv_head
+    check(a.heads < most, f"--heads {a.heads}: there are {most} with memories; give fewer")
+    found = dict(flags={k: v for k, v in vars(a).items() if k != "command"})
+    found["memory_tokens"] = config.memory_tokens
+    found["depths"] = by_depth(asker)
+    write_json(make_directory(a.out) / "measured.json", found)
+    found["heads"] = by_head(asker, a.heads)
+    write_json(Path(a.out, "measured.json"), found)
 
 
 # -- Tables -----------------------------------------------------------------------------------
@@ -657,7 +753,7 @@ def table(results):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("command", choices=["items", "train", "table"])
+    p.add_argument("command", choices=["items", "train", "measure", "table"])
     p.add_argument("--init", default="out/smollm2", help="the converted model")
     p.add_argument("--data", default="data/factbook", help="prepared by data/factbook/prepare.py")
     p.add_argument("--out", default="out/factbook", help="results.json, and with --save model.pt")
@@ -682,7 +778,7 @@ def main(argv=None):
     p.add_argument("--decay", type=float, default=0.5, help="share of the run that decays")
     p.add_argument("--every", type=float, default=45, help="seconds between quick evaluations")
     p.add_argument("--skip_before", action="store_true", help="no evaluation before training")
-    p.add_argument("--depths", action="store_true", help="at the end: memories in some layers only")
+    p.add_argument("--heads", type=int, default=24, help="measure: memories for so many heads only")
     p.add_argument("--log", type=int, default=20, help="steps between lines")
     p.add_argument("--workers", type=int, default=10, help="processes that make batches")
     p.add_argument("--seed", type=int, default=1)
@@ -693,6 +789,8 @@ def main(argv=None):
         make_items(a)
     elif a.command == "train":
         finetune(a)
+    elif a.command == "measure":
+        measure(a)
     else:
         print(table(read_json(RESULTS, dict(runs=list), "take it from the repository")))
 

@@ -159,13 +159,19 @@ class Heads:
         return result
 
 
-def best_first(heads, most):
-    """The heads that help most, one by one: each lowers the nats of these questions the most."""
+def best_first(heads, most, at_once=1):
+    """The heads that help most: those that lower the nats of these questions the most beside the
+    ones chosen before. at_once: how many join them before all others are tried again."""
     chosen = []
     left = list(heads.all)
-    for _ in tqdm(range(most), "choosing heads", leave=False):
-        nats = [heads.ask([*chosen, head])[1].mean() for head in left]
-        chosen.append(left.pop(int(np.argmin(nats))))
+    with tqdm(total=most, desc="choosing heads", leave=False) as bar:
+        while len(chosen) < most:
+            nats = [heads.ask([*chosen, head])[1].mean() for head in left]
+            order = np.argsort(nats, kind="stable")[: min(at_once, most - len(chosen))]
+            found = [left[i] for i in order]
+            chosen += found
+            left = [head for head in left if head not in found]
+            bar.update(len(found))
     return chosen
 
 
@@ -284,10 +290,10 @@ def spread(rows, key, digits):
     return f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
-def tables(result):
-    """The two tables in Markdown; random choices of one size in one row: mean [lowest, highest]."""
+def choices_table(rows):
+    """Markdown; random choices of one size are one row: mean [lowest, highest]."""
     by_choice = {}
-    for row in result["choices"]:
+    for row in rows:
         by_choice.setdefault(row["choice"], []).append(row)
     lines = [["memories for", "exact", "nats per answer", "bytes per reference", "layer.head"]]
     for choice, rows in by_choice.items():
@@ -295,11 +301,16 @@ def tables(result):
         heads = rows[0]["heads"].replace(",", " ") if few else ""
         size = f"{rows[0]['bytes']:,}"
         lines.append([choice, spread(rows, "exact", 3), spread(rows, "nats", 2), size, heads])
+    return columns(*lines)
+
+
+def tables(result):
+    """Both tables in Markdown: of the choices, and of each head by itself."""
     singles = [["layer.head", "exact without it", "nats", "exact with it alone", "nats"]]
     for name, x in result["single"].items():
         cells = [f"{x['exact_without']:.3f}", f"{x['nats_without']:.2f}"]
         singles.append([name, *cells, f"{x['exact_alone']:.3f}", f"{x['nats_alone']:.2f}"])
-    return columns(*lines) + "\n\n" + columns(*singles)
+    return choices_table(result["choices"]) + "\n\n" + columns(*singles)
 
 
 if __name__ == "__main__":

@@ -224,6 +224,43 @@ def test_the_run_in_miniature(data, tmp_path, monkeypatch, only):
         assert torch.equal(tensor, weights[name]) != changes
     with pytest.raises(UserError, match="--memory_from 3: 3 layers from there on, of 5"):
         experiment.main([*flags.replace("from 1", "from 3").split(), "--device", "cpu"])
+    if only == "all":
+        which_read(tmp_path / "out", data, monkeypatch)
+
+
+def which_read(model, data, monkeypatch):
+    """Catches layers and heads that are asked with memories of others, or of all; a choice by the
+    questions that it is judged by; another state of the model afterwards."""
+    monkeypatch.setattr(experiment, "DEPTHS", [(0, 2), (1, 3), (2, 1), (3, 2)])
+    layers = []
+    asked = []
+    score = experiment.Asker.score
+
+    def noted(asker, parts):
+        config = asker.model.config
+        layers.append([*config.memory_layers])
+        asked.append((config.memory_heads, sum(len(part[0]) for part in parts)))
+        return score(asker, parts)
+
+    monkeypatch.setattr(experiment.Asker, "score", noted)
+    flags = ["measure", "--init", str(model), "--data", str(data), "--out", str(model)]
+    experiment.main([*flags, "--items", "7", "--heads", "2", "--device", "cpu"])
+    found = json.loads((model / "measured.json").read_text())
+    assert found["memory_tokens"] == 5 and set(found["depths"]) == {"1-3", "2-2"}
+    assert asked[:2] == [("all", 7)] * 2
+    assert layers[:2] == [[1, 2, 3], [2]] and layers[2:] == [[1, 2, 3]] * (len(layers) - 2)
+    choosing = [names for names, n in asked[2:] if n == 3]
+    assert choosing[:3] == ["1.0", "2.0", "3.0"] and len(choosing) == 5
+    judged = [names for names, n in asked[2:] if n == 4]
+    assert judged[0] == "all"
+    rows = {row["choice"]: row for row in found["heads"]}
+    assert set(rows) == {"all 3", "best 2", "2 at random", "best 1", "1 at random"}
+    assert [row["heads"] for row in found["heads"]][1:] == judged[1:]
+    assert rows["best 1"]["heads"] in rows["best 2"]["heads"].split(",")
+    # keys and values of 5 tokens, 16 numbers each, of 2 bytes
+    assert [rows[name]["bytes"] for name in ("all 3", "best 2", "best 1")] == [960, 640, 320]
+    with pytest.raises(UserError, match="--heads 3: there are 3 with memories; give fewer"):
+        experiment.main([*flags, "--heads", "3", "--device", "cpu"])
 
 
 def test_table_is_the_measured_one():
