@@ -218,8 +218,12 @@ def replace(a):
     check(len(pieces) == 1, f"{line} tokens a reference: give a shorter one, or add the rest")
     source = bank.references.source(a.id if a.source is None else a.source)
     source["time"] = time.strftime("%Y-%m-%dT%H:%M:%S")
+    same = bank.references.find(pieces[0])
     bank.replace(a.id, pieces[0], source)
     show(bank.references, tokenizer, [a.id])
+    if same not in (None, a.id):
+        drop = command("kb.py", "delete", "--kb", a.kb, same)
+        print(f"{same} is the same text; to have it once: {drop}")
 
 
 def delete(a):
@@ -282,13 +286,13 @@ def verify(a):
     bank = MemoryBank.open(a.kb)
     bank.references.verify()
     print(f"texts: {bank.references.count_live():,} whole")
-    for store, name in ((bank.memories, "memories"), (bank.codes, "codes")):
-        if store is not None:
-            bank.store = store
-            missing = len(bank.verify())
-            made = command("write.py", "--out", a.kb)
-            cure = f"; {made} writes them" if missing else ""
-            print(f"{name}: {missing:,} missing or damaged{cure}")
+    opened = dict(memories=bank)
+    if bank.quantized:
+        opened["codes"] = MemoryBank.open(a.kb, codes=True)
+    for name, one in opened.items():
+        missing = len(one.verify())
+        cure = f"; {command('write.py', '--out', a.kb)} writes them" if missing else ""
+        print(f"{name}: {missing:,} missing or damaged{cure}")
     live = Live.open(bank.references, searcher(a))
     print(f"index: {len(live):,} references, {live.embedder.id}")
 
