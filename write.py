@@ -28,7 +28,7 @@ from generate import BANK, place
 from memory import attention_path
 from model import load_checkpoint
 from quantize import layout
-from retrieval import Live
+from retrieval import Live, Relevance, choice
 
 
 def main(args):
@@ -59,7 +59,7 @@ def main(args):
         i, of = share
         print(f"shard {i} of {of} is done; when all are, the index: {without(args, 'shard')}")
     elif rank == 0:  # the memories of all are there
-        write_index(bank, args.embedder, args.factory)
+        write_index(bank, args.embedder, args.factory, other_base(args))
         if args.quantize or args.codec:
             quantize(bank, args.codec)
     return bank
@@ -99,17 +99,23 @@ def open_base(args, model):
         if args.whole_documents:
             bank.check_documents(True)
         return bank
-    name = args.references or "kb"
-    if Texts.exists(name):  # the texts of another base, to be written by another model
-        source = Texts(name)
-        data = name
+    other = other_base(args)
+    if other:
+        source = Texts(other)
+        data = other
     else:
-        source = corpus.References.open(Path(args.data) / name)
+        source = corpus.References.open(Path(args.data) / (args.references or "kb"))
         data = args.data
     same_header = tuple(corpus.tokenizer(data).header) == model.config.header
     check(same_header, f"{data} has another tokenizer than {args.checkpoint} was trained with")
     dtype = args.dtype or "bfloat16"
     return MemoryBank.create(args.out, model, source, dtype, args.whole_documents)
+
+
+def other_base(args):
+    """The base whose texts this model is to write, too, if --references names one."""
+    name = args.references or "kb"
+    return name if Texts.exists(name) else None
 
 
 def report(args, bank):
@@ -137,9 +143,10 @@ def check_space(args, bank):
     check(free >= left, f"--out {args.out}: {left:,} bytes to write, {free:,} are free")
 
 
-def write_index(bank, encoder=None, factory=None):
+def write_index(bank, encoder=None, factory=None, other=None):
     """Makes the index that finds references by text, or brings it up to date. encoder None: that
-    of the index, or hash."""
+    of the index, of `other`, or hash. other: the base that has the same texts; what `calibrate`
+    has learnt of them there holds here, too."""
     references = bank.references
     how = dict(model=bank.model, bank=bank)
     live = None
@@ -150,7 +157,13 @@ def write_index(bank, encoder=None, factory=None):
         if not equal:
             live = None
     if live is None:
+        if other and encoder is None and not choice(other)[0].startswith("self:"):
+            encoder, chosen = choice(other)
+            factory = factory or chosen
         live = Live.build(references, encoder, factory, **how)
+        learnt = Relevance.open(other) if other else None
+        if learnt and not live.relevance:
+            learnt.save(bank.path)
     factory = live.meta.get("factory", "keys of the memories")
     print(f"{live.path}: {len(live):,} references, {live.embedder.id}, {factory}")
 

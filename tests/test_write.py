@@ -61,6 +61,27 @@ def run(place, *flags):
     return write.main(write.command_line([str(a) for a in [*args, "--device", "cpu", *flags]]))
 
 
+def test_texts_of_another_base(place):
+    """Another model's memories of the same texts whose index or threshold is another one, so that
+    other references are found, or some for a question that nothing is about; a changed base."""
+    bank = run(place, "--embedder", "hash:97", "--factory", "SQ8")
+    rows = [(f"How many people has City {i}?", i) for i in range(29)]
+    Live.open(bank.references).calibrate(rows)
+    learnt = (bank.path / "relevance.json").read_bytes()
+    checkpoint(place / "toy", tuple(corpus.tokenizer(place).header), seed=2)
+    for out, flags, chosen in (
+        ("a", (), ("hash:97", "SQ8")),
+        ("b", ("--embedder", "hash:93"), ("hash:93", "Flat")),
+        ("c", ("--factory", "Flat"), ("hash:97", "Flat")),
+    ):
+        other = run(place, "--references", bank.path, "--out", place / out, *flags)
+        assert len(other.references) == 29 and other.verify() == []
+        live = Live.open(other.references)
+        assert (live.meta["embedder"], live.meta["factory"]) == chosen
+        assert (other.path / "relevance.json").read_bytes() == learnt and live.relevance
+    assert Live.open(MemoryBank.open(bank.path).references).meta["embedder"] == "hash:97"
+
+
 def test_writes_and_says_so(place, capsys):
     """A bank that is not complete; a second run that writes again; numbers that are not printed."""
     bank = run(place, "--batch", 7)
