@@ -563,8 +563,8 @@ def _finished(parts, n, size, cure):
             files.append(file)
         if len(files) == n_shards:
             return files
-    command = cure.partition(": ")[2]
-    raise UserError(f"{parts}: shard {missing} is not done: run {command} --shard {missing}")
+    again = cure.partition(": ")[2]
+    raise UserError(f"{parts}: shard {missing} is not done: run {again} --shard {missing}")
 
 
 def _fill(index, files, n, progress):

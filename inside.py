@@ -351,12 +351,14 @@ class KeyRetriever:
         self.update(ids, texts)
 
     def update(self, ids, texts):
-        """Gives references these texts, whether they are there or not; "" forgets one."""
+        """Gives references these texts, or token ids, whether they are there or not; an empty one
+        is forgotten."""
         self._check_pairs(ids, texts)
         for i, text in zip(ids, texts, strict=True):
             self._forget(int(i))
-            tokens = self.tokenizer.encode(text)[: self.model.config.ref_len]
-            if tokens:
+            tokens = self.tokenizer.encode(text) if isinstance(text, str) else text
+            tokens = tokens[: self.model.config.ref_len]
+            if len(tokens):
                 keys = written_keys(self.model, [tokens], self.i, self.head)[0]
                 self.rows[int(i)] = (self.index.ntotal, len(keys))
                 self.index.add(keys)

@@ -503,6 +503,15 @@ def choice(base):
     return "hash", None
 
 
+def check_pieces(references, path, encoder, ids):
+    """UserError if one of `ids` is a piece of a document (Remark 3.2): the keys of its memory, and
+    of those of the pieces after it, are not what the model makes of it alone."""
+    first = min(ids, default=math.inf)
+    alone = first >= references.meta.get("n_pieces", 0)
+    line = f"{path}: the keys of reference {first}, a piece of a document, depend on the others"
+    check(alone, f"{line}; {cure_for(path, encoder)}")
+
+
 def read_whole(path, model):
     """Opens an index that another process may put a new one in the place of meanwhile: files of two
     of them do not fit together, so it is read again."""
@@ -567,6 +576,8 @@ class Live:
         new = path.with_name("index.new")
         how = Frozen(references), str(references.path), encoder
         if isinstance(encoder, str) and encoder.startswith("self:"):
+            if bank is None:  # each reference is written alone
+                check_pieces(references, path, encoder, range(len(references)))
             shutil.rmtree(new, ignore_errors=True)  # of another kind, unfinished
             made = inside.KeyRetriever.build(new, *how, model, bank, progress)
         else:
@@ -617,12 +628,16 @@ class Live:
         if self.references.version == self.version:
             return
         changed = self.references.changed_since(self.version)
+        keys = isinstance(self.retriever, inside.KeyRetriever)
+        if keys:
+            ids = [text.id for text in changed]
+            check_pieces(self.references, self.path, self.embedder.name, ids)
         for start in range(0, len(changed), BATCH):
             texts = []
             part = changed[start : start + BATCH]
             for text in part:
                 live = self.references.tokens(text) if text.live else []
-                texts.append(self.tokenizer.decode(live))
+                texts.append(live if keys else self.tokenizer.decode(live))
             self.retriever.update([text.id for text in part], texts)
         self.version = max(text.version for text in changed)
 

@@ -114,8 +114,8 @@ def open_base(args, model):
 
 def other_base(args):
     """The base whose texts this model is to write, too, if --references names one."""
-    name = args.references or "kb"
-    return name if Texts.exists(name) else None
+    name = args.references  # without it, the data set's own kb, whatever lies in this directory
+    return name if name and Texts.exists(name) else None
 
 
 def report(args, bank):

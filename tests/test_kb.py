@@ -15,6 +15,7 @@ from world import PLACES, World, text_of
 
 import corpus
 import generate as generation
+import inside
 import kb
 import retrieval
 import sample
@@ -168,6 +169,24 @@ def test_forget_like_and_compact(world, capsys):
     assert retriever.retriever.hidden == {1}  # nothing of it stands in the new index
     assert bank.add([world.tok.encode(text_of(1))]) == [17]  # told again
     assert retriever.search([text_of(1)], 1)[0].tolist() == [[17]]
+
+
+def test_keys_are_those_of_the_very_tokens(world):
+    """A text that begins inside a word, encoded anew with a space in front: keys that no memory
+    has."""
+    flags = ("--checkpoint", world.checkpoint, "--device", "cpu")
+    run(world, "index", "--embedder", "self:1.1", *flags)
+    whole = world.tok.encode(text_of(3))
+    piece = next(
+        whole[i:] for i in range(9) if world.tok.encode(world.tok.decode(whole[i:])) != whole[i:]
+    )
+    bank = MemoryBank.open(world.bank, world.model)
+    (added,) = bank.add([piece])
+    keys = Live.open(bank.references, world.model).retriever
+    first, n = keys.rows[added]
+    made = keys.index.reconstruct_n(first, n)
+    kept = inside.stored_keys(bank.recall([added]), keys.i, keys.head)[0]
+    assert n == len(kept) and (made * kept).sum(1).min() > 0.999
 
 
 def test_a_base_that_is_searched_from_inside(world, tmp_path, capsys):

@@ -12,11 +12,14 @@ from conftest import ROOT, SHAPE
 from world import World
 
 import corpus
+import inside
+import kb
 import write
 from bank import MemoryBank
 from common import UserError, write_json
 from experiments import whole_documents
-from model import Config, Memory3
+from model import Config, Memory3, load_checkpoint
+from retrieval import Live
 
 V = 37
 PIECES = [1, 7, 2, 3]  # of each document; with half = 2, 7 pieces are three windows
@@ -189,6 +192,25 @@ def test_write_py(world, tmp_path, capsys):
     assert "references are encoded as one sequence" in capsys.readouterr().out
     with pytest.raises(UserError, match="encoded alone"):
         command("alone", "--whole_documents")
+    # keys of these memories, which a changed piece leaves in those after it (Remark 3.1)
+    flags = ["--kb", tmp_path / "whole", "--checkpoint", world.checkpoint, "--device", "cpu"]
+    kb.main([*map(str, ["index", *flags, "--embedder", "self:1.1"])])
+    bank = MemoryBank.open(tmp_path / "whole", load_checkpoint(world.checkpoint)[0].eval())
+    bank.append(world.tok.encode("Dunholm."))
+    assert len(Live.open(bank.references, bank.model)) == 4
+    bank.replace(0, world.tok.encode("Abaholm is large."))
+    with pytest.raises(
+        UserError, match="keys of reference 0, a piece of a document, .* kb.py index"
+    ):
+        Live.open(bank.references, bank.model)
+    kb.main([*map(str, ["index", *flags])])
+    live = Live.open(bank.references, bank.model)
+    assert live.embedder.name == "self:1.1"
+    keys = live.retriever
+    for i, kept in enumerate(inside.stored_keys(bank.recall(range(4)), keys.i, keys.head)):
+        first, n = keys.rows[i]
+        made = keys.index.reconstruct_n(first, n)
+        assert n == len(kept) and (made * kept).sum(1).min() > 0.999
     with pytest.raises(UserError, match="kb.documents is missing"):
         command("none", "--references", "kb", "--whole_documents")
 

@@ -115,6 +115,15 @@ def test_a_base_needs_its_texts_no_more(place, capsys):
         run(place, "--references", "kb")
 
 
+def test_a_base_in_the_working_directory(place, monkeypatch):
+    """The texts of a base that is called kb, like a data set's references, instead of these."""
+    run(place, "--out", place / "elsewhere/kb")
+    rows = [corpus.tokenizer(place).encode("Another text.")]
+    corpus.References.create(place / "kb", rows, 257)
+    monkeypatch.chdir(place / "elsewhere")
+    assert len(run(place).references) == 1
+
+
 def test_another_embedder(place, capsys):
     """--embedder or --factory that is swallowed because an index is there; the default, that undoes
     the choice; keys of the memories that do not follow a live change (Remark 3.1)."""
