@@ -82,7 +82,7 @@ def check_fields(config, flag=""):
             check(value in allowed, f"{name}: give one of {', '.join(allowed)}")
         elif allowed:
             low, high = allowed
-            inside = math.isfinite(value) and low <= value <= high
+            inside = low <= value <= high  # nan is in no range
             check(inside, f"{name}: give {NOUNS[kind]} from {low:,} to {high:,}")
         setattr(config, field.name, value)
 
@@ -396,6 +396,9 @@ def _locked(file):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        line = f"{file.name}: this disk has no locks ({error.strerror})"
+        print(f"{line}; let no other process work there", file=sys.stderr)
     return True
 
 
@@ -429,7 +432,7 @@ def number(kind, low=-math.inf, high=math.inf):
 
     def convert(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):  # nan is in no range
+        if not (low <= value <= high and abs(value) < math.inf):  # nan is in no range
             most = "" if high == math.inf else f" to {high}"
             raise argparse.ArgumentTypeError(f"{text}: it goes from {low}{most}")
         return value

@@ -47,6 +47,7 @@ class Trace:
 
     def table(self, n_chunks):
         """The reference ids that each chunk read, (B, n_chunks, R): see pool_of and forward."""
+        check(self.recalls, "nothing was recalled: there was no retriever")
         batch, n_recall = self.recalls[0]["ids"].shape
         table = np.full((batch, n_chunks, n_recall), -1)
         for recalled in self.recalls:
@@ -254,11 +255,15 @@ def generate(
     check(low >= 0 and high < cfg.vocab_size, line)
     valid = math.isfinite(temperature) and temperature >= 0
     check(valid, f"temperature {temperature}: give a number from 0")
+    check(top_k >= 0, f"top_k {top_k}: give a number from 0, which keeps all tokens")
+    check(0 <= top_p <= 1, f"top_p {top_p}: give a number from 0 to 1")
     check(n_new > 0, f"{n_new} new tokens were asked for; ask for at least 1")
     check_fits(n_prompt, n_new, cfg)
     if forced is not None:
         valid = forced.shape == (batch, n_new)
         check(valid, f"forced must be ({batch}, {n_new}) tokens: B, n_new")
+        valid = 0 <= int(forced.min()) and int(forced.max()) < cfg.vocab_size
+        check(valid, f"forced must be token ids, 0 to {cfg.vocab_size - 1}")
     check((retriever is None) == (bank is None), "memories need both a retriever and a bank")
     check(bank is None or not plain, "the plain format has no header and reads no memories")
     chunk_len = cfg.chunk_len

@@ -109,7 +109,8 @@ def token_weights(q, k, mask, approximate=False):
     the same chance to be kept wherever it stands. mask (N, n) bool: True where a real token is;
     header and padding are neither i nor j. approximate: the paper's faster weights, exp(score)
     without the division of the softmax. Here one constant for each key-value head is subtracted
-    from the scores first, so that exp cannot overflow; the order of the weights stays the same.
+    from the scores first, so that exp cannot overflow; the order of the weights stays the same, but
+    for those e^87 times smaller than the largest, which are zero.
     Returns (N, Hkv, n) float32, zero at masked tokens. (Sums in bfloat16 would change a fifth of
     the choices.) With q = 0, each of 3 tokens receives 1/3 from each of the 3:
 
@@ -348,7 +349,7 @@ def memory_attention_backward(
     Adds to dq (B, H, P+T, dh) in place; returns dmem_k and dmem_v (M, Hkv, S, dh).
     """
     kv_heads, slots, head_dim = mem_k.shape[1:]
-    delta = (dout * out).sum(-1, keepdim=True)  # (B, H, P+T, 1)
+    delta = (dout * out).sum(-1, keepdim=True)  # (B, H, P+T, 1): sum(out * dout) above
     queries = by_chunk(q, kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, dh)
     dout = by_chunk(dout, kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, dh)
     delta = by_chunk(delta, kv_heads, chunk_len, n_header)  # (B*c, Hkv, G*C, 1)
@@ -360,7 +361,8 @@ def memory_attention_backward(
 
     scores -= lse
     p = scores.exp_().to(q.dtype)  # (B*c, Hkv, G*C, R*S)
-    ds = dout @ values.mT  # the gradient of p
+    # ds, the gradient of q . k, is p * (dp - delta) / sqrt(dh), made in place
+    ds = dout @ values.mT  # dp (B*c, Hkv, G*C, R*S)
     ds -= delta
     ds *= p
     ds /= math.sqrt(head_dim)

@@ -85,15 +85,13 @@ class Config:
     width: Annotated[int, 0, 2**20] = 0  # d, where it is not H*dh (Qwen3); 0 = H*dh
     qkv_bias: bool = False  # the projections q, k, v add a bias (Qwen2)
     qk_norm: bool = False  # RMSNorm of each head's q and k, before RoPE (Qwen3)
-    rope_factor: Annotated[float, 1, 1e6] = (
-        1.0  # RoPE's low frequencies are divided by it (Llama 3)
-    )
+    rope_factor: Annotated[float, 1, 1e6] = 1.0  # divides RoPE's low frequencies (Llama 3)
     rope_low: Annotated[float, 1e-6, 1e6] = 1.0  # low: fewer turns in rope_original tokens
     rope_high: Annotated[float, 1e-6, 1e6] = 4.0  # not low: more turns in rope_original tokens
     rope_original: Annotated[float, 1, 1e9] = 8192.0  # tokens of its first context (Llama 3)
     tied: bool = False  # input and output embeddings share weights; not in the paper
     approximate_weights: bool = False  # sec. 3.3: exp without the normalisation
-    memory_heads: str = "all"  # or layer.head of each that keeps memories: 2.0,2.1,3.7
+    memory_heads: str = "all"  # all, or layer.head of each that keeps memories: 2.0,2.1,3.7
     selection: Annotated[int, 1, 2**16] = 1  # number of the rule in memory.keep_tokens
 
     def __post_init__(self):
@@ -632,7 +630,7 @@ class Memory3(nn.Module):
         def own(x):
             """x (D, H or Hkv, P+m, dh) at each reference's own tokens: (N, H or Hkv, n, dh)."""
             if documents is None:
-                return x[:, :, P:]  # all but the header
+                return x[:, :, P:]  # all but the header: read this case first
             x = x.transpose(1, 2)  # (D, P+m, H or Hkv, dh)
             x = x[row[:, None], P + place]  # (N, n, H or Hkv, dh)
             return x.transpose(1, 2)
@@ -654,11 +652,11 @@ class Memory3(nn.Module):
             k = apply_rope(k, cos, sin)
             if l in cfg.memory_layers:
                 if documents is None:
-                    own_k = own(k)  # (N, Hkv, n, dh)
+                    turned_k = own(k)  # (N, Hkv, n, dh): after RoPE, as it is kept
                 else:
                     # wherever a piece stands in its document, in memory it lies at P, P+1, ...
-                    own_k = apply_rope(own_k, cos[P : P + n], sin[P : P + n])
-                memory = torch.stack([kept(own_k, index), kept(own(v), index)], 1)
+                    turned_k = apply_rope(own_k, cos[P : P + n], sin[P : P + n])
+                memory = torch.stack([kept(turned_k, index), kept(own(v), index)], 1)
                 made = (memory, index)  # (N, 2, Hkv, S, dh), (N, Hkv, S)
             if l == last:
                 return None, made  # references are dropped here: only their keys were needed
@@ -669,7 +667,9 @@ class Memory3(nn.Module):
         parts = []  # of the memory, one for each memory layer
         indices = []
         for l in range(last + 1):
-            x, made = self._layer(l, x, attend)
+            x, made = self._layer(
+                l, x, attend
+            )  # no cos, sin: q and k come without RoPE, to choose by
             if made is not None:
                 parts.append(made[0])
                 indices.append(made[1])
@@ -731,6 +731,8 @@ class Cache:
     context]; only memory layers have slots, R*S of them. header=False: the plain format, without
     header and slots. length (1,): how many context tokens it holds. length is a tensor on the
     device, all changes are in place, and shapes never change: a CUDA graph of `decode` needs that.
+    end, memory_end (1,): how many keys `attend` finds in a layer without memories, and in one with
+    them; `grow` sets both.
     """
 
     def __init__(self, config, batch, max_context, header=True, dtype=torch.float32, device="cpu"):
@@ -778,7 +780,6 @@ class Cache:
         cos = cos[self.length]
         sin = sin[self.length]
         self.length += 1
-        # how many keys `attend` finds, in a layer without memories and in one with them
         self.end = self.n_header + self.length
         self.memory_end = self.end + self.n_slots
         return cos, sin
@@ -881,14 +882,15 @@ def save_checkpoint(path, weights, meta, optimizer=None, shards=None):
     if shards is not None:
         state["shards"] = shards
 
+    copy = path.with_name("meta.json")
+
     def write(file):
         summed = SummedFile(file)
         torch.save(state, summed)
         file.write(f"{CHECKSUM}{summed.crc:08x}".encode())
+        if path.name == "model.pt":  # which is whole, and has only to be renamed
+            copy.unlink(missing_ok=True)  # so that it is never that of other weights
 
-    copy = path.with_name("meta.json")
-    if path.name == "model.pt":
-        copy.unlink(missing_ok=True)  # so that it is never that of other weights
     replace_file(path, write)
     if path.name == "model.pt":
         write_json(copy, meta)
@@ -931,6 +933,7 @@ def read_checkpoint(path, verify=True):
     raise UserError(f"{file}: not a checkpoint as train.py wrote it ({fault}); {cure}")
 
 
+@torch.inference_mode(False)  # weights that were made there could not be trained, nor compared
 def load_checkpoint(path, verify=True):
     """-> the model, on the CPU and in the file's dtype, and meta (config, stage, step, tokenizer id
     ...). path: a .pt file of train.py, or a directory that holds model.pt.

@@ -33,7 +33,7 @@ def round_at_random(x, generator):
     """x float32 -> bfloat16, up or down with the probability that makes the mean equal to x.
 
     A bfloat16 is the upper half of a float32. So: add a random number below 2**16 to the bits, and
-    cut off the lower half; 1.5 steps above a bfloat16 carries over in half of all cases.
+    cut off the lower half; what lies half a step above a bfloat16 is rounded up half of the time.
     """
     bits = x.view(torch.int32)
     noise = torch.randint(2**16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
@@ -42,9 +42,9 @@ def round_at_random(x, generator):
 
 
 class RoundedAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW (decoupled weight decay), with states in float32 whatever the weights are.
-
-    The random numbers depend on seed and step alone: a resumed run is the same run.
+    """torch.optim.AdamW (decoupled weight decay), with states in float32 whatever the weights are:
+    those that first_states has given it. The random numbers depend on seed and step alone: a
+    resumed run is the same run.
     """
 
     def __init__(self, groups, lr, betas, seed, eps=1e-8):
@@ -59,10 +59,6 @@ class RoundedAdamW(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
                 state["step"] += 1
                 step = int(state["step"])
                 if p.device not in generators:

@@ -1,5 +1,6 @@
 """Refusals in one line, the readers of our files, whole files, entry points."""
 
+import argparse
 import doctest
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 
 import common
 from common import UserError, read_array, read_json, read_rows, read_text
+from model import Config
 
 ROOT = Path(common.__file__).parent
 CURE = "run python prepare.py"
@@ -211,6 +213,30 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     assert not list(tmp_path.rglob("*.tmp")) and (tmp_path / "file").read_bytes() == b"x"
 
 
+def test_numbers_have_their_range():
+    """A traceback for a number that no float holds; nan or infinity where a number is meant."""
+    count = common.number(int, 1)
+    assert count("7") == 7 and common.number(float, -2)("-1.5") == -1.5
+    assert count("1" + "0" * 400) == 10**400
+    for kind, text in ((int, "0"), (int, "-" + "9" * 400), (float, "nan"), (float, "inf")):
+        with pytest.raises(argparse.ArgumentTypeError, match="it goes from"):
+            common.number(kind, 1)(text)
+    with pytest.raises(UserError, match="n_layer 10*: give a whole number from 1 to"):
+        Config(n_layer=10**400)
+
+
+def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    """A traceback on the shared disks that know no flock, or silence."""
+
+    def flock(file, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(common.fcntl, "flock", flock)
+    with common.lock(tmp_path):
+        pass
+    assert "this disk has no locks (Operation not supported)" in capsys.readouterr().err
+
+
 def test_waiting_for_a_directory_is_said_and_ends(tmp_path, capsys):
     """A command that hangs for ever, and says nothing, behind a process that is stopped."""
     with common.lock(tmp_path):
@@ -218,7 +244,7 @@ def test_waiting_for_a_directory_is_said_and_ends(tmp_path, capsys):
         with pytest.raises(UserError, match="working there for 1.5 s: end it, or try later"):
             with common.lock(tmp_path, 1.5):
                 pass
-        assert 1.4 < time.monotonic() - refused_after < 10
+        assert 1.4 < time.monotonic() - refused_after < 60
         assert capsys.readouterr().err.endswith("working there; waiting for up to 1.5 s\n")
     with common.lock(tmp_path, 0):
         assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 import argparse
 import doctest
+import math
 
 import numpy as np
 import pytest
@@ -410,6 +411,12 @@ def test_refusals(build, bank):
         (lambda: generate(model, tokens, 3, Log(19), bank, plain=True), "plain"),
         (lambda: generate(model, tokens, 0), "0 new"),
         (lambda: generate(model, tokens, 3, forced=tokens[:, :2]), "forced must be .1, 3. tokens"),
+        (lambda: generate(model, tokens, 2, forced=torch.tensor([[1, 97]])), "token ids, 0 to 96"),
+        (lambda: generate(model, tokens, 2, forced=torch.tensor([[-1, 5]])), "token ids, 0 to 96"),
+        (lambda: generate(model, tokens, 2, temperature=1.0, top_k=-1), "top_k -1: give a number"),
+        (lambda: generate(model, tokens, 2, temperature=1.0, top_p=-0.1), "top_p -0.1: give a num"),
+        (lambda: generate(model, tokens, 2, temperature=1.0, top_p=math.nan), "top_p nan: give a"),
+        (lambda: generate(model, tokens, 2)[1].table(3), "nothing was recalled"),
     ]:
         with pytest.raises(ValueError, match=line) as e:
             call()

@@ -1053,6 +1053,31 @@ def test_checkpoint_that_does_not_fit_itself_is_refused(build, tmp_path):
         load_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_that_could_not_be_written_leaves_the_old_one(build, tmp_path, monkeypatch):
+    """Catches a disk that is full in a save: weights without their meta.json, half a file."""
+    ours = checkpoint(build, tmp_path / "model.pt")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"model.pt", "meta.json"}
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="model.pt cannot be written: No space left"):
+        save_checkpoint(tmp_path / "model.pt", ours.state_dict(), dict(config=asdict(ours.config)))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_checkpoint_is_opened_in_any_mode(build, tmp_path):
+    """Catches weights of PyTorch's inference mode, of which no change is counted."""
+    ours = checkpoint(build, tmp_path / "model.pt")
+    with torch.inference_mode():
+        model, _ = load_checkpoint(tmp_path)
+        assert model.fingerprint() == ours.fingerprint()
+    model(torch.tensor([[96, 5, 7]]), torch.tensor([[5, 7, 9]]))[1].backward()  # it can learn
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite_are_neither_written_nor_read(build, tmp_path, number):
     """Catches nan that is saved over a good checkpoint, or believed: memories of nan, answers of
