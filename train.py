@@ -31,7 +31,7 @@ import signal
 import threading
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, get_args
@@ -49,7 +49,7 @@ from common import (
     check_fields,
     command,
     find_device,
-    make_directory,
+    lock,
     replace_file,
     run,
 )
@@ -73,7 +73,7 @@ class TrainConfig:
     init: str = ""  # a checkpoint to start from: its weights, not its optimizer
     context: Annotated[int, 1, 2**24] = 256  # T, tokens of a window
     batch: Annotated[int, 1, 2**20] = 16  # windows a step, on whatever hardware
-    micro_batch: Annotated[int, 0, 2**20] = 0  # windows a GPU takes at a time; 0: what fits
+    micro_batch: Annotated[int, 0, 2**20] = 0  # windows at a time; 0: what fits a GPU; on a CPU all
     steps: Annotated[int, 1, 10**9] = 1000  # of the optimizer, in all
     minutes: Annotated[float, 0, 10**6] = 0.0  # > 0: train so long, not --steps steps
     lr: Annotated[float, 0, 10] = 2e-3  # the highest; linear warmup, constant, linear decay
@@ -84,10 +84,10 @@ class TrainConfig:
     grad_clip: Annotated[float, 0, 10**9] = 1.0  # largest norm of the gradient; 0: no limit
     query_shift: Annotated[int, 0, 1] = 0  # 1: read what the chunk before retrieved
     eval_every: Annotated[int, 1, 10**9] = 250  # steps between validations (best.pt)
-    eval_batches: Annotated[int, 1, 10**6] = 4  # micro-batches of each validation split
+    eval_batches: Annotated[int, 1, 10**6] = 4  # batches of each validation split
     save_every: Annotated[int, 1, 10**9] = 250  # steps between checkpoints (last.pt)
     keep_every: Annotated[int, 0, 10**9] = 0  # steps between kept copies, step_N.pt; 0: none
-    back_off: Annotated[float, 0, 0.99] = 0.0  # on divergence: last.pt, with lr times this; 0: stop
+    back_off: Annotated[float, 0, 0.99] = 0.0  # diverged: last.pt, lr times this; 0: nan ends it
     seed: Annotated[int, 0, 2**31 - 1] = 1  # of the first weights and the order of the windows
     device: str = "auto"  # cuda where there is one
     dtype: Annotated[str, "auto", "float32", "bfloat16"] = "auto"  # of matrix products
@@ -163,11 +163,12 @@ class Windows:
         if self.neighbors is None:
             return tokens, targets, None, None
         n_chunks = self.T // self.C
-        rows = [self.neighbors[w * n_chunks : (w + 1) * n_chunks, 0] for w in windows]
-        ids = np.stack(rows)  # (B, c), the best neighbour of each chunk, -1 = none
-        rows = np.maximum(ids, 0).ravel()  # for -1 reference 0 is written, and nobody reads it
+        found = [self.neighbors[w * n_chunks : (w + 1) * n_chunks, 0] for w in windows]
+        ids = np.stack(found)  # (B, c), the best neighbour of each chunk, -1 = none
+        written = np.maximum(ids, 0).ravel()  # for -1 reference 0 is written, and nobody reads it
         width = self.config.ref_len if full_width else None
-        references = self.references.batch(rows, width)  # (B*c, n)
+        # row b*c + i is that of chunk i of window b
+        references = self.references.batch(written, width)  # (B*c, n)
         recall = recall_table(ids, self.config.n_recall, self.shift)  # (B, c, R)
         return tokens, targets, references, recall
 
@@ -266,6 +267,8 @@ PEAK = dict(A100=312e12, A800=312e12, H100=989e12, H800=989e12, H200=989e12)
 
 def choose_dtype(cfg, device):
     """-> the dtype of the computation, and why: the fastest that the hardware has."""
+    if cfg.param_dtype == "bfloat16":
+        return torch.bfloat16, "that of the weights"
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype), "asked for"
     # where it is emulated, bfloat16 is slower than float32
@@ -495,13 +498,23 @@ def describe(cfg, config, windows, device, dtype, reason, size):
         print(f"processes: {size}, {cfg.parallel}; {line}, ends the run")
 
 
+WAIT = 10  # seconds for another run in the same directory to end
+
+
+@contextmanager
+def only_run(out, rank):
+    """No other run writes into `out` meanwhile: the first process holds the directory's lock."""
+    with nullcontext() if rank > 0 else lock(out, WAIT):
+        yield
+
+
 def open_log(out, step, rank=0):
     """Opens log.jsonl to append a row a step; drops rows after `step`, left by a killed run."""
     if rank > 0:
         return open(os.devnull, "w")
-    make_directory(out)
-    for left in out.glob("*.tmp"):
-        left.unlink()  # half written by a run that was killed
+    for name in ("*.pt", "meta.json", "log.jsonl"):
+        for left in out.glob(f"{name}.tmp"):
+            left.unlink()  # half written by a run that was killed
     path = out / "log.jsonl"
     rows = []
     if path.exists():
@@ -615,7 +628,7 @@ def validate(model, splits, cfg, cast, device, rank=0, size=1):
     model.eval()
     result = {}
     for name, windows in splits.items():
-        n = min(windows.n, cfg.eval_batches * cfg.micro_batch)
+        n = min(windows.n, cfg.eval_batches * cfg.batch)  # the same on whatever hardware
         cases = [name]
         if cfg.stage == "explicit":
             cases.append(f"{name}, nothing recalled")
@@ -766,14 +779,14 @@ def main(cfg, config=None):
     flops = cost.step_flops(config, cfg.stage == "explicit", cfg.context) / cfg.context  # a token
     describe(cfg, config, train, device, dtype, reason, size)
 
-    log = open_log(out, meta["step"], rank)
-    val = validate(model, splits, cfg, cast, device, rank, size)  # what must fail fails early
     losses = []
     first = meta["step"]
-    started = time.time()
     before = meta["seconds"]  # trained by earlier processes of this run
     saved = last.exists()
-    with asked_to_stop(size > 1) as asked:
+    with only_run(out, rank), asked_to_stop(size > 1) as asked:
+        log = open_log(out, meta["step"], rank)
+        val = validate(model, splits, cfg, cast, device, rank, size)  # what must fail fails early
+        started = time.time()
         while not ended(meta, cfg):
             # the gradient of cfg.batch windows
             began = time.time()
@@ -807,7 +820,8 @@ def main(cfg, config=None):
                 losses = []
                 continue
             line = f"step {meta['step']}: the loss is {loss}, its gradient's norm {norm}"
-            check(finite, f"{line}. Resume with a smaller --lr, or --back_off 0.5")
+            again = "Resume" if saved else "Begin again"
+            check(finite, f"{line}. {again} with a smaller --lr, or a smaller --back_off above 0")
 
             # the step
             optimizer.step()
@@ -850,8 +864,8 @@ def main(cfg, config=None):
                 parallel.stop()
                 again = command("train.py", "--resume", out)
                 raise KeyboardInterrupt(f"after step {step}, which is saved; go on with {again}")
-    save(out / "model.pt", model, meta, rank)  # what write.py, sample.py, eval.py open
-    log.close()
+        save(out / "model.pt", model, meta, rank)  # what write.py, sample.py, eval.py open
+        log.close()
     return dict(model=model, losses=losses, val=val, step=meta["step"])
 
 

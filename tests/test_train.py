@@ -32,7 +32,7 @@ import retrieval
 import train
 from common import UserError
 from model import Block, Config, Memory3, load_checkpoint, read_checkpoint, save_checkpoint
-from optimizer import RoundedAdamW, round_at_random
+from optimizer import RoundedAdamW, first_states, round_at_random
 from train import TrainConfig, Windows, recall_table
 
 C, T = 7, 28  # 4 chunks a window
@@ -252,6 +252,7 @@ def test_rounded_adamw_is_adamw_in_float32(build):
     groups = train.make_optimizer(ours, cfg).param_groups
     fields = [dict(params=g["params"], weight_decay=g["weight_decay"]) for g in groups]
     optimizers = RoundedAdamW(fields, 3e-3, (0.9, 0.95), seed=1), train.make_optimizer(theirs, cfg)
+    first_states(optimizers[0])
     for step in range(5):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             torch.manual_seed(step)
@@ -442,12 +443,12 @@ def test_validation_is_the_loss_of_the_validation_files(data, tmp_path):
 
 def test_explicit_validation_is_with_and_without_what_was_recalled(data, tmp_path):
     """Catches a "nothing recalled" that recalls, and memories of other chunks in validation."""
-    result = run(data, tmp_path / "out", "explicit", steps=9, micro_batch=2, eval_batches=2)
+    result = run(data, tmp_path / "out", "explicit", steps=9, micro_batch=2, eval_batches=1)
     val, model = result["val"], result["model"]
     assert list(val) == [n + x for n in EXPLICIT[1:] for x in ("", ", nothing recalled")]
     windows = Windows(settings(data, "", "explicit"), "explicit_val", model.config)
     with torch.no_grad():
-        tokens, targets, references, recall = windows.batch(range(4))  # 2 batches of 2
+        tokens, targets, references, recall = windows.batch(range(4))  # a batch, in two passes
         logits = model(tokens, None, model.write(references), recall)[0]
         empty = model(tokens, None, model.write(references))[0]
     for x, name in ((logits, "explicit_val"), (empty, "explicit_val, nothing recalled")):
@@ -458,12 +459,15 @@ def test_explicit_validation_is_with_and_without_what_was_recalled(data, tmp_pat
 
 @pytest.mark.parametrize("stage", ["implicit", "explicit"])
 def test_micro_batches_add_up_to_the_batch(data, tmp_path, stage):
-    """Catches gradients that are summed instead of averaged, windows read twice or skipped."""
+    """Catches gradients that are summed instead of averaged, windows read twice or skipped; a
+    validation of fewer windows where fewer fit."""
     logs = []
+    small = dict(steps=4, lr=1e-3, eval_batches=1)
     for micro in (4, 2, 1):
-        run(data, tmp_path / str(micro), stage, steps=4, micro_batch=micro, lr=1e-3)
+        run(data, tmp_path / str(micro), stage, micro_batch=micro, **small)
         logs.append(log(tmp_path / str(micro)))
     for rows in logs[1:]:
+        assert rows[-1]["val"] == pytest.approx(logs[0][-1]["val"], rel=1e-5)
         for a, b in zip(logs[0], rows, strict=True):
             assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5)
             assert math.isclose(a["norm"], b["norm"], rel_tol=1e-3)
@@ -969,17 +973,38 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
         assert "--steps STEPS of the optimizer, in all (default 1000)" in text
 
 
+def test_one_run_at_a_time(data, tmp_path, monkeypatch):
+    """Catches two runs that write one last.pt and one log in turn, and a file of somebody else that
+    goes because its name looks like one that a kill has left."""
+    monkeypatch.setattr(train, "WAIT", 0.1)
+    out = tmp_path / "out"
+    with common.lock(out):
+        with pytest.raises(UserError, match="out: another process has been working there"):
+            run(data, out, steps=1)
+        assert [path.name for path in out.iterdir()] == ["lock"]
+    for name in ("notes.tmp", "last.pt.tmp", "step_3.pt.tmp", "meta.json.tmp"):
+        (out / name).write_text("half")
+    run(data, out, steps=1)
+    assert [path.name for path in out.glob("*.tmp")] == ["notes.tmp"]
+
+
+def test_the_dtype_that_is_said_is_that_of_the_products(data, tmp_path, capsys):
+    """Catches "float32 (asked for)" where weights in bfloat16 are multiplied in bfloat16."""
+    run(data, tmp_path / "out", steps=1, param_dtype="bfloat16")
+    assert "torch.bfloat16 (that of the weights)" in capsys.readouterr().out
+
+
 def test_help_explains_every_flag(capsys):
     """Catches a field without a comment: its flag would have no help."""
     with pytest.raises(SystemExit):
         train.command_line(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for word in vars(TrainConfig()) | TINY:
+    for word in [*vars(TrainConfig()), *vars(Config())]:
         if word not in ("vocab_size", "header"):
             assert f"--{word} " in text
             after = text.split(f"--{word} ")[-1].removeprefix(word.upper()).strip()
             after = re.sub(r"^\{.*?\} ", "", after)  # the values of a flag that has choices
-            assert not after.startswith(("(default", "--")), word
+            assert not after.startswith(("(default", "--", "or ")), word
 
 
 def test_command_line_trains_resumes_and_fails_in_one_line(data, tmp_path):
