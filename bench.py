@@ -386,7 +386,7 @@ def train_beside_plain(b):
     theirs.model = plain
     theirs.optimizer = type(ours.optimizer)(plain.parameters(), cfg.lr, fused=True)
     theirs.loss_on = peers.loss_on
-    if b.device.type == "cuda":  # as both are trained there
+    if b.device.type == "cuda" or b.compile:  # both alike
         ours.model.fuse()
         theirs.loss_on = torch.compile(peers.loss_on)
     runs = dict(ours=partial(ours, cfg.batch, False), plain=partial(theirs, cfg.batch, False))
@@ -423,15 +423,13 @@ def decode_beside(b, batch):
     for n in (few, C):
         runs[f"plain {n}"] = partial(generate, model, tokens, n, plain=True)
         runs[f"memories {n}"] = partial(generate, model, tokens, n, retriever, bank)
-    taken = times(b, runs)
-    theirs = {}
     try:
         llama = peers.llama_of(config, b.dtype, b.device)
         for n in (few, C):
-            theirs[f"transformers {n}"] = partial(peers.decode_with_transformers, llama, tokens, n)
+            runs[f"transformers {n}"] = partial(peers.decode_with_transformers, llama, tokens, n)
     except ImportError:
         print("transformers is not installed: its decoding is not measured")
-    taken |= times(b, theirs)
+    taken = times(b, runs)
     rates = {}
     out = {}
     for name in ("plain", "memories", "transformers"):

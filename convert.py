@@ -112,6 +112,12 @@ class HuggingFace:
         self.made = read_json(self.path / "config.json", dict(model_type=str), self.cure)
         self.safetensors = optional("safetensors")
         files = sorted(self.path.glob("*.safetensors"))
+        index = self.path / "model.safetensors.index.json"
+        self.named = {}  # tensor -> the file that has it
+        if index.exists():
+            self.named = read_json(index, dict(weight_map=dict), self.cure)["weight_map"]
+            # any other file has the same weights in another format
+            files = [file for file in files if file.name in self.named.values()]
         check(files, f"{path}: no .safetensors file in it: {self.cure}")
         self.file_of = {}
         dtypes = set()
@@ -132,11 +138,8 @@ class HuggingFace:
 
     def check_shards(self):
         """Every tensor that the index names is there: a missing file is named, not its tensors."""
-        index = self.path / "model.safetensors.index.json"
-        if index.exists():
-            named = read_json(index, dict(weight_map=dict), self.cure)["weight_map"]
-            for name, file in named.items():
-                check(name in self.file_of, f"{self.path}/{file} is missing: copy it, too")
+        for name, file in self.named.items():
+            check(name in self.file_of, f"{self.path}/{file} is missing: copy it, too")
 
     def copy(self, name, to):
         """Copies a tensor into another one of the same shape."""
@@ -210,7 +213,7 @@ GGUF_PRE = {
     "llama-bpe": split_by(LLAMA3_SPLIT),
     "qwen2": split_by(LLAMA3_SPLIT.replace("{1,3}", "")),
 }
-NORMAL, CONTROL = 1, 3  # kinds of tokens in a GGUF file: text, special; others are special to us
+NORMAL, CONTROL = 1, 3  # kinds of tokens in a GGUF file: text, special; others are always one token
 
 
 class Gguf:
@@ -411,6 +414,8 @@ def rope_fields(made, path):
     """The fields of RoPE, as older (rope_theta, rope_scaling) and newer files have them."""
     rope = made.get("rope_parameters") or made.get("rope_scaling") or {}
     check(isinstance(rope, dict), f"{path}: the RoPE in its config.json is no object")
+    part = rope.get("partial_rotary_factor")
+    check(part in (None, 1), f"{path}: partial_rotary_factor {part!r} is not supported, only 1")
     base = rope.get("rope_theta") or made.get("rope_theta") or 10000.0
     found = dict(rope_base=base)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -529,6 +534,13 @@ def to_huggingface(path, out):
     safetensors = optional("safetensors.torch")
     model, _ = load_checkpoint(path)
     config = model.config
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    itself = Path(out).resolve() == folder.resolve()
+    check(not itself, f"--out {out} is the checkpoint itself: give another directory")
+    made = Path(out, "config.json")
+    ours = made.exists() and "memory3" in read_json(made, {}, "give another --out")
+    foreign = [*Path(out).glob("*.safetensors*")] and not ours
+    check(not foreign, f"--out {out} holds another model: give another directory")
     out = make_directory(out)
     theirs_dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     write_json(out / "config.json", made_from(config) | dict(torch_dtype=theirs_dtype))
@@ -561,7 +573,6 @@ def to_huggingface(path, out):
         )
         index = dict(metadata=dict(total_size=total), weight_map=where)
         write_json(out / "model.safetensors.index.json", index)
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if (folder / "tokenizer.json").exists():
         write_tokenizer(corpus.tokenizer(f"{folder}/"), out)
     return config
@@ -694,6 +705,7 @@ def main(argv=None):
     if a.to_hf:
         given = ", ".join(f"--{name}" for name in changes)
         check(not changes, f"{given}: not with --to_hf, which changes no number")
+        check(a.dtype == "auto", "--dtype: not with --to_hf, which changes no number")
         config = to_huggingface(a.path, a.out)
     else:
         check(Path(a.path).exists(), f"{a.path}: no such file or directory")

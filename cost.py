@@ -258,8 +258,7 @@ def index_rows(c, references, explicit_tokens, nodes):
     cores = nodes * CORES
     coding = references / EMBEDDED + takes.coding / MULTIPLICATIONS  # seconds of a core
     chunks = explicit_tokens / c.chunk_len
-    scanned = index.PROBES * references / max(1, index.n_lists(empty))  # codes for a query
-    searching = chunks * (GRAPH + scanned / SCANNED)
+    searching = chunks * (GRAPH + index.scanned(references, empty) / SCANNED)
     return [
         (f"GB of the index, {factory}", takes.size / 1e9),
         ("GB of RAM while it is made", takes.peak / 1e9),

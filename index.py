@@ -164,6 +164,11 @@ def n_lists(index):
     return getattr(inner_index(index), "nlist", 0)
 
 
+def scanned(n, index):
+    """How many codes a query is compared with."""
+    return n * min(1, PROBES / max(1, n_lists(index)))
+
+
 def sample_size(n, index):
     """From how many references lists are learnt, and from how many of those the codes."""
     if index.is_trained:

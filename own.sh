@@ -45,6 +45,13 @@ if test -n "$MODEL"; then
   test -e "$MODEL" || fail "MODEL=$MODEL: no such checkpoint"
   FOLDER=$MODEL
   test -d "$MODEL" || FOLDER=$(dirname "$MODEL")
+  if test -d "$OUT"; then
+    case $(cd "$FOLDER" && pwd -P)/ in
+      "$(cd "$OUT" && pwd -P)"/old-*) ;;
+      "$(cd "$OUT" && pwd -P)"/*)
+        fail "MODEL=$MODEL is in $OUT, of which all is made anew: give another folder, OUT=..." ;;
+    esac
+  fi
   if test -f "$FOLDER/tokenizer.json"; then TOKENIZER=$FOLDER/tokenizer.json; fi
   test -n "$TOKENIZER" ||
     fail "$MODEL has no tokenizer.json: give TOKENIZER=, the data set it was trained on"
@@ -95,7 +102,7 @@ if test "$TEXT_BEFORE" != "$FINGERPRINT"; then
     aside "another text, or read otherwise" "${ALL[@]}"
   fi
 elif test "$HOW_BEFORE" != "$HOW"; then
-  ALL=(shape.txt implicit model kb.bank bank_of eval.json)
+  ALL=(shape.txt implicit model kb.bank kb.bank.new bank_of eval.json)
   for path in "$OUT"/*.neighbors.*; do ALL+=("${path##*/}"); done
   aside "${HOW_BEFORE:-something else}" "${ALL[@]}"
 fi
@@ -141,7 +148,7 @@ run train.py ${INIT[@]+"${INIT[@]}"} $SHAPE $WINDOWS --data "$OUT" --stage impli
 # shellcheck disable=SC2086
 run train.py --init "$OUT/implicit" $WINDOWS --data "$OUT" --stage explicit --split train \
   --minutes "$EXPLICIT" --decay 0.4 --lr 1e-3 --out "$OUT/model" $TRAIN
-cp "$OUT/tokenizer.json" "$OUT/model/"   # so that MODEL=$OUT/model can be gone on with
+cp "$OUT/tokenizer.json" "$OUT/model/"   # so that MODEL=$OUT/model can be gone on with, in another OUT
 
 step "5 of 7: the knowledge base becomes memories (sec. 3.1)"
 WEIGHTS=$(grep '"weights"' "$OUT/model/meta.json")
@@ -173,7 +180,7 @@ fi
 step "7 of 7: three questions"
 while read -r prompt; do
   IFS=$'\t' read -r prompt truth <<< "$prompt"
-  run sample.py --checkpoint "$OUT/model" --data "$OUT" --bank "$OUT/kb.bank" --prompt "$prompt"
+  run sample.py --checkpoint "$OUT/model" --data "$OUT" --bank "$OUT/kb.bank" --prompt="$prompt"
   echo "    (truth: $truth)"
 done < "$OUT/prompts.txt"
 

@@ -8,7 +8,7 @@ largest base to the smallest.
 """
 
 import argparse
-import resource
+import re
 import shutil
 import sys
 import tempfile
@@ -27,6 +27,7 @@ from generate import remember  # noqa: E402
 from model import Config, Memory3  # noqa: E402
 from retrieval import Live  # noqa: E402
 
+CITIES = Path(__file__).resolve().parent.parent / "data/cities"
 SHAPE = dict(n_layer=2, n_memory_layer=1, n_head=2, n_kv_head=1, head_dim=16, mlp_width=32)
 TIMES = 200  # changes that are timed of each kind
 
@@ -39,7 +40,7 @@ def make_base(folder, n, tokenizer):
     rng = np.random.default_rng(0)
     tokens = rng.integers(300, 4000, 20 * n)
     offsets = np.arange(0, 20 * n + 1, 20)
-    shutil.copy("data/cities/tokenizer.json", folder)
+    shutil.copy(CITIES / "tokenizer.json", folder)
     references = corpus.References(Path(folder, "texts"), tokens, offsets, tokenizer.n_vocab)
     bank = MemoryBank.create(Path(folder, "base"), model, references)
     Live.build(bank.references, "hash:64", "Flat", progress=False)
@@ -57,7 +58,9 @@ def median_ms(change):
 
 
 def megabytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """What the process holds in RAM now (Linux). Its peak would be the largest base's before."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
 
 
 def measure(n, tokenizer):
@@ -113,23 +116,22 @@ def memory_of_edits(tokenizer, edits=10_000):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--sizes", default="1000,10000,100000", help="numbers of references")
+    p.add_argument("--sizes", default="1000,10000,100000", help="numbers of references, from 400")
     p.add_argument(
         "--edits", type=number(int, 500), default=10_000, help="for the memory: from 500"
     )
     a = p.parse_args(argv)
-    tokenizer = corpus.tokenizer("data/cities")
+    tokenizer = corpus.tokenizer(CITIES)
     rows = []
-    for n in map(int, a.sizes.split(",")):
+    for n in map(number(int, 2 * TIMES), a.sizes.split(",")):
         rows.append((n, measure(n, tokenizer)))
         print(f"{n:,}: measured", file=sys.stderr)
     names = list(rows[0][1])
     lines = [[f"{n:,}", *(f"{row[name]:.1f}" for name in names)] for n, row in rows]
     ratios = [f"{rows[-1][1][name] / rows[0][1][name]:.2f}" for name in names]
     print(columns(["references", *names], *lines, ["ratio", *ratios]))
-    if a.edits:
-        before, after = memory_of_edits(tokenizer, a.edits)
-        print(f"{a.edits:,} edits of 1,000 references: {before:.0f} MB after 500, {after:.0f} MB")
+    before, after = memory_of_edits(tokenizer, a.edits)
+    print(f"{a.edits:,} edits of 1,000 references: {before:.0f} MB after 500, {after:.0f} MB")
     return rows
 
 

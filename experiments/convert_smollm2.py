@@ -258,7 +258,7 @@ class Batches(torch.utils.data.IterableDataset):
         for b in range(B):
             if b % 2 == 0:  # the twin has the same fields
                 country = rng.choice(self.world.countries)
-                first = rng.randrange(len(country["groups"]) - c)
+                first = rng.randrange(len(country["groups"]) - c + 1)
                 groups = country["groups"][first : first + c]
                 if rng.random() < 0.5:
                     groups = rng.sample(country["groups"], c)
@@ -732,24 +732,23 @@ def measure(a):
 
 def table(results):
     """The answers before and after, in Markdown: nats an answer (share exact)."""
-    columns = {"before": results["runs"][0]["before"]}  # title -> {S: what Asker.measure made}
+    found = {"before": results["runs"][0]["before"]}  # title -> {S: what Asker.measure made}
     for one in results["runs"]:
-        columns[one["title"]] = one["after"]
-    lines = ["| | " + " | ".join(columns) + " |"]
-    lines.append("|---|" + "--:|" * len(columns))
+        found[one["title"]] = one["after"]
+    lines = [["", *found]]
     for condition in CONDITIONS:
         for S in (32, 16, 8) if condition in READING else (32,):
-            name = f"{condition}, S = {S}" if condition in READING else condition
-            cells = []
-            for column in columns.values():
-                nats, exact = column[str(S)]["answers"][condition]
-                cells.append(f"{nats:.2f} ({exact:.2f})")
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            line = [f"{condition}, S = {S}" if condition in READING else condition]
+            for one in found.values():
+                nats, exact = one[str(S)]["answers"][condition]
+                line.append(f"{nats:.2f} ({exact:.2f})")
+            lines.append(line)
     for text, label in (("factbook", "held-out countries"), ("readme", "our README")):
         for form, beside in (("plain", ""), ("random", " beside random memories")):
-            cells = [f"{column['32']['prose'][text][form]:.3f}" for column in columns.values()]
-            lines.append(f"| nats a token of {label}{beside} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            line = [f"nats a token of {label}{beside}"]
+            line += [f"{one['32']['prose'][text][form]:.3f}" for one in found.values()]
+            lines.append(line)
+    return columns(*lines)
 
 
 def layers_table(depths):

@@ -25,15 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus  # noqa: E402
 from common import check, make_directory, optional, read_json, run, write_json  # noqa: E402
 from index import (  # noqa: E402
-    PROBES,
     choose_factory,
     empty_index,
     encode_shard,
     is_index,
     join,
-    n_lists,
     predict,
     prepare,
+    scanned,
     search,
 )
 from retrieval import Retriever  # noqa: E402
@@ -215,9 +214,9 @@ def on_paper(rows, n):
     factory = choose_factory(n, dim)
     kind = empty_index(factory, dim)
     takes = predict(n, kind)
-    scanned = [scanned_codes(row["n"], k) for row, k in zip(measured, kinds, strict=True)]
+    compared = [scanned(row["n"], k) for row, k in zip(measured, kinds, strict=True)]
     result = dict(n=n, dim=dim, factory=factory, size=takes.size, peak=takes.peak)
-    result["codes"] = scanned_codes(n, kind)
+    result["codes"] = scanned(n, kind)
     for name, counts, count in (
         ("train_seconds", [w.training for w in work], takes.training),
         ("code_seconds", [w.coding for w in work], takes.coding),
@@ -226,14 +225,9 @@ def on_paper(rows, n):
         seconds = [row[name] for row in measured]
         result[name] = count * np.dot(counts, seconds) / np.dot(counts, counts)
     for name in ("processor_ms_alone", "processor_ms_in_32"):
-        slope, fixed = np.polyfit(scanned, [row[name] for row in measured], 1)
+        slope, fixed = np.polyfit(compared, [row[name] for row in measured], 1)
         result[name] = float(fixed + slope * result["codes"])
     return result
-
-
-def scanned_codes(n, index):
-    """How many codes a query is compared with."""
-    return n * min(1, PROBES / max(1, n_lists(index)))
 
 
 def main(argv=None):
@@ -258,7 +252,8 @@ def main(argv=None):
         show(result)
         return result
     faiss = optional("faiss")
-    out = make_directory(f"{a.out}/{a.n}x{a.dim}")
+    check(1 <= a.members <= a.n, f"--members {a.members}: give 1 to --n, {a.n}")
+    out = make_directory(f"{a.out}/{a.n}x{a.dim}, {a.members} a cluster")
     vectors = Vectors(out / "vectors.bin", a.n, a.dim, a.n // a.members)
     if not vectors.path.exists() or vectors.path.stat().st_size != 4 * a.n * a.dim:
         vectors.make()

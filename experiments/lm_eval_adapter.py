@@ -149,8 +149,10 @@ class Memory3LM(LM):
                 room = cfg.max_context - n - 1
                 prompt = [self.tokenizer.bos, *prompt[max(0, len(prompt) - room) :]]
                 tokens = torch.tensor([prompt])  # (1, T)
-                out, _ = generate(self.model, tokens, n, self.retriever, self.bank)
-                text = self.tokenizer.decode(out[0, len(prompt) :])
+                bos = self.tokenizer.bos  # begins another text: this one is at its end
+                out, _ = generate(self.model, tokens, n, self.retriever, self.bank, stop=bos)
+                said = [*out[0, len(prompt) :].tolist(), bos]
+                text = self.tokenizer.decode(said[: said.index(bos)])
             for stop in stops:
                 text = text.split(stop)[0]
             result.append(text)

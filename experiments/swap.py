@@ -164,7 +164,8 @@ def finetune(model, tokenizer, texts, rows, seconds, lr=3e-4, batch=16):
         tokens = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)  # (B, T)
         lengths = torch.tensor([len(line) for line in lines])[:, None]
         targets = tokens.masked_fill(torch.arange(tokens.shape[1]) >= lengths, -1)
-        loss = model(tokens[:, :-1], targets[:, 1:])[1]
+        targets = targets.to(model.device)
+        loss = model(tokens[:, :-1].to(model.device), targets[:, 1:])[1]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

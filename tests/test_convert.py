@@ -213,9 +213,30 @@ def test_shards(tmp_path, monkeypatch):
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
     twice = convert.convert(tmp_path / "back", tmp_path / "twice")
     assert twice == load_checkpoint(tmp_path / "ours")[0].config
+    # the same weights once more, by other names
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(dict(other=torch.zeros(3)), tmp_path / "back/consolidated.safetensors")
+    assert convert.convert(tmp_path / "back", tmp_path / "beside") == twice
     files[1].unlink()
     with pytest.raises(UserError, match=f"{files[1].name} is missing"):
         convert.convert(tmp_path / "back", tmp_path / "thrice")
+
+
+def test_a_model_is_not_overwritten(tmp_path):
+    """Catches a checkpoint or somebody's model that --to_hf writes over, and a --dtype that it
+    ignores."""
+    build_theirs("llama", tmp_path / "theirs")
+    convert.convert(tmp_path / "theirs", tmp_path / "ours", **CHANGES)
+    for out, line in (("ours", "is the checkpoint itself"), ("theirs", "holds another model")):
+        before = {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
+        with pytest.raises(UserError, match=line):
+            convert.to_huggingface(tmp_path / "ours", tmp_path / out)
+        assert {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} == before
+    for _ in range(2):  # its own may be written again
+        convert.to_huggingface(tmp_path / "ours", tmp_path / "back")
+    argv = [str(tmp_path / "ours"), "--to_hf", "--out", str(tmp_path / "back")]
+    with pytest.raises(UserError, match="--dtype: not with --to_hf"):
+        convert.main([*argv, "--dtype", "bfloat16"])
 
 
 def test_bfloat16_stays(tmp_path):
@@ -274,6 +295,7 @@ def test_older_and_newer_rope():
         (dict(attention_bias=True), "attention_bias"),
         (dict(mlp_bias=True), "mlp_bias"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor 0.5"),
         (dict(num_hidden_layers=None), "does not say num_hidden_layers"),
         (dict(num_hidden_layers="11"), "num_hidden_layers '11', which is no size"),
         (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "does not say low_freq_factor"),

@@ -268,6 +268,10 @@ def test_plan_of_training(capsys):
     # a query of 1.1e8 references looks into 128 of 32,768 lists
     took = 1.2e11 / 64 * (cost.GRAPH + 1.1e8 * 128 / 32768 / cost.SCANNED) / 3600
     assert rows["hours to find the neighbours, all nodes"] * 64 * 64 == pytest.approx(took)
+    # where every vector is compared, each once
+    few = dict(cost.cluster(PAPER, 90_000, 3.1e12, 1.2e11, 512, 312e12, 0.4))
+    took = 1.2e11 / 64 * (cost.GRAPH + 90_000 / cost.SCANNED) / 3600
+    assert few["hours to find the neighbours, all nodes"] * 64 * 64 == pytest.approx(took)
     page = (Path(cost.__file__).parent / "benchmarks/scale.md").read_text()
     command = re.search(r"python cost.py (.*)", page)[1]
     cost.main(command.split())

@@ -9,6 +9,7 @@ import sys
 import types
 
 import pytest
+import torch
 from conftest import ROOT
 from world import PLACES, World, text_of
 
@@ -135,8 +136,9 @@ def test_odd_requests_do_not_end_the_evaluation(bare, model, world):
     assert got == pytest.approx(likelihood(bare.model, [pair], Memories.empty(cfg))[0])
 
 
-def test_generate_until(bare, model, world):
-    """until empty, missing or None; no tokens asked for; an option that is ignored."""
+def test_generate_until(adapter, bare, model, world, monkeypatch):
+    """The next text glued to the answer; until empty, missing or None; no tokens asked for; an
+    option that is ignored."""
     ask = f"{QUESTION} "
     full = bare.generate_until([request(ask, dict(until=[], max_gen_toks=7))])[0]
     assert len(world.tok.encode(full)) >= 1
@@ -148,6 +150,14 @@ def test_generate_until(bare, model, world):
     how = dict(until=["never said", cut], max_gen_toks=7, do_sample=False, temperature=0.0)
     assert bare.generate_until([request(ask, how)]) == [full.split(cut)[0]]
     assert bare.generate_until([request(ask, dict(until=cut, max_gen_toks=0))]) == [""]
+    said = torch.tensor([[*world.tok.encode("Kyiv"), world.tok.bos, 305, 307]])
+
+    def say_two_texts(model, tokens, *rest, **how):
+        return torch.cat([tokens, said], 1), None
+
+    monkeypatch.setattr(adapter, "generate", say_two_texts)
+    assert bare.generate_until([request(ask, how)]) == [world.tok.decode(world.tok.encode("Kyiv"))]
+    monkeypatch.undo()
     for prompt in ("", text_of(3) * 40, "\n"):
         for lm in (bare, model):
             (said,) = lm.generate_until([request(prompt, dict(until=["."], max_gen_toks=10**6))])

@@ -15,6 +15,7 @@ import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,9 +147,42 @@ def test_broken_characters_are_counted_where_they_stand(tmp_path, monkeypatch):
     assert all(d.broken == d.text.count("\ufffd") for d in documents)
 
 
+def test_broken_characters_of_a_long_file_are_counted(tmp_path, monkeypatch):
+    """Those beyond the first stretch of a block are not, so that no filter sees them."""
+    monkeypatch.setattr(read, "PIECE", 60)
+    data = b"caf\xe9 na\xefve d\xe9j\xe0 vu \n" * 900
+    (tmp_path / "a.txt").write_bytes(data)
+    documents, _ = read_all(tmp_path)
+    assert len(documents) > 40
+    assert all(d.broken == d.text.count("\ufffd") > 0 for d in documents)
+    assert sum(d.broken for d in documents) == 4 * 900
+
+
+@pytest.mark.parametrize(
+    "kind, text, title, rest",
+    [
+        (".md", "#diary " + "word " * 400, "", None),  # no heading: all of it is text
+        (".md", "# " + "word " * 400 + "\n\nMore.", "", None),
+        (".md", "The treaty was signed on 15 May 1648.\n---\nIt ended a war.", "", None),
+        (".md", "A dialogue\n***\nIt goes on.", "", None),
+        (".md", "x" * 500 + "\n---\nMore.", "", None),
+        (".md", "## Kyiv ##\nA city.", "Kyiv", "A city."),
+        (".md", "Kyiv\n----\nA city.", "Kyiv", "A city."),
+        (".rst", "Kyiv\n****\nA city.", "Kyiv", "A city."),
+        (".rst", "Kyiv\n----\nA city.", "Kyiv", "A city."),
+    ],
+)
+def test_titles_take_no_text_away(kind, text, title, rest):
+    """A first line of which all but the title's length is lost; a sentence that becomes a title."""
+    found = read.split_title(text, kind)
+    assert found == (title, text if rest is None else rest)
+
+
 @pytest.mark.parametrize(
     "data, text, broken",
     [
+        (b"page one\x0cPage two\x0bthree", "page one\nPage two\nthree", 0),
+        ("three\x85four".encode(), "three\nfour", 0),
         ("Çorlu\r\nlies".encode("utf-8-sig"), "Çorlu\nlies", 0),
         ("Çorlu lies".encode("utf-16"), "Çorlu lies", 0),
         ("Çorlu".encode("latin-1") + b" lies", "\ufffdorlu lies", 1),
@@ -800,6 +834,30 @@ def test_quality_is_judged_on_texts_that_were_held_out(tmp_path, capsys):
         quality.main([*flags, "reasoning"])
 
 
+def test_lengths_of_a_model(tmp_path, monkeypatch, capsys):
+    """A context that is no multiple of its chunks, which `neighbors` refuses hours later."""
+    config = SimpleNamespace(max_context=377, chunk_len=64, ref_len=59)
+    monkeypatch.setattr(shape, "load_checkpoint", lambda path: (SimpleNamespace(config=config),))
+    shape.main(["--init", "x", "--lengths"])
+    assert capsys.readouterr().out.split() == ["64", "59", "320"]
+    config.max_context = 63
+    with pytest.raises(UserError, match="shorter than a chunk of 64"):
+        shape.main(["--init", "x", "--lengths"])
+
+
+def test_text_that_the_tokenizer_has_no_bytes_of():
+    """An empty reference, which no base can be made of."""
+
+    class Ascii:
+        def encode(self, text):
+            return [ord(letter) for letter in text if ord(letter) < 128]
+
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    assert references.references_of("北京是首都。", "", Ascii(), 16) == ([], [])
+
+
 def test_overlaps_are_counted_in_tenths():
     """The value 1.0 in no bin; the window of another chunk."""
     lines = overlaps.histogram(np.array([0.0, 0.05, 0.95, 1.0, 1.0]))
@@ -1003,6 +1061,24 @@ def test_own_text_of_other_minutes_text_or_model(own, tmp_path):
     assert f"--init {model} --width" in "\n".join(own.calls())
     assert "a model/tokenizer.json" in (own.out / "model/tokenizer.json").read_text()
     assert sorted(path.name for path in own.out.glob("old-*")) == ["old-1", "old-2", "old-3"]
+
+
+def test_own_text_from_the_model_in_its_own_folder(own):
+    """A model that is moved away with what is made anew, and then is not there any more."""
+    own(own.folder, 0.1)
+    before = sorted(path.name for path in own.out.rglob("*"))
+    assert "of which all is made anew" in own(own.folder, 0.1, own.out / "model", code=1)
+    assert sorted(path.name for path in own.out.rglob("*")) == before
+    own(own.folder, 0.2)
+    own(own.folder, 0.2, own.out / "old-1/model")  # which stays where it is
+    own(own.folder, 0.2, own.out / "old-1/model")
+    assert f"--init {own.out}/old-1/model --width" in "\n".join(own.calls())
+
+
+def test_prompts_that_look_like_flags(own):
+    """A question that begins with a dash, taken for a flag of sample.py."""
+    own(own.folder, 0.1)
+    assert sum("--prompt=" in line for line in own.calls()) >= 2
 
 
 def test_own_text_that_is_short(own):

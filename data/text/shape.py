@@ -186,13 +186,14 @@ def main(argv=None):
     if a.lengths:
         config = load_checkpoint(a.init)[0].config
         context = min(config.max_context, 8 * config.chunk_len)
+        context -= context % config.chunk_len
+        check(context, f"{a.init}: its max_context is shorter than a chunk of {config.chunk_len}")
         print(config.chunk_len, config.ref_len, context)
         return
     check(a.data and a.file, "--data and --file are missing")
     print(f"measuring on {find_device(a.device)} ...", flush=True)
     tokens = corpus.open_tokens(a.data, "train")
     n_tokens = len(tokens)
-    needed = a.context * a.batch
     line = f"{a.data}: {n_tokens:,} tokens of training text, a window has {a.context}"
     check(n_tokens >= a.context, f"{line}: give more text")
     entropy = unigram_entropy(tokens[:MOST], corpus.manifest(a.data)["n_vocab"])
@@ -208,7 +209,7 @@ def main(argv=None):
         shape = flags_of(made.config)
     report(made, a.minutes, n_tokens, entropy, a.init)
     # a warmup of 100 steps is for runs of thousands
-    steps = made.rate * 60 * a.minutes * IMPLICIT_SHARE / needed
+    steps = made.rate * 60 * a.minutes * IMPLICIT_SHARE / (a.context * a.batch)
     warmup = max(1, min(100, int(steps / 20)))
     val = ",".join(validation_splits(a.data, a.context))
     common = f"--context {a.context} --batch {a.batch} --warmup {warmup} --val {val}"
