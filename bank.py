@@ -7,6 +7,8 @@ A knowledge base is one directory:
     codes/            the same in fewer bytes (sec. 3.3), if write.py --quantize made them
     index/            what finds references by text (retrieval.py)
     meta.json, tokenizer.json     the tokenizer of the texts
+    relevance.json    when nothing is known, if kb.py calibrate has learnt it
+    lock              held by whoever makes an index
 
 All transactions and locks are SQLite's. Everything but the texts is derived from them, and each
 record vouches for what it is: its checksum covers its numbers, the text it was made from and the
@@ -49,7 +51,10 @@ WAIT = 30  # seconds to wait for another process that is changing the same base
 THREADS = 8  # an SSD answers many reads at a time
 WINDOW = 64 << 20  # bytes to read at a time when the whole bank is read
 # the cure where texts.sqlite is damaged
-RESTORE = "bring it back from a copy, or save what is whole with the sqlite3 command .recover"
+RESTORE = (
+    "bring it back from a copy, or save what is whole with the sqlite3 command .recover; after"
+)
+RESTORE += " either make its index anew (kb.py index)"
 
 # The threads of OpenMP do not survive a fork: with more than one a child would wait for ever.
 os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
@@ -91,14 +96,16 @@ class Text(NamedTuple):
     def says(self, wanted):
         """Whether its source has all these keys and values; wanted: a dict of texts."""
         source = json.loads(self.source)
-        return all(str(source.get(key)) == value for key, value in wanted.items())
+        return all(key in source and str(source[key]) == value for key, value in wanted.items())
 
 
 def make_text(id, version, live, tokens, source):
     """A Text from its parts; tokens: bytes, source: a dict."""
     digest = hashlib.blake2b(tokens, digest_size=8).digest()
     hash = int.from_bytes(digest, "little", signed=True) if live else 0
-    text = Text(id, version, live, hash, tokens, json.dumps(source, ensure_ascii=False), 0)
+    # half a letter that JSON lets in (a lone surrogate) stays an escape: SQLite takes UTF-8 alone
+    source = json.dumps(source, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    text = Text(id, version, live, hash, tokens, source, 0)
     return text._replace(seal=seal_of(text))
 
 
@@ -131,7 +138,7 @@ def pack(tokens, meta, path):
 class Texts:
     """The references of a knowledge base, in `<path>/texts.sqlite`.
 
-    Like corpus.References: len(), [i] -> token ids, iteration, batch, live, hash, n_vocab. But they
+    Like corpus.References: len(), [i] -> token ids, iteration, batch, hash, n_vocab. But they
     can change: each change is one transaction, and `version` counts the transactions. A Texts keeps
     no rows, so it is never out of date, whatever other processes do, and it survives a fork.
 
@@ -150,7 +157,8 @@ class Texts:
         self.file = self.path / "texts.sqlite"
         self.connection = None
         self.connected_by = None  # the process whose connection it is
-        self.inherited = []  # connections of a parent process: neither used nor closed
+        self.inherited = []  # earlier connections, such as a parent's: neither used nor closed
+        self.stamp = None  # of the files, where they can only be read
         self.lock = None  # of this process's threads: one transaction at a time
         cure = command("write.py", "--out", path)
         check(
@@ -224,12 +232,21 @@ class Texts:
     @property
     def db(self):
         """This process's connection: SQLite forbids carrying one over a fork."""
-        if self.connected_by != os.getpid():
+        stamp = None if self.writable else self._stamp()
+        if self.connected_by != os.getpid() or stamp != self.stamp:
+            self.stamp = stamp
             self.inherited.append(self.connection)
             self.connection = self._connect()
             self.lock = threading.RLock()
             self.connected_by = os.getpid()
         return self.connection
+
+    def _stamp(self):
+        """Changes with the files. Who only reads has no locks: it must look for itself whether
+        somebody else has written, and then open them anew."""
+        log = self.path / "texts.sqlite-wal"
+        found = [file.stat() for file in (self.file, log) if file.exists()]
+        return [(each.st_mtime_ns, each.st_size) for each in found]
 
     def _connect(self):
         mode = "rw"
@@ -324,7 +341,7 @@ class Texts:
         for i in requested:
             if i not in found:
                 n = len(self)
-                check(0 <= i < n, f"{self.path} has references 0 to {n - 1}, and no {i}")
+                check(0 <= i < n, f"{self.path} has {n} references, from 0, and no {i}")
                 raise UserError(f"{self.file} is damaged: reference {i} is gone: {RESTORE}")
         return [found[i] for i in requested]
 
@@ -443,7 +460,8 @@ class Texts:
                 erase(ids)
             for text in texts:
                 if text.live:
-                    self._put(db, make_text(text.id, version, 0, b"", {}))
+                    place = {k: v for k, v in json.loads(text.source).items() if k == "piece"}
+                    self._put(db, make_text(text.id, version, 0, b"", place))
 
     def _put(self, db, text):
         db.execute("REPLACE INTO texts VALUES (?, ?, ?, ?, ?, ?, ?)", text)
@@ -452,7 +470,9 @@ class Texts:
         """Rewrites the file without its free pages and empties the log: what was deleted is in
         neither. UserError where another process still reads an older state."""
         check(self.writable, f"{self.path} can only be read: copy it to where you may write")
+        self.run(f"PRAGMA busy_timeout = {1000 * WAIT}")
         self.run("VACUUM")
+        self.run("PRAGMA busy_timeout = 1000")
         busy = self.run("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
         check(not busy, f"{self.path}: another process is reading it: end it and compact again")
 
@@ -728,7 +748,9 @@ class MemoryBank:
             checkpoint = getattr(model, "path", "checkpoints/toy")
             line = f"{path} is of model {writer}: {reader} cannot read those memories (Remark A.1)"
             flags = ["--checkpoint", checkpoint, "--references", path]
-            cure = command("write.py", *flags, "--out", f"{path}.{reader[:4]}")
+            flags += ["--out", f"{path}.{reader[:4]}", "--dtype", meta["dtype"]]
+            flags += ["--whole_documents"] if meta.get("n_pieces") else []
+            cure = command("write.py", *flags)
             cure = f"write its texts for this model into another base: {cure}"
             check(reader == writer, f"{line}; {cure}")
             line = f"{references.file}: memories of {tuple(shape)}, the model's are of"

@@ -131,6 +131,8 @@ def run(main):
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt as stop:  # a command that saves before it ends says here how to go on
         sys.exit(f"{name}: stopped {stop}".rstrip())
+    except BrokenPipeError:  # whoever read its output has read enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_quietly(main):

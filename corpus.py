@@ -130,8 +130,8 @@ def tokenizer(name):
     >>> t.decode(t.encode("Kyiv has 2797553 people."))
     ' Kyiv has 2797553 people.'
     """
-    if str(name) in optional("tiktoken").list_encoding_names():
-        return _from_tiktoken(str(name))
+    if isinstance(name, str) and name in optional("tiktoken").list_encoding_names():
+        return _from_tiktoken(name)
     path = Path(name, "tokenizer.json")
     if path.exists():
         found = open_tokenizer(path)
@@ -144,7 +144,9 @@ def tokenizer(name):
             return _from_tiktoken(used)
         # else a directory, seen from this one: "." (its own, which is missing) or another data set
         path = _present(Path(name, used, "tokenizer.json"))
-        return open_tokenizer(path)
+        found = open_tokenizer(path)
+        _check_made_with(name, found.id)
+        return found
     listed = ", ".join(optional("tiktoken").list_encoding_names())
     raise UserError(f"unknown tokenizer {name!r}: give a data directory, or one of {listed}")
 
@@ -154,7 +156,7 @@ def _check_made_with(folder, tokenizer_id):
     if Path(folder, "meta.json").exists():
         cure = _cure(folder)
         made_with = read_json(Path(folder, "meta.json"), {}, cure).get("tokenizer_id", tokenizer_id)
-        line = f"{folder}/tokenizer.json is {tokenizer_id}, but the data set was made with"
+        line = f"{folder}: its tokenizer is {tokenizer_id}, but the data set was made with"
         check(made_with == tokenizer_id, f"{line} {made_with}: bring that back, or {cure}")
 
 
@@ -408,8 +410,8 @@ def merge_tokenizers(first, second, name):
     """One vocabulary of two, each token once (4.3: LLaMA2's and a Chinese one became 60,299).
 
     The tokens of `first` in their order, then the new ones of `second` in theirs, then the BOS.
-    So a text of the first language keeps its tokens, and every byte is one in both. Texts are cut
-    by the pattern of `first`.
+    So a text whose script the second one lacks keeps its tokens of the first, and every byte is one
+    in both. Texts are cut by the pattern of `first`.
     """
     ranks = {}
     for tokenizer in (first, second):
@@ -430,7 +432,7 @@ SPACED_ENDS = ".!?…։"
 # What ends one with or without: of Chinese, Hindi, Arabic, Urdu, Amharic, Burmese, Khmer
 OTHER_ENDS = "。！？।॥؟۔።፧။។"
 SENTENCE = re.compile(
-    rf"[^\n]*?(?:[{SPACED_ENDS}]+[\"'”’)\]]*(?=\s)|(?:[{OTHER_ENDS}]|．(?!\d))+[”’」』）]*|\n+|$)"
+    rf"[^\n]*?(?:[{SPACED_ENDS}]{{1,99}}[\"'”’)\]]*(?=\s)|(?:[{OTHER_ENDS}]|．(?!\d))+[”’」』）]*|\n+|$)"
 )
 
 
@@ -443,6 +445,41 @@ def sentences(text):
     (['北京是首都。', '它很大！'], ['दिल्ली राजधानी है।', ' वह बड़ी है।'])
     """
     return [found for found in SENTENCE.findall(text) if found]
+
+
+def fit(text, tokenizer, ref_len):
+    """Cuts a text into references of at most ref_len tokens, a list each (sec. 4.4): between
+    sentences if it can, else between words or letters."""
+    pieces = []
+    held = ""
+    for sentence in sentences(text):
+        if held and len(tokenizer.encode((held + sentence).strip())) > ref_len:
+            pieces.append(held)
+            held = ""
+        held = (held + sentence).lstrip()
+        while len(held) > 16 * ref_len or len(tokenizer.encode(held.strip())) > ref_len:
+            piece = fitting(held, tokenizer, ref_len)  # of one sentence that is too long
+            pieces.append(piece)
+            held = held[len(piece) :].lstrip()
+    pieces.append(held)
+    return [tokenizer.encode(piece.strip()) for piece in pieces if piece.strip()]
+
+
+def fitting(text, tokenizer, budget):
+    """The longest beginning of a text that has at most `budget` tokens, cut at a space in its
+    second half if there is one. Found by bisection over its characters: none is cut in two."""
+    low = min(1, len(text))
+    high = min(len(text), 16 * budget)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(tokenizer.encode(text[:middle])) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    if low == len(text):
+        return text
+    at = text.rfind(" ", low // 2, low)
+    return text[:at] if at > 0 else text[:low]
 
 
 # -- Files of a data set ----------------------------------------------------------------------
@@ -576,13 +613,13 @@ class References:
         documents: of how many references, one after the other, each document consists; all are
         written to <path>.documents, for Remark 3.2 (write.py --whole_documents)."""
         check(len(sequences), f"{path}: no references to write")
-        for kind in ("documents", "titles"):
-            Path(f"{path}.{kind}").unlink(missing_ok=True)  # it told of other references
         lengths = np.array([len(s) for s in sequences])
         check(lengths.all(), f"{path}: reference {lengths.argmin()} is empty")
         tokens = np.concatenate([checked_ids(path, s, n_vocab) for s in sequences])
         offsets = np.zeros(len(lengths) + 1, "<i8")
         offsets[1:] = lengths.cumsum()
+        for kind in ("documents", "titles"):
+            Path(f"{path}.{kind}").unlink(missing_ok=True)  # it told of other references
         write_tokens(f"{path}.bin", tokens, n_vocab)
         replace_file(f"{path}.idx", lambda file: file.write(offsets.tobytes()))
         if documents is not None:

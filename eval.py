@@ -42,7 +42,7 @@ import corpus
 from bank import MemoryBank
 from common import check, command, make_directory, number, numbered_rows, run, visible, write_json
 from embed import MARK
-from generate import generate, in_context, model_flags, open_memory, open_model
+from generate import Several, generate, in_context, model_flags, open_memory, open_model
 from retrieval import Given, Random
 from views.explain import explain, n_heads
 
@@ -88,7 +88,7 @@ def load_questions(path, n):
             question=row["question"],
             answer=row["answer"],
             questions=list(wordings),
-            sentences=row.get("sentences", []),
+            sentences=list(dict.fromkeys(row.get("sentences", []))),
             city=row.get("city", ""),
             relation=row.get("relation", ""),
             reference=reference,
@@ -281,7 +281,8 @@ class Asker:
 
     def longest(self, row):
         """How many tokens to leave free for an answer."""
-        return max([ANSWER, *(len(self.tokenizer.encode(text)) for text in row["sentences"])])
+        texts = row["sentences"] or [f" {row['answer']}"]
+        return max([ANSWER, *(len(self.tokenizer.encode(text)) for text in texts)])
 
     def sources(self, rows, condition):
         """-> retriever and bank for a batch of questions, as generate takes them."""
@@ -527,6 +528,9 @@ def write_result(a, result):
 
 def open_codes(a, bank):
     """The vector-quantized memories. If there are none it says so and returns None."""
+    if isinstance(bank, Several):
+        print("vector-quantized memories are left out: not of several bases at once")
+        return None
     if not bank.quantized:
         flags = ["--checkpoint", a.checkpoint, "--out", bank.path, "--quantize"]
         made = command("write.py", *flags)

@@ -407,10 +407,7 @@ def remember(text, tokenizer, config, retriever, bank):
     there already, word for word, is not written again. UserError for a text without a letter or
     digit. The retriever takes in what has changed at its next search, and so finds the text."""
     check(has_word(text), f"--remember {text!r}: there is no word in it")
-    tokens = tokenizer.encode(text)
-    pieces = []
-    for start in range(0, len(tokens), config.ref_len):
-        pieces.append(tokens[start : start + config.ref_len])
+    pieces = corpus.fit(text, tokenizer, config.ref_len)
     sources = [dict(source="--remember")] * len(pieces)
     return bank.add(pieces, sources)
 
@@ -580,7 +577,10 @@ def open_memory(a, model, cold_start=False):
 
     cold_start: if there is no bank, make an empty one; memories are then encoded at their first
     retrieval (sec. 3.1)."""
+    check(not a.kb or a.bank == BANK, "--bank and --kb: give one of them; --kb may be repeated")
     paths = a.kb or [place(a.bank, a.data, a.references)]
+    resolved = {Path(path).resolve() for path in paths}
+    check(len(resolved) == len(paths), f"--kb {' --kb '.join(paths)}: give each base once")
     sources = []
     banks = []
     for path in paths:

@@ -58,7 +58,7 @@ def read_file(name, by):
     elif name.endswith(".jsonl"):
         for line, row in numbered_rows(name, dict(text=str), cure):
             text = row.pop("text")
-            yield text, dict(row, file=name, line=line)
+            yield text, dict(file=name, line=line) | row  # what the row says of these comes first
     else:
         yield from cut(read_text(name, cure), by, name)
 
@@ -80,22 +80,6 @@ def cut(text, by, name):
         if end:
             line += end.group().count("\n")
             at = end.end()
-
-
-def fit(text, tokenizer, ref_len):
-    """Cuts a text into lists of at most ref_len tokens (sec. 4.4), between sentences if it can."""
-    pieces = []
-    held = []
-    for sentence in re.split(r"(?<=[.!?])\s+", text):
-        tokens = tokenizer.encode(sentence)
-        if len(held) + len(tokens) > ref_len and held:
-            pieces.append(held)
-            held = []
-        held = held + tokens
-        while len(held) > ref_len:  # one sentence that is too long
-            pieces.append(held[:ref_len])
-            held = held[ref_len:]
-    return [*pieces, held] if held else pieces
 
 
 # -- Opening -----------------------------------------------------------------------------------
@@ -165,8 +149,8 @@ def add(a):
     given = []  # (tokens, source); read before anything is written: a bad file changes nothing
     for name in a.files or ["-"]:
         for text, source in read_file(name, a.by):
-            for tokens in fit(text, live.tokenizer, bank.references.ref_len):
-                given.append((tokens, dict(source, time=stamp)))
+            for tokens in corpus.fit(text, live.tokenizer, bank.references.ref_len):
+                given.append((tokens, dict(time=stamp) | source))
     check(given, f"{', '.join(a.files or ['standard input'])}: no text in it")
     began = time.time()
     first = len(bank)
@@ -213,7 +197,7 @@ def replace(a):
     check(has_word(a.text), f"the text {a.text!r}: there is no word in it; delete forgets a text")
     bank = open_base(a)
     tokenizer = corpus.tokenizer(a.kb)
-    pieces = fit(a.text, tokenizer, bank.references.ref_len)
+    pieces = corpus.fit(a.text, tokenizer, bank.references.ref_len)
     line = f"the text is {len(pieces)} references long; the model takes {bank.references.ref_len}"
     check(len(pieces) == 1, f"{line} tokens a reference: give a shorter one, or add the rest")
     source = bank.references.source(a.id if a.source is None else a.source)
@@ -238,7 +222,7 @@ def forget_like(a):
     """Forgets the references similar to a text. Shows them first, and asks (unless --yes)."""
     bank = MemoryBank.open(a.kb)
     live = Live.open(bank.references, searcher(a))
-    ids, scores = live.nearest([a.text], min(1000, max(1, len(live))))
+    ids, scores = live.nearest([a.text], max(1, len(live)))
     found = ids[0][(ids[0] >= 0) & (scores[0] >= a.near)].tolist()
     check(found, f"{a.kb}: nothing is as similar as {a.near}: give a smaller --near")
     show(bank.references, live.tokenizer, found)
@@ -291,7 +275,9 @@ def verify(a):
         opened["codes"] = MemoryBank.open(a.kb, codes=True)
     for name, one in opened.items():
         missing = len(one.verify())
-        cure = f"; {command('write.py', '--out', a.kb)} writes them" if missing else ""
+        flags = ["--checkpoint", a.checkpoint, "--out", a.kb]
+        flags += ["--quantize"] if name == "codes" else []
+        cure = f"; {command('write.py', *flags)} writes them" if missing else ""
         print(f"{name}: {missing:,} missing or damaged{cure}")
     live = Live.open(bank.references, searcher(a))
     print(f"index: {len(live):,} references, {live.embedder.id}")
@@ -323,10 +309,13 @@ def merge(a):
     other = Texts(a.other)
     equal = other.meta["tokenizer_id"] == bank.meta["tokenizer_id"]
     check(equal, f"{a.other} has another tokenizer than {a.kb}")
+    longest = bank.references.ref_len
+    line = f"{a.other} has references of up to {other.ref_len} tokens, {a.kb} takes {longest}"
+    check(other.ref_len <= longest, f"{line}: export it, and add that")
     first = len(bank)
     ids = other.live()
     for start in tqdm(range(0, len(ids), BATCH), f"{BATCH} texts", disable=len(ids) < BATCH):
-        texts = other.rows(ids[start : start + BATCH])
+        texts = [text for text in other.rows(ids[start : start + BATCH]) if text.live]
         # "base": whose it was, should the two ever have to be told apart again
         sources = [dict(json.loads(text.source), base=str(a.other)) for text in texts]
         bank.add([other.tokens(text) for text in texts], sources)
@@ -335,7 +324,8 @@ def merge(a):
 
 
 def export(a):
-    """Writes all live references as lines of JSON: id, text, and all that its source says."""
+    """Writes all live references as lines of JSON: reference (its id), text, and all that its
+    source says."""
     texts = Texts(a.kb)
     tokenizer = corpus.tokenizer(a.kb)
     ids = matching(texts, a.filter)
@@ -344,7 +334,11 @@ def export(a):
 
     def write(file):
         for i in tqdm(ids.tolist(), "references", disable=len(ids) < BATCH):
-            row = dict(texts.source(i), id=i, text=tokenizer.decode(texts[i]).strip())
+            (text,) = texts.rows([i])
+            if not text.live:
+                continue  # deleted meanwhile
+            words = tokenizer.decode(texts.tokens(text)).strip()
+            row = json.loads(text.source) | dict(reference=i, text=words)
             line = json.dumps(row, ensure_ascii=False) + "\n"
             file.write(line.encode("utf-8", "backslashreplace"))
 
@@ -409,7 +403,7 @@ def read_questions(name, texts):
     for row in rows:
         i = row.get("reference")
         valid = i is None or (type(i) is int and 0 <= i < n)
-        line = f"{name} names reference {i}, and {texts.path} has 0 to {n - 1}"
+        line = f"{name} names reference {i}, and {texts.path} has {n}, from 0"
         check(valid, f"{line}: name the id that answers each (kb.py list shows them)")
         if i is None or i in there:
             asked.append((row["question"], i))
@@ -469,7 +463,8 @@ def parser():
     add_command("replace", replace, source, of_it, text, model=True)
     add_command("delete", delete, ids)
     yes = ("--yes", dict(action="store_true", help="do not ask first"))
-    add_command("forget-like", forget_like, text, near, yes, model=True)
+    alike = ("--near", dict(type=share, default=NEAR, help="similarity from which to forget"))
+    add_command("forget-like", forget_like, text, alike, yes, model=True)
     start = ("--start", dict(type=number(int, 0), default=0, help="skip so many"))
     limit = ("--limit", dict(type=number(int, 1), default=20, help="show so many"))
     add_command("list", list_texts, filters, start, limit)

@@ -739,6 +739,8 @@ class Live:
         half of all has changed, the index is made anew, for an embedder learns from its texts.
         Returns the Live to go on with."""
         self.refresh()
+        if self.relevance and abs(len(self) - self.relevance.n_texts) > len(self) // 10:
+            self.save_relevance()  # how rare a word is has changed
         retriever = self.retriever
         if retriever.n_changes > max(FEW, len(self) // 2):
             model = getattr(retriever, "model", None)  # a KeyRetriever's

@@ -131,7 +131,7 @@ def main(argv=None):
     how = dict(plain=plain, stop=stop, **sampling)
     out, trace = generate(model, tokens, a.tokens, retriever, bank, **how)
     answer = tokenizer.decode(out[0, tokens.shape[1] :])
-    if retriever and all((recalled["ids"] < 0).all() for recalled in trace.recalls):
+    if retriever is not None and all((recalled["ids"] < 0).all() for recalled in trace.recalls):
         print("the knowledge base knows nothing about this: answered without a memory")
     print(visible(f"\n{a.prompt}\n -> {answer.strip()}\n"))
     if a.explain or a.html:

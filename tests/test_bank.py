@@ -269,7 +269,7 @@ def test_who_only_asks_only_reads(model, bank):
 def test_bad_input(bank):
     """-1 that reads the last memory; a text cut to ref_len, or its tokens modulo 65,536."""
     for ids in ([0, N], [-1, 3]):
-        with pytest.raises(UserError, match="references 0 to 22, and no"):
+        with pytest.raises(UserError, match="23 references, from 0, and no"):
             bank.recall(ids)
     for ids in ([[1, 2]], [0.5], 3):
         with pytest.raises(UserError, match="a row of integers"):
@@ -345,6 +345,7 @@ def test_refuses_another_models_memories(tmp_path, bank, model):
     assert (
         "\n" not in line
         and f"write.py --checkpoint checkpoints/toy --references {bank.path}" in line
+        and f"--dtype {bank.meta['dtype']}" in line
     )
     assert other.fingerprint() in line and model.fingerprint() in line
     second = MemoryBank.create(tmp_path / "second", other, bank.references)
@@ -704,6 +705,17 @@ def test_a_medium_that_can_only_be_read(tmp_path, bank, model, monkeypatch):
             reader.append([1])
         with pytest.raises(UserError, match="can only be read: copy it"):
             reader.delete(2)
+    # where others may write, who only reads sees it
+    reader = MemoryBank.open(bank.path, model)
+    monkeypatch.undo()
+    other = MemoryBank.open(bank.path, model)
+    other.delete(4)
+    other.append([5, 7])
+    assert len(reader) == N + 1 and reader.recall([4]).count.tolist() == [0]
+    assert reader.references[N].tolist() == [5, 7]
+    other.references.connection.close()
+    before = files(bank.path)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
     (bank.path / "memories.bin").unlink()
     reader = MemoryBank.open(bank.path, model)  # encoded for this answer
     assert right(reader.recall([2, 1]), model, reader.references, [2, 1]) and reader.encoded == 2

@@ -4,6 +4,7 @@ import argparse
 import doctest
 import json
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -308,6 +309,16 @@ def test_a_terminal_that_cannot_show_a_letter(tmp_path):
     assert (ran.returncode, ran.stdout) == (0, "\\xc7orlu \\u6771 1\n")
     ran = script(tmp_path, body, PYTHONUTF8="1")
     assert (ran.returncode, ran.stdout) == (0, "Çorlu 東 1\n")
+
+
+def test_a_reader_that_has_read_enough(tmp_path):
+    """The traceback of a broken pipe after `| head`."""
+    path = tmp_path / "command.py"
+    body = "common.run(lambda: [print('line', i) for i in range(99_999)])"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport common\n{body}\n")
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(path))} | head -2"
+    ran = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("line 0\nline 1\n", "")
 
 
 def test_nothing_steers_the_terminal():

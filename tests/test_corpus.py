@@ -277,17 +277,30 @@ def test_a_data_set_can_be_moved(tmp_path, monkeypatch):
         assert corpus.tokenizer(tmp_path / "b/other").id.startswith("cities:")
 
 
-def test_a_data_set_keeps_the_tokenizer_it_was_made_with(tmp_path, small):
+def test_a_data_set_keeps_the_tokenizer_it_was_made_with(tmp_path, small, monkeypatch):
     """Another tokenizer.json copied over it: all its tokens are other words, without a word."""
     shutil.copy(ROOT / "data/cities/tokenizer.json", tmp_path)
     used = corpus.tokenizer(tmp_path).id
     common.write_json(tmp_path / "meta.json", dict(n_vocab=4096, tokenizer=".", tokenizer_id=used))
     assert corpus.tokenizer(tmp_path).id == used
     small().save(tmp_path / "tokenizer.json")
-    line = f"tokenizer.json is small:.*, but the data set was made with {used}: bring that back"
+    line = f"its tokenizer is small:.*, but the data set was made with {used}: bring that back"
     with pytest.raises(UserError, match=line) as e:
         corpus.tokenizer(tmp_path)
     assert one_line(e)
+    # another data set that names it
+    made = dict(n_vocab=4096, tokenizer="..", tokenizer_id=used)
+    (tmp_path / "inner").mkdir()
+    common.write_json(tmp_path / "inner/meta.json", made)
+    (tmp_path / "meta.json").unlink()
+    with pytest.raises(UserError, match="inner: its tokenizer is small:.*, but the data set was"):
+        corpus.tokenizer(tmp_path / "inner")
+    # a Path is a directory, whatever it is called
+    shutil.copytree(tmp_path / "inner", tmp_path / "gpt2")
+    small().save(tmp_path / "gpt2/tokenizer.json")
+    (tmp_path / "gpt2/meta.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert corpus.tokenizer(Path("./gpt2")).id.startswith("small:")
 
 
 def test_a_saved_tokenizer_is_the_same(small, tmp_path):

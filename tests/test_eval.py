@@ -384,6 +384,9 @@ def test_a_question_and_its_answer_are_enough(tmp_path):
     )
     path.write_text('{"question": "Who?", "answer": "Ada", "sentences": []}\n')
     assert load_questions(path, 9)[0]["sentences"] == []
+    row = dict(question="Who?", answer="Ada", sentences=[" Ada", " Ada Byron", " Ada"])
+    path.write_text(json.dumps(row) + "\n")  # else its probability counts twice
+    assert load_questions(path, 9)[0]["sentences"] == [" Ada", " Ada Byron"]
 
 
 def test_a_fact_is_asked_in_all_its_wordings(asker):

@@ -158,6 +158,9 @@ def test_training_is_quiet(capfd):
         (701, "PQ8", "give a string like"),
         (701, "Residual2x17,PQ8x8", "at most 16 bits"),
         (701, "Residual2x5,PQ7x5", "not for vectors of 80 numbers"),
+        (701, "OPQ0,Residual2x5,PQ8x5", "give a string like"),
+        (701, "OPQ8_0,Residual2x5,PQ8x5", "give a string like"),  # ended the process
+        (701, "OPQ7,Residual2x5,PQ8x5", "not for vectors of 80 numbers"),
     ],
 )
 def test_refuses_to_train(n, spec, line):

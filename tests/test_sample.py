@@ -13,8 +13,10 @@ from world import World, bytes_of, copy_of, prompt_of, text_of
 
 import corpus
 import generate as generation
+import kb
 import sample
 from bank import MemoryBank
+from common import UserError
 from generate import generate
 
 
@@ -155,6 +157,21 @@ def test_a_cold_start_is_a_command(world, tmp_path, capsys):
     assert "cold start" in printed and "4 of them encoded" in printed
     assert sample.main(world.args(bank=bank)) == warm  # now they are there
     assert "0 of them encoded" in capsys.readouterr().out
+
+
+def test_an_empty_base_knows_nothing(world, tmp_path, capsys):
+    """An answer without a memory that does not say so; a base that is searched twice, or instead of
+    the one that was named."""
+    flags = ["--checkpoint", str(world.checkpoint), "--device", "cpu"]
+    kb.main(["new", "--kb", str(tmp_path / "new"), "--data", str(world.data), *flags])
+    sample.main(world.args(bank=tmp_path / "new"))
+    assert "knows nothing about this" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--bank and --kb: give one of them"):
+        sample.main(world.args("--kb", str(world.bank)))
+    twice = world.args("--kb", str(world.bank), "--kb", f"{world.bank}/")
+    at = twice.index("--bank")
+    with pytest.raises(UserError, match="give each base once"):
+        sample.main(twice[:at] + twice[at + 2 :])
 
 
 def run_in(world, *args, **environment):

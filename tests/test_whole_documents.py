@@ -96,6 +96,7 @@ def test_another_text_makes_the_pieces_after_it_missing(bank, model):
     """Memories that still tell of a text that is gone, out of the file or out of the cache; pieces
     of other documents that are written again for nothing; a place lost in replacing."""
     bank.recall(list(range(N)))  # all are in the cache
+    bank.delete(4)  # told again, it is where it was
     bank.replace(4, [7, 8, 9])
     assert bank.verify() == [5, 6]
     pool = bank.recall(list(range(N)))

@@ -119,7 +119,8 @@ def pieces(tokenizer, ids):
     letters = codecs.getincrementaldecoder("utf-8")("replace")
     texts = []
     for token in ids:
-        listed = token < tokenizer.n_vocab  # a model may have more ids than the tokenizer
+        # a model may have more ids than the tokenizer, and that may have gaps
+        listed = token < tokenizer.n_vocab and token not in tokenizer.no_token
         written = tokenizer.encoding.decode_bytes([int(token)]) if listed else b""
         text = letters.decode(written)
         texts.append(text.replace("\ufffd", ""))  # bytes that are no letter

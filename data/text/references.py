@@ -2,7 +2,7 @@
 
 import unicodedata
 
-from corpus import sentences
+from corpus import fitting, sentences
 
 
 def references_of(text, title, tokenizer, ref_len):
@@ -77,20 +77,3 @@ def n_before(front, piece, tokenizer):
     while same < min(len(ids), len(in_document)) and ids[-1 - same] == in_document[-1 - same]:
         same += 1
     return len(ids) - same
-
-
-def fitting(text, tokenizer, budget):
-    """The longest beginning of a text that has at most `budget` tokens, cut at a space in its
-    second half if there is one. Found by bisection over its characters: none is cut in two."""
-    low = min(1, len(text))
-    high = min(len(text), 16 * budget)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if len(tokenizer.encode(text[:middle])) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    if low == len(text):
-        return text
-    at = text.rfind(" ", low // 2, low)
-    return text[:at] if at > 0 else text[:low]
