@@ -891,7 +891,8 @@ class MemoryBank:
         from it on its own; PyTorch keeps such buffers for later calls."""
         if self.device.type == "cuda":
             return torch.empty((n, self.record_bytes), dtype=torch.uint8, pin_memory=True)
-        if n > len(self.room) or sys.getrefcount(self.room) > 2:  # an earlier pool still uses it
+        in_use = sys.getrefcount(self.room) > 2  # by an earlier pool; 2 are self and the argument
+        if n > len(self.room) or in_use:
             self.room = np.empty((n, self.record_bytes), np.uint8)
         return torch.from_numpy(self.room[:n])
 

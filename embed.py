@@ -228,7 +228,9 @@ class HashEmbedder:
 
 
 def _hash_grams(marked, hashes):
-    """Appends the hashes of "<word>" and of its 3- and 4-grams. marked: text, or ASCII bytes."""
+    """Appends the hashes of "<word>" and of its 3- and 4-grams. marked: text, or ASCII bytes.
+
+    The "=" tells a whole word from the same letters as a gram of a longer one."""
     if isinstance(marked, bytes):
         hashes.append(zlib.crc32(b"=" + marked))
         for n in (3, 4):

@@ -352,7 +352,7 @@ class Asker:
             if rows[i]["sentences"]:
                 result["exact"] = result["exact"] or exact[b]
             result["nats"] = -float(np.logaddexp(-result["nats"], logp[b]))
-            if trace.recalls:
+            if trace.recalls:  # of a row whose reference is not known, -1, nobody asks
                 result["found"] = rows[i]["reference"] in trace.table(last + 1)[b, last]
 
     def freely(self, part, rows, condition, results):

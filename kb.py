@@ -166,9 +166,9 @@ def add(a):
     live.save()
     n_new = len(bank) - first
     rate = len(given) / (time.time() - began)
-    listed = len(given) - n_new
+    n_known = len(given) - n_new
     print(
-        f"{a.kb}: {n_new:,} added, {listed:,} known before; {rate:,.0f} texts/s, memories included"
+        f"{a.kb}: {n_new:,} added, {n_known:,} known before; {rate:,.0f} texts/s, memories included"
     )
     if n_near > 10:
         print(f"{n_near:,} are near old ones (similarity from {a.near}); 10 were shown")

@@ -539,7 +539,8 @@ class Live:
 
     It has a Retriever in the base's directory `index`, and takes in all changes whenever it opens
     or searches; a change costs one embedding, whatever N is. A deleted reference is no longer
-    found; its vector leaves the disk when the index is made anew.
+    found; its vector leaves the disk when the index is made anew. What `calibrate` has learnt is
+    read when it opens.
     """
 
     def __init__(self, retriever, references):
@@ -878,7 +879,8 @@ class Only:
         return len(self.live)
 
     def search(self, queries, k):
-        """As Retriever.search. It looks at ever more references, until k of them fit or all do."""
+        """As Retriever.search. It looks at ever more references, until k of them fit or it has
+        looked at all that the index compares: in lists, or by keys, these are the nearest alone."""
         most = max(len(self.live), k)
         look = 4 * k
         while True:
