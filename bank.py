@@ -51,10 +51,8 @@ WAIT = 30  # seconds to wait for another process that is changing the same base
 THREADS = 8  # an SSD answers many reads at a time
 WINDOW = 64 << 20  # bytes to read at a time when the whole bank is read
 # the cure where texts.sqlite is damaged
-RESTORE = (
-    "bring it back from a copy, or save what is whole with the sqlite3 command .recover; after"
-)
-RESTORE += " either make its index anew (kb.py index)"
+RESTORE = "bring it back from a copy, or save what is whole with the sqlite3 command .recover"
+RESTORE += "; after either make its index anew (kb.py index)"
 
 # The threads of OpenMP do not survive a fork: with more than one a child would wait for ever.
 os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))

@@ -667,9 +667,8 @@ class Memory3(nn.Module):
         parts = []  # of the memory, one for each memory layer
         indices = []
         for l in range(last + 1):
-            x, made = self._layer(
-                l, x, attend
-            )  # no cos, sin: q and k come without RoPE, to choose by
+            # without cos and sin: q and k come before RoPE, to choose by
+            x, made = self._layer(l, x, attend)
             if made is not None:
                 parts.append(made[0])
                 indices.append(made[1])

