@@ -269,6 +269,15 @@ def test_table_is_the_measured_one():
     results = json.loads(experiment.RESULTS.read_text())
     text = (ROOT / "experiments/README.md").read_text()
     assert f"<!-- smollm2 -->\n{experiment.table(results)}\n<!-- /smollm2 -->" in text
+    cpu = results["cpu"]
+    for name, table in (
+        ("answers", experiment.answers_table(cpu["answers"])),
+        ("layers", experiment.layers_table(cpu["depths"])),
+        ("heads", experiment.heads.choices_table(cpu["heads"])),
+    ):
+        assert f"<!-- smollm2 {name} -->\n{table}\n<!-- /smollm2 {name} -->" in text
+    nats, exact = cpu["answers"]["right"]
+    assert nats <= 5 and exact >= 0.45
     for one in results["runs"]:
         after = one["after"]["32"]
         nats, exact = after["answers"]["right"]

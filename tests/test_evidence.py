@@ -124,6 +124,18 @@ def test_index_at_size_is_the_measured_one():
     assert rows("on_paper") == paper_rows(index_at_size.on_paper(measured, 10_000_000))
 
 
+def test_drift_is_the_measured_one():
+    """Catches figures of drift.py that were edited by hand, or are older than their result."""
+    found = result("drift")
+    measured = []
+    for row in found["drift"]:
+        if row["behind"] in (300, 200, 100, 50, 25, 0):
+            agreement = [f"{row[name]:.2f}" for name in ("keys", "values", "kept")]
+            measured.append([f"{row['behind']}", *agreement, f"{row['loss']:.3f}"])
+    measured.append(["no memories", "", "", "", f"{found['without']:.3f}"])
+    assert len(measured) == 7 and rows("drift") == measured
+
+
 def test_what_heads_find_is_the_measured_one():
     """Catches figures of inside.py that were edited by hand, or are older than their result."""
     measured = []
