@@ -6,6 +6,7 @@ read_text, read_json,
 read_rows, read_array       the readers of all our text, JSON, JSON-lines and NumPy files
 replace_file, write_json    written beside and renamed: a kill leaves the old file
 write_sealed, read_sealed   the same with a checksum, for JSON of which every number counts
+checksum(path)              the CRC-32 of a file
 lock(path)                  one process at a time in a directory
 optional(package)           a package that only some commands need
 find_device(name)           "auto": CUDA where there is one

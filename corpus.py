@@ -431,9 +431,10 @@ def merge_tokenizers(first, second, name):
 SPACED_ENDS = ".!?…։"
 # What ends one with or without: of Chinese, Hindi, Arabic, Urdu, Amharic, Burmese, Khmer
 OTHER_ENDS = "。！？।॥؟۔።፧။។"
-SENTENCE = re.compile(
-    rf"[^\n]*?(?:[{SPACED_ENDS}]{{1,99}}[\"'”’)\]]*(?=\s)|(?:[{OTHER_ENDS}]|．(?!\d))+[”’」』）]*|\n+|$)"
-)
+# at most 99 of them: a long run of dots would be tried from each of its dots to its end
+SPACED_END = rf"[{SPACED_ENDS}]{{1,99}}[\"'”’)\]]*(?=\s)"
+OTHER_END = rf"(?:[{OTHER_ENDS}]|．(?!\d))+[”’」』）]*"
+SENTENCE = re.compile(rf"[^\n]*?(?:{SPACED_END}|{OTHER_END}|\n+|$)")
 
 
 def sentences(text):

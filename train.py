@@ -821,7 +821,8 @@ def main(cfg, config=None):
                 continue
             line = f"step {meta['step']}: the loss is {loss}, its gradient's norm {norm}"
             again = "Resume" if saved else "Begin again"
-            check(finite, f"{line}. {again} with a smaller --lr, or a smaller --back_off above 0")
+            other = "" if cfg.back_off else ", or --back_off 0.5"
+            check(finite, f"{line}. {again} with a smaller --lr{other}")
 
             # the step
             optimizer.step()

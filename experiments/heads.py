@@ -296,11 +296,11 @@ def choices_table(rows):
     for row in rows:
         by_choice.setdefault(row["choice"], []).append(row)
     lines = [["memories for", "exact", "nats per answer", "bytes per reference", "layer.head"]]
-    for choice, rows in by_choice.items():
-        few = len(rows) == 1 and not choice.startswith("all")
-        heads = rows[0]["heads"].replace(",", " ") if few else ""
-        size = f"{rows[0]['bytes']:,}"
-        lines.append([choice, spread(rows, "exact", 3), spread(rows, "nats", 2), size, heads])
+    for choice, alike in by_choice.items():
+        few = len(alike) == 1 and not choice.startswith("all")
+        heads = alike[0]["heads"].replace(",", " ") if few else ""
+        size = f"{alike[0]['bytes']:,}"
+        lines.append([choice, spread(alike, "exact", 3), spread(alike, "nats", 2), size, heads])
     return columns(*lines)
 
 

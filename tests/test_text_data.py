@@ -473,6 +473,15 @@ def test_sentences_of_other_scripts(text):
     assert len(found) == 3 and "".join(found) == text
 
 
+def test_a_long_run_of_dots():
+    """A table of contents that takes minutes, each dot tried to the end of its run; a sentence that
+    does not end after one."""
+    assert corpus.sentences("." * 300 + " One. Two") == ["." * 300, " One.", " Two"]
+    began = time.time()
+    assert corpus.sentences("." * 80_000 + "a") == ["." * 80_000 + "a"]
+    assert time.time() - began < 20
+
+
 # ---------------------------------------------------------------------------------------------
 # The whole
 
